@@ -1,0 +1,27 @@
+"""`python -m stbench.testing golden DIR`: check a folder of golden files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from stbench.registry import UserError
+from stbench.testing.golden import run
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse and run; returns the exit code: 0 all passed, 1 a check failed, 2 a wrong call."""
+    parser = argparse.ArgumentParser(prog="python -m stbench.testing", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    golden = commands.add_parser("golden", help="compare this code with golden numbers")
+    golden.add_argument("folder", type=Path, metavar="DIR", help="folder of NAME.safetensors and NAME.json")
+    try:
+        return run(parser.parse_args(argv).folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
