@@ -1,0 +1,14 @@
+"""Plain denoising: what every other recipe is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stbench.contracts import BackboneInfo, Plain, Stage
+from stbench.registry import RECIPES
+
+
+@RECIPES.register_module(name="vanilla")
+def vanilla(info: BackboneInfo) -> Sequence[Stage]:
+    """The backbone's own objective and nothing else: the baseline of every speed-up."""
+    return [Stage("vanilla", lambda earlier: Plain())]

@@ -1,0 +1,1 @@
+"""Small weights shipped with the package; made by the files in scripts/."""

@@ -1,0 +1,277 @@
+"""The command line: parses, calls, prints; nothing else. No heavy import at the top: `--help` answers at once."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stbench.errors import UserError
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train diffusion transformers under feature-supervision recipes, and compare how fast they converge.",
+)
+
+# Completion must not import torch; a test keeps these equal to the registries.
+NAMES = {
+    "backbone": ("dit", "sit", "uvit"),
+    "recipe": ("self-transcendence", "vae-align", "vanilla"),
+    "dataset": ("digits",),
+    "objective": ("cosine", "iddpm", "linear", "vp-continuous", "vp-discrete"),
+}
+
+
+class Kind(str, Enum):
+    """What `list` lists."""
+
+    backbones = "backbones"
+    recipes = "recipes"
+    datasets = "datasets"
+    objectives = "objectives"
+    samplers = "samplers"
+    metrics = "metrics"
+
+
+class Format(str, Enum):
+    """How `compare` prints."""
+
+    table = "table"
+    md = "md"
+    csv = "csv"
+    json = "json"
+    tex = "tex"
+
+
+class KeepChoice(str, Enum):
+    """Which EMA weights stay."""
+
+    all = "all"
+    last = "last"
+
+
+def _complete(kind: str) -> Any:
+    return lambda incomplete: [name for name in NAMES[kind] if name.startswith(incomplete)]
+
+
+Output = Annotated[Path, typer.Option(help="Folder that holds the run folders.")]
+Plugins = Annotated[
+    list[Path], typer.Option("--plugin", help="Python file that registers backbones or recipes; repeatable.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+RUNS = Path("results/runs")
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """`--debug` is read in main(), before anything can fail; it is declared here for --help."""
+
+
+@app.command()
+def run(
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Family, or family-size such as sit-b/2.", autocompletion=_complete("backbone")),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Supervision recipe.", autocompletion=_complete("recipe"))
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Data set; digits is embedded.", autocompletion=_complete("dataset"))
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="Corruption and target; default: the backbone's published one.",
+            autocompletion=_complete("objective"),
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of the last stage.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random in training.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, tf32 or bf16; default: bf16 where the hardware has it.")
+    ] = None,
+    eval_guidance: Annotated[
+        str | None, typer.Option(help="Guidance scales to evaluate at, such as 1.0,1.5,2.0.")
+    ] = None,
+    overrides: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            help="Any option, as train.lr=1e-3, recipe.guidance=5, backbone.depth=4, eval.samples=500; repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML, JSON or Python file with the options above; the command line wins."),
+    ] = None,
+    plugin: Plugins = [],  # noqa: B006
+    device: Device = "auto",
+    output: Output = RUNS,
+    keep: Annotated[
+        KeepChoice, typer.Option(help="EMA weights to keep: of all evaluation points, or the last.")
+    ] = KeepChoice.all,
+    reuse: Annotated[
+        bool,
+        typer.Option(
+            "--reuse/--no-reuse", help="Take a stage that an equal run has finished; its cost still counts."
+        ),
+    ] = True,
+    track: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Log losses and metrics to TensorBoard under the run folder."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Train a backbone under a recipe and evaluate it along the way; the same command resumes."""
+    from stbench import commands
+
+    given = {
+        "backbone": backbone,
+        "recipe": recipe,
+        "dataset": dataset,
+        "objective": objective,
+        "steps": steps,
+        "seed": seed,
+        "precision": precision,
+        "eval_guidance": eval_guidance,
+    }
+    request = commands.Invocation(
+        given={name: value for name, value in given.items() if value is not None},
+        overrides=overrides,
+        config=config,
+        plugins=plugin,
+        device=device,
+        output=output,
+        keep=keep.value,
+        reuse=reuse,
+        track=track,
+    )
+    commands.dry_run(request) if dry_run else commands.run(request)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders of them.")] = None,
+    format: Annotated[Format, typer.Option(help="How to print.")] = Format.table,
+    output: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG of FID against images, student only and everything paid.")
+    ] = None,
+) -> None:
+    """Rank finished runs: one table per setting and evaluation protocol."""
+    from stbench import report
+    from stbench.compare import leaderboard
+    from stbench.results import atomic_write, find_runs, read_runs
+
+    records = read_runs(find_runs(runs or [RUNS]))
+    board = leaderboard(records)
+    if plot is not None:
+        report.plot(records, plot)
+    if format is Format.table and output is None:
+        report.print_leaderboard(board)
+        return
+    text = report.render(board, "md" if format is Format.table else format.value)
+    if output is None:
+        typer.echo(text)
+    else:
+        atomic_write(output, text if text.endswith("\n") else text + "\n")
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plugin: Plugins = [],  # noqa: B006
+) -> None:
+    """List what is registered, with parameter counts, costs, options and defaults."""
+    from stbench import commands
+
+    commands.list_registered(kind.value, as_json, plugin)
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Show one run: settings, stages, costs, curve."""
+    from stbench import report
+    from stbench.results import RunFolder
+
+    folder = RunFolder(run)
+    if not folder.exists():
+        raise UserError(
+            f"{run} is no run folder (it has no spec.json); `stbench compare` lists those there are"
+        )
+    report.show(folder.record())
+
+
+@app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    count: Annotated[int, typer.Option("-n", min=1, help="Images to draw.")] = 1000,
+    output: Annotated[Path, typer.Option(help="npz to write: arr_0 uint8 (N,H,W,3), labels.")] = Path(
+        "samples.npz"
+    ),
+    guidance: Annotated[
+        float, typer.Option(min=1.0, help="Classifier-free guidance scale; 1.0 is none.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Draw images from a run's final EMA weights."""
+    from stbench import commands
+
+    commands.sample(run, count, output, guidance, seed, device)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    eval_guidance: Annotated[str | None, typer.Option(help="Guidance scales, such as 1.0,1.5,2.0.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Images to draw for each row.")] = None,
+    overrides: Annotated[
+        list[str], typer.Option("--set", help="Other evaluation options, as eval.steps=50.")
+    ] = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """Evaluate a run's kept weights again, under another protocol; trains nothing."""
+    from stbench import commands
+
+    commands.evaluate(run, eval_guidance, samples, overrides, device)
+
+
+def main() -> None:
+    """Entry point: one-line errors and exit code 2, unless --debug asks for the traceback."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    usage_error: type[Exception] = typer.BadParameter.__mro__[
+        1
+    ]  # click's UsageError, vendored by typer or not
+    try:
+        code = app(args=arguments, prog_name="stbench", standalone_mode=False)
+    except UserError as error:
+        code = _fail(str(error), debug, 2)
+    except usage_error as error:
+        code = _fail(error.format_message(), debug, 2)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail(f"stopped; go on with: {shlex.join(['stbench', *arguments])}", debug, 130)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, debug: bool, code: int) -> int:
+    if debug:
+        traceback.print_exc()
+    typer.echo("error: " + " ".join(message.split()), err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

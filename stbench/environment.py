@@ -1,0 +1,100 @@
+"""Where a run was made, and what the hardware can do: devices, precisions, versions, git state."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from stbench.errors import UserError
+from stbench.records import Environment
+
+PACKAGES = (
+    "stbench",
+    "torch",
+    "torchvision",
+    "timm",
+    "diffusers",
+    "mmengine",
+    "torch-fidelity",
+    "numpy",
+    "scipy",
+)
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto", "cpu", "cuda" or "cuda:N" as a device that is there; else a UserError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{name}'; expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device '{name}' is not supported; expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= count:
+        raise UserError(f"device '{name}' is not here: {count} CUDA device(s) found; try --device cpu")
+    return device
+
+
+def default_precision(device: torch.device) -> str:
+    """bf16 where the hardware multiplies it natively, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    flags = _cpu_flags()
+    return "bf16" if flags & {"avx512_bf16", "amx_bf16"} else "fp32"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux: nothing known of bf16 there
+        return set()
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def environment(device: torch.device, plugins: Mapping[str, str]) -> Environment:
+    """This machine, these versions, this revision."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    revision = _git("rev-parse", "HEAD")
+    return Environment(
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        device=str(device),
+        hardware=f"{hardware}, {torch.get_num_threads()} threads",
+        git_revision=revision,
+        git_dirty=bool(revision and _git("status", "--porcelain", "--untracked-files=no")),
+        plugins=plugins,
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

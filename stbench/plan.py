@@ -1,0 +1,114 @@
+"""From a specification to the ordered stages of a run, and to what they will cost: all that --dry-run prints. Trains nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stbench.config import RunSpec, build_backbone, build_objective, fingerprint, setting_fields, stages_of
+from stbench.contracts import Artifact, Backbone, BackboneInfo, Cost, Recipe, Stage, Weights
+from stbench.errors import UserError
+from stbench.registry import plugin_hash
+from stbench.rng import Rng
+from stbench.stage import StageModule, make_batch
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage, ready to run."""
+
+    index: int
+    name: str
+    steps: int
+    images: int
+    last: bool
+    points: tuple[int, ...]
+    """Steps after which the EMA is evaluated; a stage that is not the last is evaluated once, at its end."""
+    stage: Stage
+
+
+def plan(spec: RunSpec, info: BackboneInfo) -> list[StageJob]:
+    """The stages of a run in order. Raises UserError for a block out of range or a stage of no length."""
+    stages = stages_of(spec, info)
+    jobs = []
+    for index, stage in enumerate(stages):
+        last = index == len(stages) - 1
+        steps = spec.train.steps if last else (stage.steps or round(stage.length * spec.train.steps))
+        if steps < 1:
+            raise UserError(
+                f"stage '{stage.name}' would have {steps} steps; give it at least one, or a larger --steps"
+            )
+        points = tuple(spec.eval.points) if last else (steps,)
+        jobs.append(StageJob(index, stage.name, steps, steps * spec.train.batch, last, points, stage))
+    for job, recipe in zip(jobs, planned_recipes(jobs, spec, info), strict=True):
+        for block in recipe.taps:
+            info.block(f"recipe.block of stage '{job.name}'", block)
+    return jobs
+
+
+def planned_recipes(
+    jobs: list[StageJob], spec: RunSpec, info: BackboneInfo, dataset: Any = None
+) -> list[Recipe]:
+    """Every stage's recipe, built on stand-ins for the artifacts that do not exist yet."""
+
+    def loader(weights: Weights) -> Backbone:
+        return build_backbone(spec.backbone, spec.objective, dataset, "meta")
+
+    earlier: dict[str, Artifact] = {}
+    recipes = []
+    for job in jobs:
+        recipe = job.stage.recipe(dict(earlier))
+        if not dataclasses.is_dataclass(recipe):
+            raise UserError(
+                f"recipe class {type(recipe).__name__} is no dataclass; decorate it with @dataclass: its fields identify a stage"
+            )
+        recipes.append(recipe)
+        earlier[job.name] = Artifact(job.name, "planned", "", {}, job.steps, job.images, 0.0, 0.0, loader)
+    return recipes
+
+
+def stage_fingerprint(
+    job: StageJob, recipe: Recipe, spec: RunSpec, dataset_fingerprint: str, previous: Artifact | None
+) -> str:
+    """Hash of everything that decides this stage's weights; equal fingerprints are equal weights."""
+    initial = previous.fingerprint if job.stage.init == "previous" and previous else "scratch"
+    return fingerprint(
+        [setting_fields(spec, dataset_fingerprint), recipe_identity(recipe), spec.seed, job.steps, initial]
+    )
+
+
+def recipe_identity(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain data: its class, its plug-in file and its fields; a teacher is its artifact's fingerprint."""
+    fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.init}  # type: ignore[arg-type]
+    plain = {k: v.fingerprint if isinstance(v, Artifact) else v for k, v in fields.items()}
+    return {"class": type(recipe).__qualname__, "plugin": plugin_hash(type(recipe)), "fields": plain}
+
+
+def rehearse(job: StageJob, recipe: Recipe, spec: RunSpec, dataset: Any, draws: int = 4) -> Cost:
+    """Expected training FLOPs of a stage: a few steps without data or memory (meta device), averaged.
+
+    `dataset` gives channels, input_size, classes and size. The realised subset sizes vary around this figure.
+    """
+    student = build_backbone(spec.backbone, spec.objective, dataset, "meta")
+    module = StageModule(student, recipe, build_objective(spec.objective), spec.seed, dataset.size).to("meta")
+    recipe.setup(torch.device("meta"))
+    shape = (dataset.channels, dataset.input_size, dataset.input_size)
+    size = spec.train.batch
+    for draw in range(draws):
+        rng = Rng(spec.seed, draw * size, size)
+        x0 = torch.empty(size, *shape, device="meta")
+        labels = torch.empty(size, dtype=torch.long, device="meta")
+        module(make_batch(x0, labels, torch.arange(size), rng, spec.train.label_drop, dataset.classes))
+    scale = job.steps / draws
+    return Cost(module.cost.student * scale, module.cost.heads * scale, module.cost.teachers * scale)
+
+
+def disk_bytes(job: StageJob, backbone: Backbone, keep: str) -> int:
+    """Bytes the stage leaves: EMA weights at its points, final raw and EMA weights, and the training state."""
+    weights = sum(p.numel() for p in backbone.parameters()) * 4
+    kept = len(job.points) if keep == "all" else 1
+    return weights * (kept + 1) + 4 * weights

@@ -1,0 +1,117 @@
+"""Plain records of a run: what is written to a run folder and all that `compare` ever sees. No torch, no I/O.
+
+Units: progress in images seen, durations in seconds, cost in FLOPs (two per multiply-add).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA = 1
+"""Version of every file in a run folder."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One evaluation of one stage's EMA weights under one protocol at one guidance scale."""
+
+    stage: str
+    stage_index: int
+    """0-based position of the stage in its method."""
+    step: int
+    """Optimiser steps of this stage."""
+    images: int
+    """Training images this stage has seen."""
+    guidance: float
+    """Classifier-free guidance scale; 1.0 is none."""
+    interval: tuple[float, float]
+    """Flow-equivalent times between which guidance is on."""
+    protocol: str
+    """Hash of the evaluation protocol; its fields are in protocols.json."""
+    metrics: Mapping[str, float]
+    val_loss: Sequence[float]
+    """The EMA's denoising loss on held-out images in 10 equal bins of t."""
+    seconds: float
+    """Training seconds of this stage so far; evaluation excluded. A wall-clock field."""
+    flops: float
+    """Training FLOPs of this stage so far, teachers included."""
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one finished stage did and cost, also when it was reused from an earlier run."""
+
+    name: str
+    index: int
+    steps: int
+    images: int
+    seconds: float
+    warmup_seconds: float
+    """The share of `seconds` spent in the first step (compilation, allocation)."""
+    flops_student: float
+    flops_heads: float
+    flops_teachers: float
+    fingerprint: str
+    sha256: Mapping[str, str]
+    reused: bool
+
+    @property
+    def flops(self) -> float:
+        """All training FLOPs of the stage."""
+        return self.flops_student + self.flops_heads + self.flops_teachers
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a run was made. In no hash."""
+
+    versions: Mapping[str, str]
+    device: str
+    hardware: str
+    git_revision: str
+    git_dirty: bool
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    """Plug-in file -> sha256."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run folder, read."""
+
+    run_id: str
+    path: str
+    status: str
+    """"finished", "running", "stopped" or "failed"."""
+    dataset: str
+    backbone: str
+    """Family and size, such as "sit-ti/2"."""
+    objective: str
+    recipe: str
+    options: Mapping[str, Any]
+    """The recipe's options that the user set, defaults left out."""
+    needs: str
+    """What the recipe needs from outside the model; "" for nothing."""
+    seed: int
+    steps: int
+    """Steps of the last stage."""
+    batch: int
+    precision: str
+    setting_hash: str
+    train_hash: str
+    stages: Sequence[StageRecord]
+    curve: Sequence[CurvePoint]
+    protocols: Mapping[str, Mapping[str, Any]]
+    spec: Mapping[str, Any]
+
+    @property
+    def final_stage(self) -> int:
+        """Index of the stage whose network is evaluated."""
+        return int(self.spec["stage_count"]) - 1
+
+    @property
+    def label(self) -> str:
+        """Recipe with the options that differ from its defaults: what one leaderboard row is called."""
+        extra = ", ".join(f"{k}={v}" for k, v in sorted(self.options.items()))
+        return f"{self.recipe} ({extra})" if extra else self.recipe

@@ -1,0 +1,109 @@
+"""Going back to a run: its specification, its kept weights, more evaluations and more samples. Trains nothing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stbench import evaluate
+from stbench.checkpoints import load_weights
+from stbench.config import EvalSpec, RunSpec, build_backbone, build_objective, revalidate
+from stbench.contracts import Backbone
+from stbench.data import Dataset
+from stbench.engine import prepare
+from stbench.errors import UserError
+from stbench.hooks import Evaluation
+from stbench.plan import StageJob
+from stbench.records import CurvePoint
+from stbench.registry import load_plugins
+from stbench.results import RunFolder, atomic_write
+from stbench.samplers import Guidance
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """A run folder, opened for reading."""
+
+    folder: RunFolder
+    spec: RunSpec
+    dataset: Dataset
+    jobs: Sequence[StageJob]
+
+    def weights_at(self, job: StageJob) -> dict[int, Path]:
+        """Step -> the EMA weights kept there."""
+        place = self.folder.path / "checkpoints" / f"{job.index}-{job.name}"
+        return {int(file.stem.rsplit("-", 1)[1]): file for file in sorted(place.glob("ema-*.safetensors"))}
+
+    def network(self, file: Path) -> Backbone:
+        """The run's network with the weights of a file, frozen and in eval mode, on the host."""
+        network = build_backbone(self.spec.backbone, self.spec.objective, self.dataset)
+        network.load_state_dict(load_weights(file))
+        return network.eval().requires_grad_(False)
+
+
+def open_run(path: Path) -> PastRun:
+    """Read a run folder. Raises UserError if it is none, is damaged, or needs a plug-in that is gone."""
+    folder = RunFolder(path)
+    if not folder.exists():
+        raise UserError(
+            f"{path} is no run folder (it has no spec.json); `stbench compare` lists those there are"
+        )
+    stored = folder.spec()
+    load_plugins([Path(file) for file in stored["plugins"] if file.endswith(".py")])
+    spec = revalidate({name: stored[name] for name in RunSpec.model_fields}, path)
+    dataset, jobs, _ = prepare(spec)
+    return PastRun(folder, spec, dataset, jobs)
+
+
+def evaluate_again(run: PastRun, settings: Mapping[str, Any], device: torch.device) -> list[CurvePoint]:
+    """Evaluate the kept weights of the last stage under changed evaluation settings; returns the rows added."""
+    spec = run.spec.model_copy(update={"eval": EvalSpec(**{**run.spec.eval.model_dump(), **settings})})
+    job, known = run.jobs[-1], {(p.stage_index, p.step): p for p in run.folder.points()}
+    added = []
+    with run.folder.lock():
+        evaluation = Evaluation(job, spec, run.dataset.to(device), run.folder, _cache(run), device)
+        for step, file in run.weights_at(job).items():
+            before = known.get((job.index, step))
+            if before is not None:
+                added += evaluation.run(run.network(file).to(device), step, before.seconds, before.flops)
+    return added
+
+
+def sample_to_npz(
+    run: PastRun, count: int, output: Path, scale: float, seed: int, device: torch.device
+) -> None:
+    """Draw `count` images from the final EMA to an npz: arr_0 uint8 (N,H,W,3) as ADM's files, labels int64 (N,)."""
+    files = run.weights_at(run.jobs[-1])
+    if not files:
+        raise UserError(f"{run.folder.path} has no weights yet; finish it with `stbench run` first")
+    settings = run.spec.eval
+    images, labels = evaluate.generate(
+        run.network(files[max(files)]).to(device),
+        build_objective(run.spec.objective),
+        run.dataset.to(device),
+        n=count,
+        labels=settings.labels,
+        seed=seed,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance=Guidance(scale, *settings.interval, channels=settings.channels),
+        device=device,
+    )
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    _write_npz(output, np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels, labels.numpy())
+
+
+def _write_npz(output: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, arr_0=images, labels=labels)
+    atomic_write(output, buffer.getvalue())
+
+
+def _cache(run: PastRun) -> Path:
+    return run.folder.path.parent / ".cache"

@@ -1,0 +1,1 @@
+"""The public conformance suite: golden numbers, and checks for backbones and recipes."""
