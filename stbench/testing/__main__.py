@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from stbench.registry import UserError
+from stbench.errors import UserError
 from stbench.testing.golden import run
 
 

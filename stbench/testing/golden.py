@@ -1,6 +1,6 @@
 """The golden runner: compares this code with numbers that the published implementations produced.
 
-A golden file is NAME.safetensors (tensors, weights under `sd/` with official key names) and its sidecar NAME.json.
+A golden file is NAME.safetensors (weights under `sd/`, with official key names) and its sidecar NAME.json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stbench.registry import UserError
+from stbench.errors import UserError
 
 CHECK_MODULES = ("golden_backbones", "golden_losses", "golden_samplers")
 
@@ -128,7 +128,8 @@ def _line(file: str, item: Check) -> str:
 def run(folder: Path, out: Callable[[str], None] = print) -> int:
     """Check every golden file in `folder`; one line a check, then the total. Returns 1 if any failed, else 0.
 
-    Files without a check are named at the end and count as neither. Raises UserError for a folder without files.
+    Files without a check are named at the end and count as neither. Raises UserError for a folder without
+    files.
     """
     for module in CHECK_MODULES:
         if importlib.util.find_spec(f"stbench.testing.{module}"):

@@ -1,0 +1,52 @@
+"""SiT: Scalable Interpolant Transformers (arXiv:2401.08740; willisma/SiT), in REPA's direction of time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from stbench.adaln import AdaLNTransformer
+from stbench.layers import make_info
+from stbench.registry import BACKBONES
+
+
+@BACKBONES.register_module(name="sit")
+class SiT(AdaLNTransformer):
+    """Flow transformer: the trunk of DiT, with its time embedded unscaled.
+
+    `learn_sigma` computes 2C channels and drops the second half, as upstream's checkpoints do. Those run from
+    noise at 0 to data at 1: `stbench.checkpoints.TimeReversed` turns them round.
+    """
+
+    objective: ClassVar[str] = "linear"
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        input_size: int,
+        classes: int,
+        out_channels: int,
+        size: str = "custom",
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        qk_norm: bool = False,
+        learn_sigma: bool = False,
+        time_scale: float = 1.0,
+    ) -> None:
+        info = make_info("sit", size, channels, input_size, classes, patch, width, depth)
+        rows = 2 * out_channels if learn_sigma else out_channels
+        super().__init__(
+            info, heads=heads, out_channels=out_channels, rows=rows, qk_norm=qk_norm, time_scale=time_scale
+        )
+
+    @classmethod
+    def infer(cls, state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
+        """Constructor options from an official state dict; see `AdaLNTransformer.infer_trunk`."""
+        options, rows = cls.infer_trunk(state, heads)
+        learn_sigma = rows == 2 * options["channels"]
+        return options | {"out_channels": rows // 2 if learn_sigma else rows, "learn_sigma": learn_sigma}

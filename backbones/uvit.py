@@ -1,0 +1,194 @@
+"""U-ViT: All are Worth Words (arXiv:2209.12152; baofff/U-ViT): label and time are tokens, long skips."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
+from torch import Tensor, nn
+
+from stbench.contracts import Backbone, Features
+from stbench.errors import UserError
+from stbench.layers import (
+    Attention,
+    blocks_to_run,
+    count_blocks,
+    make_info,
+    name_size,
+    scale_time,
+    timestep_sinusoid,
+    unpatchify,
+)
+from stbench.registry import BACKBONES
+
+
+class UViTBlock(nn.Module):
+    """Pre-norm block without conditioning; an out-block first fuses the skip of its in-block."""
+
+    def __init__(self, width: int, heads: int, skip: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, qkv_bias=False, float32=True)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(in_features=width, hidden_features=4 * width, act_layer=nn.GELU)
+        self.skip_linear = nn.Linear(2 * width, width) if skip else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Tokens (B,N,D), and for an out-block the skip (B,N,D)."""
+        if self.skip_linear is not None and skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+_S = dict(width=512, depth=13, heads=8, conv=True)
+_M = dict(width=768, depth=17, heads=12, conv=True)
+_L = dict(width=1024, depth=21, heads=16, conv=True)
+_H = dict(width=1152, depth=29, heads=16, conv=False, objective="vp-discrete", time_scale=1000.0)
+
+
+@BACKBONES.register_module(name="uvit")
+class UViT(Backbone):
+    """ViT with long skips; `depth` counts executed blocks, d/2 in + 1 mid + d/2 out, and is odd.
+
+    `label_rows` is the size of the label table: K+1 by default, K where a network was trained without a null
+    label, 0 for an unconditional one. `conv` is the final 3x3 convolution.
+    """
+
+    objective: ClassVar[str] = "vp-continuous"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "s/2": dict(patch=2, label_rows=0, **_S),
+        "s/4": dict(patch=4, label_rows=0, **_S),
+        "m/4": dict(patch=4, label_rows=1000, **_M),
+        "l/4-pixel": dict(patch=4, label_rows=1000, **_L),
+        "l/2": dict(patch=2, **_L),
+        "l/4": dict(patch=4, **_L),
+        "h/2": dict(patch=2, **_H),
+        "h/4": dict(patch=4, **_H),
+        "s/2-latent": dict(patch=2, **_S),
+        "m/2-latent": dict(patch=2, **_M),
+        "ti/2": dict(
+            patch=2, width=96, depth=7, heads=3, conv=True, objective="vp-discrete", time_scale=1000.0
+        ),
+    }
+    """CIFAR-10, CelebA-64, two of ImageNet-64, ImageNet-256 and -512 (L, then H), then those in `derived`."""
+    derived: ClassVar[frozenset[str]] = frozenset({"s/2-latent", "m/2-latent", "ti/2"})
+    """Sizes that were never published: two widths on 256x256 latents, and ours for the embedded digits."""
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        input_size: int,
+        classes: int,
+        out_channels: int,
+        size: str = "custom",
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        conv: bool = True,
+        mlp_time_embed: bool = False,
+        label_rows: int | None = None,
+        time_scale: float = 999.0,
+    ) -> None:
+        super().__init__()
+        if depth % 2 == 0:
+            raise UserError(
+                f"expected an odd depth (in-blocks, one mid, out-blocks), found {depth}; try {depth + 1}"
+            )
+        self.info = make_info("uvit", size, channels, input_size, classes, patch, width, depth)
+        self.time_scale, self.out_channels = time_scale, out_channels
+        rows = classes + 1 if label_rows is None else label_rows
+        self.prefix = 2 if rows else 1
+        self.patch_embed = PatchEmbed(
+            img_size=input_size, patch_size=patch, in_chans=channels, embed_dim=width
+        )
+        self.time_embed = (
+            nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+            if mlp_time_embed
+            else nn.Identity()
+        )
+        self.label_emb = nn.Embedding(rows, width) if rows else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.prefix + self.info.tokens, width))
+        self.in_blocks = nn.ModuleList(UViTBlock(width, heads, skip=False) for _ in range(depth // 2))
+        self.mid_block = UViTBlock(width, heads, skip=False)
+        self.out_blocks = nn.ModuleList(UViTBlock(width, heads, skip=True) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(width)
+        self.decoder_pred = nn.Linear(width, patch * patch * out_channels)
+        self.final_layer = nn.Conv2d(out_channels, out_channels, 3, padding=1) if conv else nn.Identity()
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Truncated normal (0.02) for positions and linear layers; table and convolutions keep torch's."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Tokens that enter the first block: [label, time, patches] (B,2+N,D); (B,1+N,D) without labels."""
+        time = timestep_sinusoid(scale_time(t, self.time_scale), self.info.width)
+        tokens = [self.time_embed(time)[:, None], self.patch_embed(x)]
+        if self.label_emb is not None:
+            tokens.insert(0, self.label_emb(y)[:, None])
+        return torch.cat(tokens, dim=1) + self.pos_embed
+
+    def forward_intermediates(
+        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
+    ) -> tuple[Tensor | None, Features]:
+        """See `Backbone.forward_intermediates`. Raises ValueError for a block that is not there."""
+        run = blocks_to_run(self.info, indices, stop_early)
+        tokens = self.embed(x, t, y)
+        skips: list[Tensor] = []
+        features: Features = {}
+        blocks = [*self.in_blocks, self.mid_block, *self.out_blocks]
+        for k, block in enumerate(blocks[:run]):
+            if k > len(self.in_blocks):
+                tokens = block(tokens, skips.pop())
+            else:
+                tokens = block(tokens)
+                if k < len(self.in_blocks):
+                    skips.append(tokens)
+            if k in indices:
+                features[k] = tokens[:, self.prefix :]
+        if stop_early:
+            return None, features
+        values = self.decoder_pred(self.norm(tokens))[:, self.prefix :]
+        return self.final_layer(unpatchify(values, self.info.patch, self.out_channels)), features
+
+    @classmethod
+    def infer(cls, state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
+        """Constructor options from the shapes of an official state dict; the last label row is taken for
+        null.
+
+        `time_scale` is not among them unless the size is a published one: weights do not tell it. Raises
+        KeyError for another family's state dict, and UserError where `heads` is needed.
+        """
+        width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+        depth = 2 * count_blocks(state, "in_blocks") + 1
+        size, heads = name_size(cls.presets, patch, width, depth, heads)
+        table = state.get("label_emb.weight")
+        rows = 0 if table is None else table.shape[0]
+        tokens = state["pos_embed"].shape[1] - (2 if rows else 1)
+        scale = {"time_scale": cls.presets[size].get("time_scale", 999.0)} if size in cls.presets else {}
+        return scale | dict(
+            channels=channels,
+            input_size=patch * math.isqrt(tokens),
+            classes=max(rows - 1, 0),
+            out_channels=state["decoder_pred.weight"].shape[0] // patch**2,
+            size=size,
+            patch=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            conv="final_layer.weight" in state,
+            mlp_time_embed="time_embed.0.weight" in state,
+            label_rows=rows,
+        )
