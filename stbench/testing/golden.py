@@ -5,7 +5,7 @@ A golden file is NAME.safetensors (weights under `sd/`, with official key names)
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -132,8 +132,7 @@ def run(folder: Path, out: Callable[[str], None] = print) -> int:
     files.
     """
     for module in CHECK_MODULES:
-        if importlib.util.find_spec(f"stbench.testing.{module}"):
-            importlib.import_module(f"stbench.testing.{module}")
+        importlib.import_module(f"stbench.testing.{module}")
     names = sorted({f.stem for f in folder.glob("*") if f.suffix in (".json", ".safetensors")})
     if not names:
         raise UserError(f"no golden files in {folder}; expected a folder of NAME.safetensors with NAME.json")

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stbench.checkpoints import HEADS, TimeReversed, load_official
+from stbench.align import projector
+from stbench.checkpoints import TimeReversed, load_official
 from stbench.contracts import Backbone
 from stbench.layers import sincos_2d, timestep_sinusoid, unpatchify
 from stbench.registry import BACKBONES, load_builtins, lookup
@@ -124,12 +125,20 @@ def _projected(golden: Golden, stored: dict[str, Tensor], features: dict[int, Te
     """The projectors of REPA on the tokens after block `encoder_depth` (1-based)."""
     for key in sorted(k for k in golden.t if k.startswith("out/z_tilde_")):
         z = features[int(golden.meta["config"]["encoder_depth"]) - 1]
-        index = key.rsplit("_", 1)[1]
-        for layer in (0, 2, 4):
-            name = f"projectors.{index}.{layer}"
-            z = nn.functional.linear(z, stored[f"{name}.weight"], stored[f"{name}.bias"])
-            z = z if layer == 4 else nn.functional.silu(z)
-        yield golden.compare(key, z, golden.t[key], TOLERANCE)
+        state = _below(stored, f"projectors.{key.rsplit('_', 1)[1]}.")
+        head = _projector(state)
+        head.load_state_dict(state)
+        yield golden.compare(key, head(z), golden.t[key], TOLERANCE)
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _projector(state: Mapping[str, Tensor]) -> nn.Sequential:
+    """A fresh projector with the shapes of a stored one."""
+    hidden, width = state["0.weight"].shape
+    return projector(width, hidden, state["4.weight"].shape[0])
 
 
 @check("embeddings")
@@ -152,16 +161,24 @@ def init_statistics(golden: Golden) -> Iterator[Check]:
     for kind, entries in golden.meta.items():
         if not isinstance(entries, dict):
             continue
-        own = {key: entry for key, entry in entries.items() if not key.startswith(HEADS)}
-        shapes = {key: torch.empty(entry["shape"], device="meta") for key, entry in own.items()}
-        cls = lookup(BACKBONES, kind.split("_")[0])
+        shapes = {key: torch.empty(entry["shape"], device="meta") for key, entry in entries.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            net = cls(**cls.infer(shapes, heads=1))
-        actual = dict(net.named_parameters())
-        yield Check(f"{kind} keys", float(len(actual.keys() ^ own.keys())), 0.0)
-        for key, entry in own.items():
+            actual = _fresh(kind.split("_")[0], shapes)
+        yield Check(f"{kind} keys", float(len(actual.keys() ^ entries.keys())), 0.0)
+        for key, entry in entries.items():
             yield _moments(f"{kind}/{key}", actual[key], entry)
+
+
+def _fresh(family: str, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters of a new network, and of its projectors if it has some, under their official names."""
+    cls = lookup(BACKBONES, family)
+    parameters: dict[str, Tensor] = dict(cls(**cls.infer(shapes, heads=1)).named_parameters())
+    for index in {key.split(".")[1] for key in shapes if key.startswith("projectors.")}:
+        prefix = f"projectors.{index}."
+        head = _projector(_below(shapes, prefix))
+        parameters |= {prefix + key: value for key, value in head.named_parameters()}
+    return parameters
 
 
 def _moments(name: str, actual: Tensor, entry: Mapping[str, Any]) -> Check:

@@ -1,0 +1,357 @@
+"""The networks: published sizes and costs, feature taps, and the ways of loading official weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stbench.checkpoints import TimeReversed, load_official, load_weights, save_weights
+from stbench.contracts import Backbone
+from stbench.errors import UserError
+from stbench.layers import attend
+from stbench.registry import BACKBONES, load_builtins, lookup, names
+
+load_builtins()
+FAMILIES = [name for name in names(BACKBONES) if name in ("dit", "sit", "uvit")]
+
+
+def build(family: str, size: str, **options: Any) -> Backbone:
+    """A preset on 4x8x8 latents of ten classes unless told otherwise."""
+    cls = lookup(BACKBONES, family)
+    facts: dict[str, Any] = dict(channels=4, input_size=8, classes=10, out_channels=4, size=size)
+    preset = {k: v for k, v in cls.presets[size].items() if k != "objective"}
+    return cls(**(facts | preset | options))
+
+
+def tiny(family: str, **options: Any) -> Backbone:
+    """A `ti/2` network in which every parameter is random, so that every path counts."""
+    torch.manual_seed(0)
+    net = build(family, "ti/2", **options).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return net.requires_grad_(False)
+
+
+def batch(size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(size, 4, 8, 8), torch.rand(size, dtype=torch.float64), torch.arange(size)
+
+
+ADALN = {  # size -> parameters, trainable ones, GMACs, of DiT and of SiT with learned sigma
+    "s/2": (32_963_360, 32_865_056, 6.06),
+    "s/4": (32_945_024, 32_920_448, 1.41),
+    "s/8": (33_148_160, 33_142_016, 0.36),
+    "b/2": (130_512_416, 130_315_808, 23.01),
+    "b/4": (130_475_648, 130_426_496, 5.57),
+    "b/8": (130_881_536, 130_869_248, 1.42),
+    "l/2": (458_102_816, 457_840_672, 80.70),
+    "l/4": (458_053_760, 457_988_224, 19.70),
+    "l/8": (458_594_816, 458_578_432, 5.01),
+    "xl/2": (675_129_632, 674_834_720, 118.62),
+    "xl/4": (675_074_432, 675_000_704, 29.04),
+    "xl/8": (675_683_072, 675_664_640, 7.39),
+}
+SIT = {  # size -> parameters with four output channels, and with qk_norm on top
+    "s/2": (32_957_200, 32_960_272),
+    "b/2": (130_500_112, 130_503_184),
+    "l/2": (458_086_416, 458_092_560),
+    "xl/2": (675_111_184, 675_119_248),
+}
+UVIT = {  # size -> channels, latent size, classes, parameters, GMACs
+    "s/2": (3, 32, 0, 44_255_328, 12.20),
+    "s/4": (3, 64, 0, 44_292_228, 12.21),
+    "m/4": (3, 64, 1000, 130_940_292, 35.24),
+    "l/4-pixel": (3, 64, 1000, 286_827_652, 76.47),
+    "l/2": (4, 32, 1000, 286_763_172, 76.46),
+    "h/2": (4, 32, 1000, 500_832_016, 133.20),
+    "l/4": (4, 64, 1000, 286_861_524, 76.48),
+    "h/4": (4, 64, 1000, 500_942_656, 133.23),
+    "s/2-latent": (4, 32, 1000, 44_772_516, 12.25),
+    "m/2-latent": (4, 32, 1000, 130_891_940, 35.22),
+}
+
+
+def parameters(net: Backbone) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def gmacs(net: Backbone) -> float:
+    return round(net.flops() / 2e9, 2)
+
+
+@pytest.mark.parametrize("family,options", [("dit", {"out_channels": 8}), ("sit", {"learn_sigma": True})])
+@pytest.mark.parametrize("size", ADALN)
+def test_adaln_sizes_match_the_published_ones(family: str, options: dict[str, Any], size: str) -> None:
+    with torch.device("meta"):
+        net = build(family, size, input_size=32, classes=1000, **options)
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    assert (parameters(net), trainable, gmacs(net)) == ADALN[size]
+
+
+@pytest.mark.parametrize("size", SIT)
+def test_sit_with_four_channels_and_with_qk_norm_has_the_published_parameters(size: str) -> None:
+    with torch.device("meta"):
+        nets = [build("sit", size, input_size=32, classes=1000, qk_norm=norm) for norm in (False, True)]
+    assert tuple(map(parameters, nets)) == SIT[size]
+
+
+@pytest.mark.parametrize("size", UVIT)
+def test_uvit_sizes_match_the_published_ones(size: str) -> None:
+    channels, input_size, classes, count, cost = UVIT[size]
+    with torch.device("meta"):
+        net = build(
+            "uvit", size, channels=channels, input_size=input_size, classes=classes, out_channels=channels
+        )
+    assert (parameters(net), gmacs(net)) == (count, cost)
+
+
+def test_every_preset_is_counted_above_or_is_ours() -> None:
+    assert set(lookup(BACKBONES, "dit").presets) == {*ADALN, "ti/2"}
+    uvit = lookup(BACKBONES, "uvit")
+    assert set(uvit.presets) == {*UVIT, "ti/2"}
+    assert uvit.derived < set(uvit.presets)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prediction_has_the_asked_channels(family: str) -> None:
+    x, t, y = batch()
+    assert tiny(family, out_channels=8)(x, t, y).shape == (3, 8, 8, 8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stopping_early_changes_no_feature(family: str) -> None:
+    net = tiny(family)
+    x, t, y = batch()
+    for k in range(net.info.depth):
+        prediction, full = net.forward_intermediates(x, t, y, indices=(k,))
+        none, early = net.forward_intermediates(x, t, y, indices=(k,), stop_early=True)
+        assert none is None and torch.equal(early[k], full[k])
+        assert full[k].shape == (3, net.info.tokens, net.info.width)
+        assert prediction is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stopping_early_runs_nothing_behind_the_deepest_tap(family: str) -> None:
+    net = tiny(family)
+    costs = [net.flops(k) for k in range(net.info.depth)]
+    assert costs == sorted(set(costs)) and costs[-1] < net.flops()
+    ran: list[int] = []
+    blocks = [m for m in net.modules() if type(m).__name__ in ("AdaLNBlock", "UViTBlock")]
+    for k, block in enumerate(blocks):
+        block.register_forward_hook(lambda *_, k=k: ran.append(k))
+    net.features(*batch(), indices=(1, 3))
+    assert len(ran) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_order_of_the_taps_does_not_matter(family: str) -> None:
+    net = tiny(family)
+    one, other = (net.features(*batch(), indices=order) for order in ((0, 2, 5), (5, 0, 2)))
+    assert one.keys() == other.keys() == {0, 2, 5}
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert not torch.equal(one[2], one[5])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_null_label_is_a_label_of_its_own(family: str) -> None:
+    net = tiny(family)
+    x, t, _ = batch(1)
+    outputs = [net(x, t, torch.tensor([label])) for label in range(11)]
+    assert all((outputs[10] - other).abs().max() > 1e-4 for other in outputs[:10])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_time_reaches_the_output(family: str) -> None:
+    net = tiny(family)
+    x, t, y = batch()
+    assert (net(x, t, y) - net(x, t / 2, y)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_mode_drops_no_labels(family: str) -> None:
+    net = tiny(family)
+    x, t, y = batch()
+    assert torch.equal(net.train()(x, t, y), net.eval()(x, t, y))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("block", [-1, 9])
+def test_a_block_out_of_range_is_named_with_those_there_are(family: str, block: int) -> None:
+    net = tiny(family)
+    with pytest.raises(
+        ValueError, match=rf"block {block} asked, {family}-ti/2 has blocks 0\.\.{net.info.depth - 1}"
+    ):
+        net.forward_intermediates(*batch(), indices=(block,))
+
+
+@pytest.mark.parametrize("family", ["dit", "sit"])
+def test_a_fresh_network_predicts_zero(family: str) -> None:
+    assert build(family, "ti/2")(*batch()).abs().max() == 0
+
+
+def test_whole_steps_are_embedded_exactly() -> None:
+    seen: list[Tensor] = []
+    net = tiny("dit")
+    net.get_submodule("t_embedder").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    steps = torch.arange(1000)
+    net(torch.zeros(1000, 4, 8, 8), steps.double() / 999, torch.zeros(1000, dtype=torch.long))
+    assert torch.equal(seen[0], steps.float())
+
+
+def test_learned_sigma_returns_the_first_half_of_the_rows() -> None:
+    net = tiny("sit", learn_sigma=True)
+    plain = tiny("sit")
+    state = net.state_dict()
+    for name in ("weight", "bias"):
+        rows = state[f"final_layer.linear.{name}"]
+        state[f"final_layer.linear.{name}"] = rows.view(4, 8, *rows.shape[1:])[:, :4].flatten(0, 1)
+    plain.load_state_dict(state)
+    torch.testing.assert_close(net(*batch()), plain(*batch()))
+
+
+def test_uvit_without_a_label_table_ignores_labels() -> None:
+    net = tiny("uvit", label_rows=0)
+    x, t, y = batch()
+    assert net.features(x, t, y, indices=(0,))[0].shape[1] == net.info.tokens
+    assert torch.equal(net(x, t, y), net(x, t, y + 1))
+
+
+def test_uvit_with_an_even_depth_is_refused() -> None:
+    with pytest.raises(UserError, match=r"odd depth.*found 6"):
+        build("uvit", "ti/2", depth=6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patches_that_do_not_cover_the_latent_are_refused(family: str) -> None:
+    with pytest.raises(UserError, match="divides the latent size 8, found 3"):
+        build(family, "ti/2", patch=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_that_do_not_divide_the_width_are_refused(family: str) -> None:
+    with pytest.raises(UserError, match="divide the width 96, found 5"):
+        build(family, "ti/2", heads=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_softmax_of_scaled_products(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 7, 8).to(dtype)
+    expected = ((q.double() @ k.double().mT) / math.sqrt(8)).softmax(-1) @ v.double()
+    out = attend(q, k, v)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast_stays_near_float32(family: str) -> None:
+    net = tiny(family)
+    expected = net(*batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = net(*batch())
+    assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "family,options",
+    [
+        ("dit", {"out_channels": 8, "qk_norm": False}),
+        ("sit", {"learn_sigma": True, "patch": 4}),
+        ("sit", {"width": 60, "heads": 5}),
+        ("uvit", {"mlp_time_embed": True, "conv": False, "depth": 5}),
+        ("uvit", {"label_rows": 0, "classes": 0}),
+    ],
+)
+def test_official_weights_tell_their_own_configuration(family: str, options: dict[str, Any]) -> None:
+    net = tiny(family, **options)
+    loaded, heads = load_official({"opt": {}, "ema": net.state_dict(), "model": {}}, family, heads=None)
+    x, t, _ = batch()
+    y = torch.zeros(3, dtype=torch.long)
+    assert heads == {}
+    loaded.time_scale = net.time_scale
+    assert torch.equal(loaded.eval()(x, t, y), net(x, t, y))
+    assert (loaded.info.depth, loaded.info.classes) == (net.info.depth, net.info.classes)
+
+
+def test_published_sizes_are_recognised() -> None:
+    net, _ = load_official(tiny("uvit").state_dict(), "uvit")
+    assert (net.info.size, net.time_scale) == ("ti/2", 1000.0)
+
+
+def test_heads_of_a_recipe_are_split_off() -> None:
+    stored = {"projectors.0.0.weight": torch.ones(2), "ap_head.linear1.bias": torch.zeros(3)}
+    _, heads = load_official(tiny("sit").state_dict() | stored, "sit")
+    assert heads.keys() == stored.keys()
+
+
+@pytest.mark.parametrize("change", ["unknown", "missing"])
+def test_unknown_and_missing_keys_are_named(change: str) -> None:
+    state = tiny("sit").state_dict()
+    if change == "unknown":
+        state["blocks.0.attn.rope"] = torch.zeros(1)
+    else:
+        del state["blocks.3.attn.proj.bias"]
+    with pytest.raises(UserError, match=rf"{change} keys: blocks.*attn"):
+        load_official(state, "sit")
+
+
+def test_weights_of_another_family_are_refused() -> None:
+    with pytest.raises(UserError, match=r"expected the weights of a uvit.*patch_embed"):
+        load_official(tiny("sit").state_dict(), "uvit")
+
+
+def test_unpublished_widths_ask_for_the_heads() -> None:
+    state = tiny("sit", width=60, heads=5, qk_norm=False).state_dict()
+    with pytest.raises(UserError, match="width 60; pass heads="):
+        load_official(state, "sit")
+
+
+def test_a_reversed_network_mirrors_time_and_velocity() -> None:
+    net = tiny("sit")
+    x, t, y = batch()
+    reversed_net = TimeReversed(net)
+    assert torch.equal(reversed_net(x, t, y), -net(x, 1 - t, y))
+    assert torch.equal(
+        reversed_net.features(x, t, y, indices=(2,))[2], net.features(x, 1 - t, y, indices=(2,))[2]
+    )
+
+
+def test_official_weights_load_from_both_kinds_of_file(tmp_path: Any) -> None:
+    net = tiny("sit")
+    torch.save({"ema": net.state_dict()}, tmp_path / "last.pt")
+    save_weights(net.state_dict(), tmp_path / "last.safetensors")
+    for file in ("last.pt", "last.safetensors"):
+        assert torch.equal(load_official(tmp_path / file, "sit")[0].eval()(*batch()), net(*batch()))
+
+
+def test_saved_weights_come_back_under_their_hash(tmp_path: Any) -> None:
+    state = {"a": torch.randn(3, 2).T, "b": torch.arange(4)}
+    file = tmp_path / "w.safetensors"
+    sha256 = save_weights(state, file)
+    loaded = load_weights(file, sha256)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[k], state[k]) for k in state)
+    assert [f.name for f in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_damaged_weights_are_refused(tmp_path: Any) -> None:
+    file = tmp_path / "w.safetensors"
+    sha256 = save_weights({"a": torch.randn(50)}, file)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match="damaged: expected sha256"):
+        load_weights(file, sha256)
+    with pytest.raises(UserError, match="truncated"):
+        load_weights(file)
+    with pytest.raises(UserError, match="not found"):
+        load_weights(tmp_path / "none.safetensors")
+
+
+def test_a_truncated_pt_file_is_refused(tmp_path: Any) -> None:
+    file = tmp_path / "last.pt"
+    torch.save({"a": torch.randn(50)}, file)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match="truncated"):
+        load_official(file, "sit")
