@@ -53,7 +53,7 @@ def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot-product attention over (B,heads,N,head width); the one place that chooses the kernel."""
     q, k = q.to(v.dtype), k.to(v.dtype)
-    # Where a CPU has bfloat16 units, the backward of torch's kernel costs more than these three plain calls do.
+    # Where a CPU has bfloat16 units, the backward of torch's kernel costs more than these three plain calls.
     if v.device.type == "cpu" and v.dtype == torch.bfloat16:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return scores.softmax(dim=-1) @ v
