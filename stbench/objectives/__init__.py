@@ -1,0 +1,19 @@
+"""The corruption processes and their training losses: flows, improved DDPM, and U-ViT's noise predictions."""
+
+from stbench.objectives.diffusion import Discrete, ImprovedDdpm, VpContinuous, VpDiscrete
+from stbench.objectives.flow import CosineFlow, Flow, LinearFlow
+from stbench.objectives.schedule import Schedule, linear_betas, respaced_steps, scaled_linear_betas
+
+__all__ = [
+    "CosineFlow",
+    "Discrete",
+    "Flow",
+    "ImprovedDdpm",
+    "LinearFlow",
+    "Schedule",
+    "VpContinuous",
+    "VpDiscrete",
+    "linear_betas",
+    "respaced_steps",
+    "scaled_linear_betas",
+]

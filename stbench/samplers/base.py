@@ -1,0 +1,130 @@
+"""What every sampler shares: guidance, the guided prediction at (x, t), and the sampler interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from stbench.contracts import Backbone, Objective
+from stbench.registry import UserError
+
+Noise = Callable[[int], Tensor]
+"""Number of the draw -> standard normal (B,C,H,W)."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance. Scale 1 is none; U-ViT's s is scale - 1."""
+
+    scale: float = 1.0
+    low: float = 0.0
+    """Lowest flow-equivalent time at which it is on; the interval is closed."""
+    high: float = 1.0
+    channels: int | None = None
+    """Leading latent channels that are guided; None is all of them, DiT and SiT published 3."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.low <= self.high <= 1.0:
+            raise UserError(
+                f"expected a guidance interval with 0 <= low <= high <= 1, found [{self.low}, {self.high}]; "
+                "set it to times such as 0.0 and 0.7"
+            )
+        if self.channels is not None and self.channels < 1:
+            raise UserError(
+                f"expected at least 1 guided channel, found {self.channels}; leave it out for all"
+            )
+
+    def active(self, tau: float) -> bool:
+        """Whether it changes anything at this flow-equivalent time."""
+        return self.scale != 1.0 and self.low <= tau <= self.high
+
+
+def guide(cond: Tensor, uncond: Tensor, scale: float, channels: int | None = None) -> Tensor:
+    """uncond + scale (cond - uncond) on the first `channels` channels (B,C,...), cond on the rest."""
+    if channels is None:
+        return uncond + scale * (cond - uncond)
+    guided = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
+    return torch.cat([guided, cond[:, channels:]], dim=1)
+
+
+@final
+class Denoiser:
+    """The guided prediction of one network for one set of labels."""
+
+    def __init__(self, backbone: Backbone, objective: Objective, y: Tensor, guidance: Guidance) -> None:
+        latent = backbone.info.channels
+        if guidance.channels is not None and guidance.channels > latent:
+            raise UserError(
+                f"expected at most {latent} guided channels, found {guidance.channels}; leave it out for all"
+            )
+        self.backbone = backbone
+        self.objective = objective
+        self.guidance = guidance
+        self._y = y
+        self._both = torch.cat([y, torch.full_like(y, backbone.info.classes)])
+        self._channels = guidance.channels or latent
+
+    def active(self, t: float) -> bool:
+        """Whether guidance is on at native time t."""
+        return self.guidance.active(self.objective.tau(host(t)).item())
+
+    def __call__(self, x: Tensor, t: float, *, guided: bool | None = None) -> Tensor:
+        """The prediction (B,C_out,H,W) float64 at x (B,C,H,W), native time t; the network sees float32.
+
+        Guidance doubles the batch, [cond; null], only where it is on; `guided` overrides the interval.
+        """
+        x = x.float()
+        if not (self.active(t) if guided is None else guided):
+            return self.backbone(x, self._times(x, t), self._y).double()
+        doubled = torch.cat([x, x])
+        prediction = self.backbone(doubled, self._times(doubled, t), self._both).double()
+        cond, uncond = prediction.chunk(2)
+        return guide(cond, uncond, self.guidance.scale, self._channels)
+
+    def denoise(self, x: Tensor, t: float, *, guided: bool | None = None) -> tuple[Tensor, Tensor]:
+        """The clean latent and the noise (x0, eps) float64 that the guided prediction implies."""
+        return self.objective.denoise(self(x, t, guided=guided), x, host(t))
+
+    def coefficients(self, t: float) -> tuple[float, float]:
+        """alpha and sigma at native time t."""
+        alpha, sigma = self.objective.alpha_sigma(host(t))
+        return alpha.item(), sigma.item()
+
+    def _times(self, x: Tensor, t: float) -> Tensor:
+        return torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)
+
+
+class Sampler(ABC):
+    """Turns initial noise into latents. A frozen dataclass whose fields are its options."""
+
+    name: ClassVar[str]
+    min_steps: ClassVar[int] = 1
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it draws noise."""
+        return False
+
+    def nfe(self, steps: int) -> int:
+        """Network evaluations per image, guidance not counted."""
+        return steps
+
+    @abstractmethod
+    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
+        """From x (B,C,H,W) float64 at the noisiest time to the sample, float64."""
+
+
+def host(t: float) -> Tensor:
+    """A time as a host tensor (1,) float64."""
+    return torch.tensor([t], dtype=torch.float64)
+
+
+def draw(noise: Noise | None, index: int, x: Tensor) -> Tensor:
+    """The index-th draw, like x (B,C,H,W)."""
+    assert noise is not None
+    return noise(index).to(x.device, x.dtype, non_blocking=True)
