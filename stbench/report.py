@@ -98,6 +98,8 @@ def _print_text(text: str, console: Console, style: str = "") -> None:
 
 
 def _print_notes(notes: Sequence[str], console: Console) -> None:
+    if notes:
+        console.print()
     for note in notes:
         _print_text(f"- {note}", console)
 
