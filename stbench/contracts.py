@@ -254,7 +254,7 @@ class Step:
         if x.shape[0] == 0:
             return x.new_zeros(0, self.info.tokens, teacher.info.width)
         self.cost.teachers += float(teacher.flops(block)) * x.shape[0]
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
             return teacher.features(x, t, y, indices=(block,))[block].float()
 
 

@@ -258,8 +258,8 @@ class StageRun:
             self._step(module, optimizer)
             self._after_step(module, optimizer)
         sha256 = {
-            "raw": save_weights(self._weights_file("raw", self.job.steps), module.student.state_dict()),
-            "ema": save_weights(self._weights_file("ema", self.job.steps), module.ema.state_dict()),
+            "raw": save_weights(module.student.state_dict(), self._weights_file("raw", self.job.steps)),
+            "ema": save_weights(module.ema.state_dict(), self._weights_file("ema", self.job.steps)),
         }
         record = self._record(module, sha256)
         self._publish(record)
@@ -361,7 +361,7 @@ class StageRun:
     def _point(self, module: stages.StageModule) -> None:
         """Keep the EMA weights of this point and evaluate them."""
         step = self.state.step
-        save_weights(self._weights_file("ema", step), module.ema.state_dict())
+        save_weights(module.ema.state_dict(), self._weights_file("ema", step))
         if self.options.keep == "last":
             for old in self.place.glob("ema-*.safetensors"):
                 if old != self._weights_file("ema", step):

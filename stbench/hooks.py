@@ -222,7 +222,15 @@ class Evaluation:
         self._job, self._spec, self._dataset = job, spec, dataset
         self._folder, self._cache, self._device = folder, cache, device
         self._objective = build_objective(spec.objective)
-        self.protocol = evaluate.Protocol.of(dataset, spec.eval)
+        settings = spec.eval
+        self.protocol = evaluate.protocol_of(
+            dataset,
+            samples=settings.samples,
+            labels=settings.labels,
+            seed=settings.seed,
+            sampler=settings.sampler,
+            steps=settings.steps,
+        )
 
     def run(self, ema: Backbone, step: int, seconds: float, flops: float) -> list[CurvePoint]:
         """Evaluate at every scale due here; returns the new rows, none if all were there."""
@@ -269,8 +277,10 @@ class Evaluation:
             device=self._device,
         )
         name = f"{self._job.index}-{self._job.name}-{step:08d}-g{scale:g}.png"
-        evaluate.grid(images, labels, self._folder.path / "samples" / name)
-        metrics = evaluate.metrics(images, self._dataset, labels=labels, extras=full, cache_dir=self._cache)
+        columns = self._dataset.classes if settings.labels == "balanced" else 10
+        evaluate.grid(images[: 10 * columns], self._folder.path / "samples" / name, columns)
+        names = evaluate.BASIC + (evaluate.EXTRAS if full else ())
+        metrics = evaluate.metrics(images, self._dataset, names, self._cache, labels)
         return CurvePoint(
             stage=self._job.name,
             stage_index=self._job.index,

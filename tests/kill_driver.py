@@ -1,0 +1,139 @@
+"""Kills runs with SIGKILL at chosen events and lets the same command finish them; run as a process of its own.
+
+    python kill_driver.py FOLDER EVENT...      EVENT: FUNCTION:N (its n-th call), FUNCTION.fsync:N (the n-th fsync in
+                                               it), any:FRACTION (a call of the package's, by its place in the run)
+
+Prints one JSON line an event: {"event", "killed", "same", "where"}. The events are counted by a profile function, so
+the program itself knows nothing of the test. Children are forked: the imports are paid once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)
+
+from stbench import engine  # noqa: E402
+from stbench.config import Request, resolve  # noqa: E402
+from stbench.data import get_dataset  # noqa: E402
+from stbench.registry import load_builtins  # noqa: E402
+
+OVERRIDES = {
+    "train.batch": 8,
+    "train.save_every": 2,
+    "backbone.width": 24,
+    "backbone.depth": 3,
+    "backbone.heads": 2,
+    "recipe.teacher_block": 2,
+    "recipe.student_block": 1,
+    "eval.points": [3, 6],
+    "eval.samples": 40,
+    "eval.steps": 2,
+}
+PACKAGE = str(Path(engine.__file__).parent)
+
+
+def train(output: Path) -> None:
+    """The run under test: Self-Transcendence, 6 steps a stage, evaluated twice."""
+    spec = resolve(Request("sit", "self-transcendence", steps=6, overrides=OVERRIDES))
+    engine.run(spec, engine.Options(output, keep="all"))
+
+
+def profile(event: str, tell: int) -> Any:
+    """A profile function that kills this process at `event`, or counts all events into the pipe `tell`."""
+    name, _, number = event.partition(":")
+    function, syncing = name.removesuffix(".fsync"), name.endswith(".fsync")
+    seen = 0
+
+    def watch(frame: FrameType, kind: str, argument: Any) -> None:
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(PACKAGE) or function not in ("any", frame.f_code.co_name):
+            return
+        if kind != "c_call" if syncing else kind != "call":
+            return
+        if syncing and argument is not os.fsync:
+            return
+        seen += 1
+        if seen == int(number):
+            os.write(tell, frame.f_code.co_name.encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return watch
+
+
+def child(output: Path, event: str | None) -> tuple[bool, str]:
+    """Fork, train, maybe die; returns whether it was killed and in which function."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        if event is not None:
+            sys.setprofile(profile(event, write))
+        train(output)
+        os._exit(0)
+    os.close(write)
+    where = b"".join(iter(lambda: os.read(read, 1024), b"")).decode()
+    os.close(read)
+    status = os.waitpid(pid, 0)[1]
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    assert killed or os.waitstatus_to_exitcode(status) == 0, f"the run failed after {event}"
+    return killed, where
+
+
+def digest(output: Path) -> dict[str, str]:
+    """Every weight file's hash, and the curve and stage records without their wall-clock fields."""
+    found = {}
+    (folder,) = (path.parent for path in output.glob("*/spec.json"))
+    for file in sorted(folder.rglob("checkpoints/*/[er][ma][aw]-*.safetensors")):
+        found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
+    for name in ("curve.jsonl", "stages.jsonl"):
+        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        clockless = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+        found[name] = json.dumps(clockless, sort_keys=True)
+    found["status"] = json.loads((folder / "status.json").read_text())["state"]
+    return found
+
+
+def count_calls(output: Path) -> int:
+    """How many calls of the package's functions a whole run makes."""
+    calls = 0
+
+    def watch(frame: FrameType, kind: str, argument: Any) -> None:
+        nonlocal calls
+        calls += kind == "call" and frame.f_code.co_filename.startswith(PACKAGE)
+
+    sys.setprofile(watch)
+    train(output)
+    sys.setprofile(None)
+    return calls
+
+
+def main() -> None:
+    """Reference run, then one killed and resumed run an event."""
+    folder, events = Path(sys.argv[1]), sys.argv[2:]
+    load_builtins()
+    get_dataset("digits")
+    calls = count_calls(folder / "reference")
+    expected = digest(folder / "reference")
+    assert expected["status"] == "finished" and len(expected) == 8, expected
+    for number, event in enumerate(events):
+        output = folder / str(number)
+        if event.startswith("any:"):
+            event = f"any:{max(1, int(float(event[4:]) * calls))}"
+        killed, where = child(output, event)
+        child(output, None)
+        same = digest(output) == expected
+        print(json.dumps({"event": event, "killed": killed, "same": same, "where": where}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
