@@ -1,0 +1,121 @@
+"""Draw images from a network, measure its loss on held-out images, and lay images out in one picture.
+
+All noise is keyed by the evaluation seed and the image's number, so neither the batch nor the caller changes
+a sample, and the global random state is never touched.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stbench.contracts import Backbone, Objective
+from stbench.data import Dataset
+from stbench.errors import UserError
+from stbench.results import atomic_write
+from stbench.rng import generator
+from stbench.samplers import Guidance, Noise, sample
+
+BLOCK = 50
+"""Images whose evaluation noise shares one generator."""
+BINS = 10
+"""Equal bins of t in which the held-out loss is recorded."""
+
+
+def draw_labels(kind: str, n: int, classes: int, seed: int) -> Tensor:
+    """Labels (n,) to ask for: "balanced" cycles through the classes, "random" draws each uniformly."""
+    if kind == "balanced":
+        return torch.arange(n) % classes
+    if kind == "random":
+        return torch.randint(classes, (n,), generator=generator(seed, "evaluation-labels"))
+    raise UserError(f"expected labels 'balanced' or 'random', found '{kind}'; use --set eval.labels=balanced")
+
+
+def block_noise(seed: int, stream: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal (stop-start, *shape) of images start..stop; `start` is a multiple of BLOCK."""
+    blocks = [
+        torch.randn((BLOCK, *shape), generator=generator(seed, stream, first))
+        for first in range(start, stop, BLOCK)
+    ]
+    return torch.cat(blocks)[: stop - start]
+
+
+@torch.no_grad()
+def generate(
+    backbone: Backbone,
+    objective: Objective,
+    dataset: Dataset,
+    *,
+    n: int,
+    labels: str,
+    seed: int,
+    sampler: str,
+    steps: int,
+    guidance: Guidance,
+    device: torch.device | str,
+    batch: int = 250,
+) -> tuple[Tensor, Tensor]:
+    """Draw n images: uint8 (n,c,H,W) and the labels (n,) they were asked to show, on the host.
+
+    `backbone` and `dataset` lie on `device`; `batch`, a multiple of BLOCK, decides memory and not noise.
+    """
+    y = draw_labels(labels, n, dataset.classes, seed)
+    shape = (dataset.channels, dataset.input_size, dataset.input_size)
+    images = []
+    for start in range(0, n, batch):
+        stop = min(start + batch, n)
+        z = block_noise(seed, "evaluation", start, stop, shape).to(device)
+        latents = sample(
+            sampler,
+            backbone,
+            objective,
+            z,
+            y[start:stop].to(device),
+            steps=steps,
+            guidance=guidance,
+            noise=_sampler_noise(seed, start, stop, shape),
+        )
+        images.append(dataset.decode(latents).cpu())
+    return torch.cat(images), y
+
+
+def _sampler_noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> Noise:
+    return lambda draw: block_noise(seed, f"evaluation-step-{draw}", start, stop, shape)
+
+
+@torch.no_grad()
+def validation_loss(
+    backbone: Backbone, objective: Objective, dataset: Dataset, *, seed: int, device: torch.device | str
+) -> list[float]:
+    """Mean denoising loss on the held-out images in each of 10 equal bins of t, at fixed times and noise."""
+    x0, y = (tensor.to(device) for tensor in dataset.heldout())
+    losses = []
+    for index in range(BINS):
+        draw = generator(seed, "validation", index)
+        t = (index + torch.rand(len(x0), generator=draw, dtype=torch.float64)) / BINS
+        noise = torch.randn(x0.shape, generator=draw).to(device)
+        noised = objective.at(x0, noise, t)
+        prediction = backbone(noised.x_t, noised.t, y)
+        losses.append(float(objective.loss(prediction, noised).double().mean()))
+    return losses
+
+
+def grid(images: Tensor, path: Path, columns: int = 10) -> None:
+    """Write uint8 images (N,c,H,W), c 1 or 3, as one PNG, row by row, each pixel enlarged to 2x2.
+
+    With balanced labels and as many columns as classes, each column shows one class.
+    """
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    cells = images.new_zeros(rows * columns, channels, height, width)
+    cells[:n] = images
+    sheet = cells.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    sheet = sheet.reshape(rows * height, columns * width, channels)
+    sheet = sheet.repeat_interleave(2, 0).repeat_interleave(2, 1).cpu()
+    buffer = BytesIO()
+    Image.fromarray((sheet[..., 0] if channels == 1 else sheet).numpy()).save(buffer, format="PNG")
+    atomic_write(path, buffer.getvalue())

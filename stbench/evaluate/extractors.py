@@ -1,0 +1,115 @@
+"""Feature extractors: the shipped digits classifier in torch-fidelity's terms, features of images."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from itertools import pairwise
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch_fidelity import register_feature_extractor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+from torch_fidelity.utils import create_feature_extractor
+
+from stbench.errors import UserError
+from stbench.latents import load_asset, to_float
+from stbench.registry import suggest
+
+
+class DigitsClassifier(nn.Module):
+    """A small convolutional digit classifier; its 64-d features play Inception's part on the digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (1, 16, 32, 48)
+        self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        self.penultimate = nn.Linear(48 * 4 * 4, 64)
+        self.head = nn.Linear(64, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images (B,1,32,32) in [-1,1] to features (B,64)."""
+        for convolution in self.convolutions:
+            images = nn.functional.max_pool2d(nn.functional.gelu(convolution(images)), 2)
+        return nn.functional.gelu(self.penultimate(images.flatten(1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B,1,32,32) in [-1,1] to logits (B,10)."""
+        return self.head(self.features(images))
+
+
+@final
+class DigitsExtractor(FeatureExtractorBase):
+    """The shipped classifier for torch-fidelity: uint8 (B,1,32,32) to features "64" and "logits"."""
+
+    def __init__(self, name: str, features_list: Sequence[str], **_options: object) -> None:
+        # torch-fidelity hands every option of its own to every extractor; this one needs none.
+        super().__init__(name, list(features_list))
+        # On the meta device nothing is initialised, so building leaves the global random state alone.
+        with torch.device("meta"):
+            self.classifier = DigitsClassifier()
+        self.classifier.load_state_dict(load_asset("digits_classifier"), assign=True)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names of the features."""
+        return "64", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """Logits for the inception score, features for everything else."""
+        return "logits" if metric == "isc" else "64"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """It can, but a network this small gains nothing."""
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        """One black image."""
+        return torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The requested features, in the order they were asked for."""
+        features = self.classifier.features(to_float(images))
+        found = {"64": features, "logits": self.classifier.head(features)}
+        return tuple(found[name] for name in self.features_list)
+
+
+register_feature_extractor("stbench-digits", DigitsExtractor)
+
+
+@cache
+def get_extractor(name: str) -> FeatureExtractorBase:
+    """A registered torch-fidelity extractor that returns (FID features, IS logits), on the host."""
+    known = FEATURE_EXTRACTORS_REGISTRY
+    if name not in known:
+        raise UserError(f"unknown feature extractor '{name}'{suggest(name, known)}")
+    layers = [known[name].get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
+    return create_feature_extractor(name, layers, cuda=False, verbose=False)
+
+
+@torch.no_grad()
+def extract(extractor: FeatureExtractorBase, images: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
+    """FID features (N,D) and IS logits (N,K) in float64 of uint8 images (N,c,H,W)."""
+    features, logits = zip(*(extractor(part) for part in torch.split(images, batch)), strict=True)
+    return torch.cat(features).double(), torch.cat(logits).double()
+
+
+def tensors_hash(tensors: Sequence[Tensor]) -> str:
+    """sha256 over shapes, types and bytes."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def extractor_hash(extractor: FeatureExtractorBase) -> str:
+    """Hash of an extractor's weights and of the layers it returns."""
+    weights = tensors_hash(list(extractor.state_dict().values()))
+    return hashlib.sha256(f"{extractor.get_requested_features_list()}{weights}".encode()).hexdigest()
