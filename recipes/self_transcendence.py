@@ -65,7 +65,10 @@ class VaeAlign(Recipe):
 
     def heads(self, info: BackboneInfo) -> nn.ModuleDict:
         """A three-layer projector and a small final layer; no conditioning."""
-        head = nn.Sequential(align.projector(info.width, self.hidden, info.width), align.VelocityHead(info.width, info.patch, info.channels))
+        head = nn.Sequential(
+            align.projector(info.width, self.hidden, info.width),
+            align.VelocityHead(info.width, info.patch, info.channels),
+        )
         return nn.ModuleDict({"velocity": head})
 
     def terms(self, step: Step) -> Mapping[str, Term]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from statistics import fmean
 
 from stbench.groups import Group, final_points, group_runs, state
 from stbench.leaderboard import Against, Guided, Interval, Leaderboard, Point, Reach, Row, Table
 from stbench.records import RunRecord
-from stbench.stats import cell, crossing, holm, paired_p, value_at
+from stbench.stats import cell, crossing, holm, mean, paired_p, value_at
 
 BASELINE = "vanilla"
 """The recipe, without options, that every other row is measured against."""
@@ -125,7 +124,7 @@ def _row(group: Group, base: Group | None, grid: set[tuple[float, Interval]]) ->
         images=points[0].images,
         fid=cell(list(group.fid(step).values())),
         inception=cell(scores) if len(scores) == len(points) else None,
-        val_loss=cell([fmean(p.val_loss) if p.val_loss else math.nan for p in points]),
+        val_loss=cell([mean(p.val_loss) if p.val_loss else math.nan for p in points]),
         guided=_guided(group, step, grid),
         flops_student=cell(flops),
         flops_total=cell([x + sum(s.flops for s in e) for x, e in zip(flops, earlier, strict=True)]),
@@ -157,7 +156,7 @@ def _against(group: Group, base: Group | None, step: int, earlier: int) -> Again
         return Against(images, fid, 1.0, None, "baseline", reach)
     own = group.fid(step)
     logs = [math.log(own[seed]) - math.log(known[seed]) for seed in own if seed in known]
-    ratio = math.exp(fmean(logs)) if logs else None
+    ratio = math.exp(mean(logs)) if logs else None
     if any(run.status == "failed" for run in group.unfinished):
         return Against(images, fid, ratio, None, "a seed failed", reach)
     if not all(map(math.isfinite, logs)):
@@ -171,14 +170,14 @@ def _reach(group: Group, base: Group, step: int, earlier: int) -> Reach | None:
     """Images to the baseline's mean FID at `step`, and how many times more the baseline needed."""
     if step not in base.steps:
         return None
-    target, needed = fmean(base.fid(step).values()), base.images(step)
+    target, needed = mean(list(base.fid(step).values())), base.images(step)
     limit = group.images(group.steps[-1]) + earlier
     if group is base:
         return Reach(target, float(needed), len(base.runs), limit, 1.0)
     crossings = [crossing(*group.curve(seed), target) for seed in group.runs]
     arrived = [images + earlier for images in crossings if images is not None]
-    mean = fmean(arrived) if len(arrived) == len(crossings) else None
-    return Reach(target, mean, len(arrived), limit, needed / mean if mean else None)
+    images = mean(arrived) if len(arrived) == len(crossings) else None
+    return Reach(target, images, len(arrived), limit, needed / images if images else None)
 
 
 def _settle(

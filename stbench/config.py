@@ -185,13 +185,16 @@ def split_backbone(name: str) -> tuple[str, str | None]:
     raise AssertionError("unreachable: lookup raised")
 
 
-def build_backbone(spec: BackboneSpec, objective: str, dataset: Any, device: str = "cpu") -> Backbone:
-    """The network of a spec for a data set's latents, freshly initialised from torch's global generator."""
+def build_backbone(
+    spec: BackboneSpec, objective: str, dataset: Any, device: str = "cpu", seed: int = 0
+) -> Backbone:
+    """The network of a spec for a data set's latents, freshly initialised from a generator of its own."""
     family = lookup(BACKBONES, spec.name)
     preset = {k: v for k, v in family.presets[spec.size].items() if k != "objective"}
     kwargs = {**preset, **spec.options}
     out = build_objective(objective).out_channels(dataset.channels)
-    with torch.device(device):
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         return family(
             channels=dataset.channels,
             input_size=dataset.input_size,

@@ -167,7 +167,7 @@ class Objective(ABC):
 
     def velocity(self, prediction: Tensor, noised: Noised) -> Tensor:
         """The same velocity as `velocity_target`, from a prediction instead of the truth."""
-        x0, eps = self.denoise(prediction, noised.x_t, noised.t)
+        x0, eps = self.denoise(prediction, noised.x_t, noised.t_host)
         return self.velocity_target(Noised(noised.x_t, noised.t, noised.t_host, x0, eps))
 
     def out_channels(self, channels: int) -> int:

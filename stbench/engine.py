@@ -267,9 +267,7 @@ class StageRun:
 
     def _build(self) -> tuple[stages.StageModule, torch.optim.AdamW]:
         spec, device = self.spec, self.options.device
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key(spec.seed, "backbone"))
-            student = build_backbone(spec.backbone, spec.objective, self.dataset)
+        student = build_backbone(spec.backbone, spec.objective, self.dataset, seed=key(spec.seed, "backbone"))
         if self.job.stage.init == "previous":
             assert self.previous is not None, "the first stage has no previous one"
             student.load_state_dict(self.previous.load("ema").state_dict())

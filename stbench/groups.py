@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from stbench.errors import UserError
@@ -37,7 +38,7 @@ class Group:
         """What the row is called."""
         return self.first.label
 
-    @property
+    @cached_property
     def steps(self) -> list[int]:
         """Steps at which every seed was evaluated without guidance."""
         return sorted(

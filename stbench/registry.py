@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -64,7 +65,7 @@ def load_plugins(files: Iterable[Path] = (), group: str = "stbench.plugins") -> 
     """
     hashes = {}
     for point in entry_points(group=group):
-        module = _guarded(point.value, lambda point=point: point.load())
+        module = _guarded(point.value, point.load)
         source = getattr(module, "__file__", None) or getattr(sys.modules.get(point.module), "__file__", None)
         hashes[point.value] = _sha256(Path(source)) if source else ""
     for file in files:
@@ -72,7 +73,7 @@ def load_plugins(files: Iterable[Path] = (), group: str = "stbench.plugins") -> 
             raise UserError(
                 f"plug-in file not found: {file}; expected a Python file, give its path after --plugin"
             )
-        _guarded(str(file), lambda file=file: _import_file(file))
+        _guarded(str(file), functools.partial(_import_file, file))
         hashes[str(file)] = _sha256(file)
     return hashes
 

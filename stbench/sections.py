@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from stbench.compare import BASELINE
 from stbench.leaderboard import Against, Row, Table
 from stbench.records import CurvePoint, RunRecord
-from stbench.stats import Cell
+from stbench.stats import Cell, mean
 
 Columns = dict[str, Callable[[CurvePoint], str]]
 NONE = "-"
@@ -212,7 +211,7 @@ def curves(record: RunRecord) -> list[Section]:
     if len({point.protocol for point in points}) > 1:
         place = {"protocol": lambda p: p.protocol, **place}
     cost: Columns = {
-        "val loss": lambda p: number(fmean(p.val_loss)) if p.val_loss else NONE,
+        "val loss": lambda p: number(mean(p.val_loss)) if p.val_loss else NONE,
         "time": lambda p: duration(p.seconds),
     }
     main = place | {name: _metric(name) for name in names if name not in some} | cost

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
 
 
 @dataclass(frozen=True)
@@ -20,11 +19,20 @@ class Cell:
     values: tuple[float, ...]
 
 
+def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def deviation(values: Sequence[float]) -> float:
+    """The sample standard deviation of at least two values; NaN if one of them is not finite."""
+    centre = mean(values) if all(map(math.isfinite, values)) else math.nan
+    return math.sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
+
+
 def cell(values: Sequence[float]) -> Cell:
     """The figure that `values`, one per seed and at least one, make."""
-    finite = all(map(math.isfinite, values))
-    std = (stdev(values) if finite else math.nan) if len(values) > 1 else None
-    return Cell(mean=fmean(values), std=std, values=tuple(values))
+    return Cell(mean(values), deviation(values) if len(values) > 1 else None, tuple(values))
 
 
 def crossing(images: Sequence[int], fid: Sequence[float], target: float) -> float | None:
@@ -71,10 +79,10 @@ def student_p(t: float, dof: int) -> float:
 
 def paired_p(differences: Sequence[float]) -> float:
     """Two-sided p-value of a paired t-test on 2 or more differences; without spread 0, or 1 if all are 0."""
-    mean, spread = fmean(differences), stdev(differences)
+    centre, spread = mean(differences), deviation(differences)
     if spread == 0:
-        return 0.0 if mean else 1.0
-    return student_p(mean / (spread / math.sqrt(len(differences))), len(differences) - 1)
+        return 0.0 if centre else 1.0
+    return student_p(centre / (spread / math.sqrt(len(differences))), len(differences) - 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from stbench import align
-from stbench.contracts import Backbone, Noised, Objective
+from stbench.contracts import Artifact, Backbone, Batch, Cost, Noised, Objective, Step
 from stbench.objectives import ImprovedDdpm, LinearFlow
-from stbench.samplers import guide
+from stbench.recipes.self_transcendence import SelfTranscendence, VaeAlign
+from stbench.rng import Rng
 from stbench.testing.golden import Check, Golden, check
 from stbench.testing.golden_objectives import TOLERANCE, gradient, network, run, tolerated
 
 GUIDED = 1e-4
 LABEL_DROP = 0.1
 TEACHER_SCALE = 0.9
+
+Reducible = TypeVar("Reducible", VaeAlign, SelfTranscendence)
 
 
 def teacher_of(net: Backbone) -> Backbone:
@@ -49,17 +54,40 @@ def denoising(golden: Golden, objective: Objective, noised: Noised, prediction: 
             yield golden.compare(name, value, golden.t[name], TOLERANCE)
 
 
-def reductions(golden: Golden, name: str, loss: Tensor, inside: Tensor, tolerance: float) -> Iterator[Check]:
-    """A loss (B,) before masking, and the three ways of reducing it."""
-    rows = inside.nonzero().flatten()
+def step_of(net: Backbone, noised: Noised, y: Tensor, blocks: Sequence[int], heads: nn.ModuleDict) -> Step:
+    """What the engine would show a recipe: one batch with its prediction and 0-based blocks."""
+    prediction, features = net.forward_intermediates(noised.x_t, noised.t, y, indices=blocks)
+    assert prediction is not None
+    size = len(y)
+    batch = Batch(noised.x0, y, y, torch.arange(size), Rng(0, 0, size))
+    objective = LinearFlow()
+    return Step(batch, noised, prediction, features, heads, net, objective, net.info, 0, size, size, Cost())
+
+
+def reductions(golden: Golden, name: str, step: Step, recipe: Reducible, tolerance: float) -> Iterator[Check]:
+    """A recipe's loss (B,) before masking, and the three ways of reducing it."""
+
+    def value(**options: Any) -> Tensor:
+        (term,) = replaced(recipe, **options).terms(step).values()
+        return term.value
+
+    everywhere = value(mask="samples", interval=(0.0, 1.0))
     found = {
-        f"out/{name}_per_sample": loss,
-        f"out/{name}_mean_masked_per_sample": align.masked(loss[rows], rows, len(loss)).mean(),
-        f"out/{name}_mean_as_released": align.released_mask(loss, inside).mean(),
-        f"out/{name}_mean_unmasked": loss.mean(),
+        f"out/{name}_per_sample": everywhere,
+        f"out/{name}_mean_masked_per_sample": value(mask="samples").mean(),
+        f"out/{name}_mean_as_released": value(mask="released").mean(),
+        f"out/{name}_mean_unmasked": everywhere.mean(),
     }
+    inside = align.in_interval(step.objective, step.noised.t_host, recipe.interval)
     yield golden.compare("mid/mask", inside.float(), golden.t["mid/mask"].float(), 0.0)
     yield from tolerated(golden, found, tolerance)
+
+
+def replaced(recipe: Reducible, **options: Any) -> Reducible:
+    """The recipe with other options, set up anew."""
+    changed = dataclasses.replace(recipe, **options)
+    changed.setup(torch.device("cpu"))
+    return changed
 
 
 @check("loss_vae_align")
@@ -68,17 +96,16 @@ def vae_align(golden: Golden) -> Iterator[Check]:
     objective, t, settings = LinearFlow(), golden.t, golden.meta["settings"]
     noised = objective.at(t["in/x0"], t["in/noise"], t["in/t"])
     net, _ = network(golden)
-    prediction, (tokens,) = run(net, noised, t["in/y"], settings["block"])
-    yield from denoising(golden, objective, noised, prediction)
-    info = net.info
-    mlp = align.projector(info.width, settings["projector_hidden"], info.width)
-    final = align.VelocityHead(info.width, info.patch, info.channels)
-    heads = golden.group("head/")
-    velocity = filled(final, heads, "projectors_final.")(filled(mlp, heads, "projectors.")(tokens))
-    yield golden.compare("mid/head_pred", velocity, t["mid/head_pred"], TOLERANCE)
-    inside = align.in_interval(objective, noised.t_host, tuple(settings["t_range"]))
-    loss = align.mse(velocity, objective.velocity_target(noised))
-    yield from reductions(golden, "head", loss, inside, TOLERANCE)
+    block = settings["block"] - 1
+    recipe = VaeAlign(block, settings["projector_hidden"], interval=tuple(settings["t_range"]))
+    heads, stored = recipe.heads(net.info), golden.group("head/")
+    mlp, final = cast(nn.Sequential, heads["velocity"])
+    filled(mlp, stored, "projectors.")
+    filled(final, stored, "projectors_final.")
+    step = step_of(net, noised, t["in/y"], recipe.taps, heads)
+    yield from denoising(golden, objective, noised, step.prediction)
+    yield from tolerated(golden, {"mid/head_pred": step.project("velocity", step.features[block])})
+    yield from reductions(golden, "head", step, recipe, TOLERANCE)
 
 
 @check("loss_self_transcendence")
@@ -87,20 +114,29 @@ def self_transcendence(golden: Golden) -> Iterator[Check]:
     objective, t, settings = LinearFlow(), golden.t, golden.meta["settings"]
     noised = objective.at(t["in/x0"], t["in/noise"], t["in/t"])
     net, _ = network(golden)
-    prediction, (tokens,) = run(net, noised, t["in/y"], settings["student_block"])
-    yield from denoising(golden, objective, noised, prediction)
-    teacher, block = teacher_of(net), settings["teacher_block"]
+    teacher, stored = teacher_of(net), golden.group("head/")
+    student_block, block = settings["student_block"] - 1, settings["teacher_block"] - 1
+    recipe = SelfTranscendence(
+        Artifact("teacher", "golden", "", {}, 0, 0, 0.0, 0.0, lambda weights: teacher),
+        student_block,
+        block,
+        hidden=len(stored["projectors.0.bias"]),
+        guidance=settings["guidance"],
+        interval=tuple(settings["t_range"]),
+    )
+    recipe.setup(torch.device("cpu"))
+    heads = recipe.heads(net.info)
+    filled(heads["projector"], stored, "projectors.")
+    step = step_of(net, noised, t["in/y"], recipe.taps, heads)
+    yield from denoising(golden, objective, noised, step.prediction)
     null = torch.full_like(t["in/y"], net.info.classes)
-    cond, uncond = (run(teacher, noised, y, block)[1][0] for y in (t["in/y"], null))
-    heads = golden.group("head/")
-    mlp = align.projector(net.info.width, len(heads["projectors.0.bias"]), net.info.width)
-    projected = filled(mlp, heads, "projectors.")(tokens)
+    cond, uncond = (step.teach(teacher, noised.x_t, noised.t, y, block=block) for y in (t["in/y"], null))
+    projected = step.project("projector", step.features[student_block])
     features = {"mid/teacher_cond": cond, "mid/teacher_uncond": uncond, "mid/student_proj": projected}
     yield from tolerated(golden, features)
-    guided = guide(cond, uncond, settings["guidance"])
+    guided = recipe.guided(step, torch.arange(len(null)))
     yield golden.compare("mid/guided", guided, t["mid/guided"], GUIDED)
-    inside = align.in_interval(objective, noised.t_host, tuple(settings["t_range"]))
-    yield from reductions(golden, "feat", align.mse(projected, guided), inside, GUIDED)
+    yield from reductions(golden, "feat", step, recipe, GUIDED)
 
 
 @check("loss_repa")

@@ -1,0 +1,57 @@
+"""Settings that every test shares: no network, one thread, and a run small enough for a unit test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+from stbench import engine
+from stbench.config import Request, RunSpec, resolve
+from stbench.records import RunRecord
+from stbench.registry import load_builtins
+
+TINY: dict[str, Any] = {
+    "train.batch": 8,
+    "train.save_every": 2,
+    "backbone.width": 24,
+    "backbone.depth": 3,
+    "backbone.heads": 2,
+    "eval.samples": 40,
+    "eval.steps": 2,
+    "eval.guidance": [1.0],
+}
+BLOCKS: dict[str, Any] = {"recipe.teacher_block": 2, "recipe.student_block": 1}
+
+Runner = Callable[..., RunRecord]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    load_builtins()
+
+
+def tiny_spec(recipe: str = "vanilla", *, backbone: str = "sit", steps: int = 4, **more: Any) -> RunSpec:
+    """A spec of a few steps; keyword arguments are overrides with `__` for the dot, or fields of Request."""
+    fields = {k: more.pop(k) for k in ("seed", "objective", "precision") if k in more}
+    blocks = BLOCKS if recipe == "self-transcendence" else {}
+    overrides = TINY | blocks | {k.replace("__", "."): v for k, v in more.items()}
+    return resolve(Request(backbone, recipe, steps=steps, overrides=overrides, **fields))
+
+
+@pytest.fixture()
+def tiny(tmp_path: Path) -> Runner:
+    """Run a tiny spec under this test's folder (or `output`) and return its record."""
+
+    def run(recipe: str = "vanilla", output: str = "runs", hooks: Any = (), **more: Any) -> RunRecord:
+        options = {k: more.pop(k) for k in ("keep", "reuse") if k in more}
+        return engine.run(tiny_spec(recipe, **more), engine.Options(tmp_path / output, **options), hooks)[0]
+
+    return run

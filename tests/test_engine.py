@@ -1,0 +1,203 @@
+"""The stage loop: pairing, resuming, continuing, reusing, and what a finished run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stbench import engine
+from stbench.errors import UserError
+from stbench.hooks import Hook
+from stbench.plan import StageJob
+from stbench.records import RunRecord
+from stbench.results import RunFolder
+from tests.conftest import Runner, tiny_spec
+
+
+def weights(record: RunRecord, kind: str = "raw", stage: int | None = None) -> dict[str, torch.Tensor]:
+    stage = record.final_stage if stage is None else stage
+    steps = record.stages[stage].steps
+    (file,) = Path(record.path).glob(f"checkpoints/{stage}-*/{kind}-{steps:08d}.safetensors")
+    return load_file(file)
+
+
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_one_seed_gives_one_result_and_another_seed_another(tiny: Runner) -> None:
+    first, again = tiny(output="a"), tiny(output="b")
+    assert same(weights(first), weights(again))
+    assert first.curve[0].metrics == again.curve[0].metrics
+    assert not same(weights(first), weights(tiny(output="a", seed=1)))
+
+
+@pytest.mark.parametrize("recipe", ["vae-align", "self-transcendence"])
+def test_recipes_are_paired_with_vanilla(tiny: Runner, recipe: str) -> None:
+    """With its term switched off a recipe trains vanilla's very bits: same init, data, times, noise and drops."""
+    silent = tiny(recipe, recipe__coefficient=0.0)
+    assert same(weights(silent), weights(tiny("vanilla")))
+    assert not same(weights(tiny(recipe)), weights(silent))
+
+
+def test_both_stages_start_from_the_same_weights(tiny: Runner) -> None:
+    record = tiny("self-transcendence", recipe__coefficient=0.0)
+    assert same(weights(record, stage=0), weights(record, stage=1))
+
+
+def test_a_finished_run_is_left_alone(tiny: Runner, tmp_path: Path) -> None:
+    record = tiny()
+    before = {p: p.stat().st_mtime_ns for p in Path(record.path).rglob("*.safetensors")}
+    again, trained = engine.run(tiny_spec(), engine.Options(tmp_path / "runs"))
+    assert not trained and again.curve == record.curve
+    assert before == {p: p.stat().st_mtime_ns for p in Path(record.path).rglob("*.safetensors")}
+
+
+def test_more_steps_continue_a_finished_run(tiny: Runner) -> None:
+    short = tiny(steps=4)
+    longer = tiny(steps=8)
+    assert longer.path == short.path and longer.stages[0].steps == 8
+    direct = tiny(output="direct", steps=8, eval__points=[4, 8])
+    assert same(weights(longer), weights(direct)) and same(weights(longer, "ema"), weights(direct, "ema"))
+    assert [p.step for p in longer.curve if p.guidance == 1.0] == [4, 8]
+    assert longer.stages[0].flops == direct.stages[0].flops
+
+
+def test_a_longer_teacher_is_another_run(tiny: Runner) -> None:
+    assert tiny("self-transcendence", steps=2).path != tiny("self-transcendence", steps=3).path
+    kept = tiny("self-transcendence", steps=3, recipe__teacher_steps=2)
+    assert kept.path == tiny("self-transcendence", steps=2, recipe__teacher_steps=2).path
+
+
+class StopAt(Hook):
+    """Presses Ctrl-C after a step."""
+
+    every = 1
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step(self, job: StageJob, step: int, losses: Mapping[str, float]) -> None:
+        if step == self._step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tiny: Runner, tmp_path: Path) -> None:
+    with pytest.raises(engine.Interrupted):
+        tiny(hooks=[StopAt(3)])
+    (folder,) = (p.parent for p in (tmp_path / "runs").glob("*/spec.json"))
+    assert RunFolder(folder).status()["state"] == "stopped"
+    assert json.loads((folder / "checkpoints/0-vanilla/state.json").read_text())["step"] == 3
+    assert same(weights(tiny()), weights(tiny(output="plain")))
+
+
+def test_an_equal_stage_is_reused_and_still_paid(tiny: Runner) -> None:
+    alone = tiny("vae-align")
+    taught = tiny("self-transcendence")
+    assert taught.stages[0].reused and not taught.stages[1].reused
+    assert (
+        taught.stages[0].flops == alone.stages[0].flops
+        and taught.stages[0].seconds == alone.stages[0].seconds
+    )
+    fresh = tiny("self-transcendence", output="fresh")
+    assert not fresh.stages[0].reused
+    assert same(weights(taught), weights(fresh))
+    keys = ("stage", "step", "guidance", "metrics", "val_loss", "flops")
+    assert [[getattr(p, k) for k in keys] for p in taught.curve] == [
+        [getattr(p, k) for k in keys] for p in fresh.curve
+    ]
+
+
+def test_no_reuse_trains_its_own_teacher(tiny: Runner) -> None:
+    tiny("vae-align")
+    assert not tiny("self-transcendence", reuse=False).stages[0].reused
+
+
+def test_the_vanilla_teacher_is_the_vanilla_run(tiny: Runner) -> None:
+    tiny("vanilla")
+    assert tiny("self-transcendence", recipe__teacher="vanilla").stages[0].reused
+
+
+def test_other_options_are_other_stages(tiny: Runner) -> None:
+    tiny("vae-align", recipe__coefficient=0.25)
+    assert not tiny("self-transcendence").stages[0].reused
+
+
+def test_micro_batches_add_up_to_the_batch(tiny: Runner) -> None:
+    whole, parts = weights(tiny(steps=2)), weights(tiny(steps=2, train__accumulate=3))
+    assert all(torch.allclose(whole[k], parts[k], atol=2e-5) for k in whole)
+
+
+def test_keep_last_leaves_one_ema(tiny: Runner) -> None:
+    record = tiny(eval__points=[2, 4], keep="last")
+    assert [f.name for f in Path(record.path).glob("checkpoints/*/ema-*")] == ["ema-00000004.safetensors"]
+    every = tiny(output="all", eval__points=[2, 4])
+    assert len(list(Path(every.path).glob("checkpoints/*/ema-*"))) == 2
+
+
+def test_training_leaves_the_global_generator_alone(tiny: Runner) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    tiny("self-transcendence")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_costs_add_up(tiny: Runner) -> None:
+    record = tiny("self-transcendence")
+    teacher, student = record.stages
+    assert teacher.flops_teachers == 0 and student.flops_teachers > 0
+    assert student.flops_student == teacher.flops_student
+    assert [p.flops for p in record.curve] == [teacher.flops, student.flops]
+    assert record.curve[-1].seconds == student.seconds > student.warmup_seconds > 0
+
+
+def test_a_diverging_run_says_so_in_one_line(tiny: Runner, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="loss is not finite at step 50 .* smaller learning rate"):
+        tiny(steps=60, train__lr=1e12, train__clip=None, train__warmup=0)
+    (folder,) = (p.parent for p in (tmp_path / "runs").glob("*/spec.json"))
+    assert RunFolder(folder).status()["state"] == "failed"
+
+
+def test_other_evaluation_settings_do_not_mix_into_a_run(tiny: Runner, tmp_path: Path) -> None:
+    with pytest.raises(engine.Interrupted):
+        tiny(hooks=[StopAt(2)])
+    with pytest.raises(UserError, match="begun under other evaluation settings"):
+        tiny(eval__samples=50)
+
+
+def _damaged(tiny: Runner, tmp_path: Path) -> Path:
+    with pytest.raises(engine.Interrupted):
+        tiny(hooks=[StopAt(3)])
+    (place,) = (tmp_path / "runs").glob("*/checkpoints/0-vanilla")
+    return place
+
+
+def test_a_truncated_checkpoint_is_one_line(tiny: Runner, tmp_path: Path) -> None:
+    place = _damaged(tiny, tmp_path)
+    (file,) = place.glob("state-*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(
+        UserError, match=r"is damaged: expected sha256 .* delete .*0-vanilla to train this stage again"
+    ):
+        tiny()
+
+
+def test_a_truncated_state_file_is_one_line(tiny: Runner, tmp_path: Path) -> None:
+    place = _damaged(tiny, tmp_path)
+    (place / "state.json").write_text('{"schema": 1, "fi')
+    with pytest.raises(UserError, match="state.json is not whole JSON"):
+        tiny()
+
+
+def test_a_folder_in_use_is_refused(tiny: Runner, tmp_path: Path) -> None:
+    record = tiny()
+    with RunFolder(Path(record.path)).lock(), pytest.raises(UserError, match="is in use by process"):
+        tiny(steps=8)
