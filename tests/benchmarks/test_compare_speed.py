@@ -1,4 +1,4 @@
-"""How long `compare` takes over two hundred run folders, in a process of its own: the limit is one second, at best of five."""
+"""How long `compare` takes over two hundred run folders: under a second at best, in a process of its own."""
 
 from __future__ import annotations
 
