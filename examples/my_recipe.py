@@ -1,0 +1,43 @@
+"""A recipe in one file: stbench run --plugin examples/my_recipe.py --backbone sit --recipe ema-pull."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from stbench import align
+from stbench.contracts import BackboneInfo, Recipe, Stage, Step, Term
+from stbench.registry import RECIPES
+
+
+@dataclass
+class EmaPull(Recipe):
+    """1 - cosine(projector(h_k), h_k of the EMA at the same x_t, t and label)."""
+
+    block: int
+    weight: float
+
+    @property
+    def taps(self) -> Sequence[int]:
+        """The pulled block."""
+        return (self.block,)
+
+    def heads(self, info: BackboneInfo) -> nn.ModuleDict:
+        """A projector from the student's tokens to the EMA's."""
+        return nn.ModuleDict({"projector": align.projector(info.width, info.width, info.width)})
+
+    def terms(self, step: Step) -> Mapping[str, Term]:
+        """The pull; `step.teach` and `step.project` count what teacher and head cost."""
+        noised, y = step.noised, step.batch.y
+        target = step.teach(step.ema, noised.x_t, noised.t, y, block=self.block)
+        pulled = step.project("projector", step.features[self.block])
+        return {"ema-pull": Term(1.0 - align.cosine(pulled, target), self.weight)}
+
+
+@RECIPES.register_module(name="ema-pull")
+def ema_pull(info: BackboneInfo, *, block: int = 2, weight: float = 0.5) -> Sequence[Stage]:
+    """Pull the features of one block towards those of the EMA; block: 0-based."""
+    recipe = EmaPull(info.block("recipe.block", block), weight)
+    return [Stage("ema-pull", lambda earlier: recipe)]

@@ -1,0 +1,191 @@
+"""Every registered backbone and recipe keeps its promises, and each broken promise is found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stbench import layers
+from stbench.contracts import Artifact, Backbone, BackboneInfo, Features, Recipe, Stage, Step, Term
+from stbench.registry import BACKBONES, RECIPES, load_builtins, names
+from stbench.testing import check_backbone, check_recipe
+
+load_builtins()
+
+
+@pytest.mark.parametrize("name", names(BACKBONES))
+def test_every_backbone_keeps_its_promises(name: str) -> None:
+    check_backbone(name)
+
+
+@pytest.mark.parametrize("recipe", names(RECIPES))
+@pytest.mark.parametrize("backbone", names(BACKBONES))
+def test_every_recipe_trains_on_every_backbone(recipe: str, backbone: str) -> None:
+    check_recipe(recipe, backbone=backbone)
+
+
+class Small(Backbone):
+    """A backbone of linear layers; `flaw` breaks one promise."""
+
+    presets: ClassVar[dict[str, Any]] = {"ti/2": {}}
+
+    def __init__(
+        self, *, channels: int, input_size: int, classes: int, out_channels: int, size: str, flaw: str = ""
+    ) -> None:
+        super().__init__()
+        self.flaw, self.out_channels = flaw, out_channels
+        info = layers.make_info("small", size, channels, input_size, classes, 2, 8, 4)
+        self.info = replace(info, tokens=info.tokens + (flaw == "tokens"), depth=4 + (flaw == "depth"))
+        self.patch, self.dropout = nn.Conv2d(channels, 8, 2, 2), nn.Dropout(0.1)
+        self.label = nn.Embedding(classes + 1, 8)
+        self.time = nn.Linear(1, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.norm = nn.BatchNorm1d(8)
+        self.norm.requires_grad_(flaw == "batch norm")
+        self.out = nn.Linear(8, 4 * out_channels)
+        self.unused = nn.Parameter(torch.ones(1), requires_grad=flaw == "unused")
+        if flaw == "seed":
+            nn.init.normal_(self.out.weight, generator=torch.Generator().manual_seed(torch.seed() % 1000))
+
+    def forward_intermediates(
+        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
+    ) -> tuple[Tensor | None, Features]:
+        if self.flaw == "drop" and self.training:
+            y = torch.where(torch.rand(len(y)) < 0.1, self.info.classes, y)
+        if self.flaw == "null":
+            y = torch.where(y == self.info.classes, 0, y)
+        if self.flaw == "in place":
+            x.mul_(1.0)
+            t.add_(0.001)
+        time = self.time(t[:, None].float() * (self.flaw != "no time"))
+        h = self.patch(x).flatten(2).transpose(1, 2) + (self.label(y) + time)[:, None]
+        if self.flaw == "batch norm":
+            h = self.norm(h.transpose(1, 2)).transpose(1, 2)
+        late = self.flaw == "runs on" or not stop_early
+        features: Features = {}
+        for k, block in enumerate(self.blocks[: 4 if late else max(indices) + 1]):
+            if k in indices and self.flaw == "off by one":
+                features[k] = h if stop_early else block(h)
+            h = h + block(h).tanh()
+            if k in indices:
+                features.setdefault(k, torch.cat([h, h[:, :1]], 1) if self.flaw == "prefix" else h)
+        if stop_early:
+            return None, features
+        out = self.out(h)[..., : 4 * (self.out_channels - (self.flaw == "channels"))]
+        return layers.unpatchify(out, 2, out.shape[-1] // 4), features
+
+
+FLAWS = {
+    "tokens": "info.tokens is 17, patch 2 makes 16",
+    "depth": "blocks .* asked",
+    "seed": "two networks built at one seed differ",
+    "channels": "the prediction has shape",
+    "prefix": "expected image tokens only",
+    "off by one": "differs when stopped early",
+    "drop": "it draws random numbers",
+    "batch norm": "train mode differs from eval mode",
+    "in place": "it changes its inputs|taps change the prediction",
+    "null": "the null label predicts what class 0 does",
+    "no time": "time changes nothing",
+    "unused": "no gradient reaches unused",
+    "runs on": "stop_early saves nothing",
+}
+
+
+def test_a_factory_is_checked_like_a_name() -> None:
+    check_backbone(partial(Small, size="custom"))
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_a_broken_backbone_is_named(flaw: str) -> None:
+    with pytest.raises(AssertionError, match=FLAWS[flaw]):
+        check_backbone(partial(Small, size="custom", flaw=flaw))
+
+
+@dataclass
+class Flawed(Recipe):
+    """Regresses a frozen network's features; `flaw` breaks one promise."""
+
+    teacher: Artifact
+    flaw: str = ""
+
+    @property
+    def taps(self) -> Sequence[int]:
+        return (1,)
+
+    def setup(self, device: torch.device) -> None:
+        self.network = self.teacher.load("ema")
+        if self.flaw == "train mode":
+            self.network.train()
+        if self.flaw == "not frozen":
+            self.network.requires_grad_(True)
+
+    def heads(self, info: BackboneInfo) -> nn.ModuleDict:
+        heads = nn.ModuleDict({"head": nn.Linear(info.width, info.width)})
+        if self.flaw == "idle head":
+            heads["idle"] = nn.Linear(1, 1)
+        return heads
+
+    def terms(self, step: Step) -> Mapping[str, Term]:
+        x, t, y = step.noised.x_t, step.noised.t, step.batch.y
+        if self.flaw == "free teacher":
+            target = self.network.features(x, t, y, indices=(2,))[2]
+        else:
+            target = step.teach(self.network, x, t, y, block=2)
+        tokens = step.features[1]
+        projected = step.heads["head"](tokens) if self.flaw == "free head" else step.project("head", tokens)
+        if self.flaw == "random":
+            target = target + torch.randn_like(target)
+        if self.flaw == "changes":
+            next(self.network.parameters()).data.add_(0.1)
+        error = (projected - target).square().mean((1, 2))
+        if self.flaw == "shape":
+            error = error[:, None]
+        if self.flaw == "nan":
+            error = error / 0.0
+        return {"flawed": Term(error.double() if self.flaw == "double" else error, 0.5)}
+
+
+RECIPE_FLAWS = {
+    "train mode": "a teacher is in train mode",
+    "not frozen": "a teacher is not frozen",
+    "idle head": "no gradient reaches idle.weight, idle.bias",
+    "free teacher": "its teacher costs nothing; run it by step.teach",
+    "free head": "its heads cost nothing; run them by step.project",
+    "random": "draws from torch's global generator",
+    "changes": "changes its teacher",
+    "shape": r"term 'flawed' is \(16, 1\)",
+    "nan": "term 'flawed' is not finite",
+    "double": "term 'flawed' is torch.float64",
+}
+
+
+@pytest.fixture()
+def flawed() -> Iterator[Callable[[str], None]]:
+    def check(flaw: str) -> None:
+        def method(info: BackboneInfo) -> Sequence[Stage]:
+            plain = RECIPES.module_dict["vanilla"](info)[0]
+            return [plain, Stage("flawed", lambda earlier: Flawed(earlier["vanilla"], flaw))]
+
+        RECIPES.register_module(name="flawed", module=method, force=True)
+        check_recipe("flawed", backbone="small")
+
+    BACKBONES.register_module(name="small", module=Small)
+    yield check
+    del BACKBONES.module_dict["small"], RECIPES.module_dict["flawed"]
+
+
+def test_a_sound_recipe_passes(flawed: Callable[[str], None]) -> None:
+    flawed("")
+
+
+@pytest.mark.parametrize("flaw", RECIPE_FLAWS)
+def test_a_broken_recipe_is_named(flaw: str, flawed: Callable[[str], None]) -> None:
+    with pytest.raises(AssertionError, match=RECIPE_FLAWS[flaw]):
+        flawed(flaw)

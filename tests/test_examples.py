@@ -1,0 +1,48 @@
+"""The examples: loaded by --plugin, trained from the command line, and as sound as what is built in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stbench.cli import app
+from stbench.registry import load_builtins, load_plugins
+from stbench.testing import check_backbone, check_recipe
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+BACKBONE, RECIPE = EXAMPLES / "my_backbone.py", EXAMPLES / "my_recipe.py"
+
+
+@pytest.fixture(scope="module")
+def _plugins() -> None:
+    load_builtins()
+    load_plugins([BACKBONE, RECIPE])
+
+
+def test_both_are_trained_from_the_command_line(tmp_path: Path) -> None:
+    small = ["train.batch=8", "eval.samples=20", "eval.steps=2", "eval.guidance=[1.0]"]
+    command = ["run", "--backbone", "mixer", "--recipe", "ema-pull", "--steps", "3", "--device", "cpu"]
+    command += ["--plugin", str(BACKBONE), "--plugin", str(RECIPE), "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, [*command, *(f"--set={pair}" for pair in small)])
+    assert result.exit_code == 0, result.output
+    (folder,) = tmp_path.glob("digits-mixer-ti-2-ema-pull-s0-*")
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    assert set(json.loads((folder / "spec.json").read_text())["plugins"]) == {str(BACKBONE), str(RECIPE)}
+
+
+@pytest.mark.usefixtures("_plugins")
+def test_the_backbone_conforms() -> None:
+    check_backbone("mixer")
+
+
+@pytest.mark.usefixtures("_plugins")
+def test_the_recipe_conforms() -> None:
+    check_recipe("ema-pull")
+
+
+@pytest.mark.usefixtures("_plugins")
+def test_the_recipe_trains_on_the_backbone() -> None:
+    check_recipe("ema-pull", backbone="mixer")
