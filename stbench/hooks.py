@@ -230,6 +230,7 @@ class Evaluation:
             seed=settings.seed,
             sampler=settings.sampler,
             steps=settings.steps,
+            channels=settings.channels,
         )
 
     def run(self, ema: Backbone, step: int, seconds: float, flops: float) -> list[CurvePoint]:

@@ -26,6 +26,8 @@ class Protocol:
     seed: int
     sampler: str
     steps: int
+    channels: int | None
+    """Leading latent channels that guidance acts on; None for all."""
     decoder: str
     """Hash of the decoder's weights."""
     rounding: str
@@ -43,7 +45,15 @@ class Protocol:
 
 
 def protocol_of(
-    dataset: Dataset, *, samples: int, labels: str, seed: int, sampler: str, steps: int, weights: str = "ema"
+    dataset: Dataset,
+    *,
+    samples: int,
+    labels: str,
+    seed: int,
+    sampler: str,
+    steps: int,
+    channels: int | None = None,
+    weights: str = "ema",
 ) -> Protocol:
     """The protocol of these settings on a data set, with its reference, extractor and decoder filled in."""
     images = dataset.references["train"]()
@@ -55,6 +65,7 @@ def protocol_of(
         seed=seed,
         sampler=sampler,
         steps=steps,
+        channels=channels,
         decoder=dataset.decoder[:16],
         rounding=ROUNDING,
         weights=weights,
