@@ -93,8 +93,11 @@ def vae_loss(vae: nn.Module, images: Tensor, labels: Tensor, draw: torch.Generat
 
 
 def label_loss(network: nn.Module, images: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
-    """Cross entropy on augmented images."""
-    return F.cross_entropy(network(augment(images, draw)), labels)
+    """Cross entropy on augmented images.
+
+    Smoothed labels bound the features: FID of held-out digits against damaged ones separates more clearly.
+    """
+    return F.cross_entropy(network(augment(images, draw)), labels, label_smoothing=0.05)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stbench.data import HELD_OUT, Dataset, digits_images, get_dataset, stratified_split
 from stbench.errors import UserError
-from stbench.latents import asset_folder, asset_manifest, load_asset, to_float, to_uint8
+from stbench.latents import asset_folder, asset_manifest, digits_autoencoder, load_asset, to_float, to_uint8
 
 ASSETS = ("digits_vae", "digits_classifier", "digits_encoder")
 
@@ -163,6 +163,7 @@ def test_a_copy_on_another_device_leaves_the_original(digits: Dataset) -> None:
 
 def test_building_leaves_the_global_random_state_alone(digits: Dataset) -> None:
     before = torch.get_rng_state()
+    digits_autoencoder.__wrapped__()
     rebuilt = type(digits)()
     assert torch.equal(torch.get_rng_state(), before)
     assert rebuilt.fingerprint == digits.fingerprint

@@ -44,6 +44,11 @@ def block_noise(seed: int, stream: str, start: int, stop: int, shape: tuple[int,
     return torch.cat(blocks)[: stop - start]
 
 
+def step_noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> Noise:
+    """What a stochastic sampler draws for images start..stop: a stream for each draw."""
+    return lambda draw: block_noise(seed, f"evaluation-step-{draw}", start, stop, shape)
+
+
 @torch.no_grad()
 def generate(
     backbone: Backbone,
@@ -77,14 +82,10 @@ def generate(
             y[start:stop].to(device),
             steps=steps,
             guidance=guidance,
-            noise=_sampler_noise(seed, start, stop, shape),
+            noise=step_noise(seed, start, stop, shape),
         )
         images.append(dataset.decode(latents).cpu())
     return torch.cat(images), y
-
-
-def _sampler_noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> Noise:
-    return lambda draw: block_noise(seed, f"evaluation-step-{draw}", start, stop, shape)
 
 
 @torch.no_grad()
