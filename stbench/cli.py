@@ -1,4 +1,6 @@
-"""The command line: parses, calls, prints; nothing else. No heavy import at the top: `--help` answers at once."""
+"""The command line: parses, calls, prints; nothing else. No heavy import at the top: `--help` answers at
+once.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ app = typer.Typer(
     add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Train diffusion transformers under feature-supervision recipes, and compare how fast they converge.",
+    help="Train diffusion transformers under feature-supervision recipes; compare how fast they converge.",
 )
 
 # Completion must not import torch; a test keeps these equal to the registries.
@@ -107,7 +109,7 @@ def run(
         list[str],
         typer.Option(
             "--set",
-            help="Any option, as train.lr=1e-3, recipe.guidance=5, backbone.depth=4, eval.samples=500; repeatable.",
+            help="Any option: train.lr=1e-3, recipe.guidance=5, backbone.depth=4, eval.seed=1; repeatable.",
         ),
     ] = [],  # noqa: B006
     config: Annotated[
@@ -260,7 +262,8 @@ def main() -> None:
     except UserError as error:
         code = _fail(str(error), debug, 2)
     except usage_error as error:
-        code = _fail(error.format_message(), debug, 2)  # type: ignore[attr-defined]
+        command = error.ctx.command_path if error.ctx else "stbench"  # type: ignore[attr-defined]
+        code = _fail(f"{error.format_message()}; see `{command} --help`", debug, 2)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
         code = _fail(f"stopped; go on with: {shlex.join(['stbench', *arguments])}", debug, 130)
     sys.exit(code or 0)

@@ -1,4 +1,6 @@
-"""What the command line's heavier commands do: turn arguments into a request, call the engine, print what came out."""
+"""What the command line's heavier commands do: turn arguments into a request, call the engine, print what
+came out.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from stbench import engine, report, revisit
-from stbench.config import Request, RunSpec, build_backbone, build_objective, parse_set, read_config, resolve
+from stbench.config import RunSpec, build_backbone, build_objective
 from stbench.contracts import Backbone
-from stbench.data import get_dataset
 from stbench.environment import default_precision, pick_device
 from stbench.errors import UserError
 from stbench.evaluate import METRICS
 from stbench.hooks import Hook, Tracker, progress_hook
-from stbench.plan import StageJob, disk_bytes, planned_recipes, rehearse
+from stbench.plan import StageJob, describe, disk_bytes, meta_loader, planned_recipes, rehearse
 from stbench.records import CurvePoint
 from stbench.registry import (
     BACKBONES,
@@ -33,6 +34,7 @@ from stbench.registry import (
     lookup,
     names,
 )
+from stbench.resolve import Request, parse_set, read_config, resolve
 
 IMAGENET = {"channels": 4, "input_size": 32, "classes": 1000}
 """Latents of 256x256 images: what published sizes are counted at."""
@@ -80,7 +82,7 @@ def request_of(call: Invocation) -> tuple[RunSpec, engine.Options]:
     values.setdefault("precision", default_precision(device))
     spec = resolve(_request(values, overrides))
     jobs = engine.prepare(spec)[1]
-    recipe = spec.recipe.model_copy(update={"needs": engine.recipe_needs(spec, jobs)})
+    recipe = spec.recipe.model_copy(update={"needs": engine.recipe_needs(jobs)})
     spec = spec.model_copy(update={"recipe": recipe})
     return spec, engine.Options(call.output, device, call.keep, call.reuse, plugins)
 
@@ -126,7 +128,8 @@ def dry_run(call: Invocation) -> None:
     table = Table(
         "stage", "steps", "images", "taps", "teachers", "evaluated at", "TFLOPs", "disk MiB", title="plan"
     )
-    for job, recipe in zip(jobs, planned_recipes(jobs, spec, network.info, dataset), strict=True):
+    recipes = planned_recipes(jobs, meta_loader(spec, dataset))
+    for job, recipe in zip(jobs, recipes, strict=True):
         cost = rehearse(job, recipe, spec, dataset)
         disk = disk_bytes(job, network, options.keep) / 2**20
         table.add_row(
@@ -140,7 +143,8 @@ def dry_run(call: Invocation) -> None:
             f"{disk:.0f}",
         )
     Console().print(table)
-    print(json.dumps(spec.model_dump(mode="json"), indent=1))
+    resolved = spec.model_dump(mode="json") | {"stages": describe(jobs, recipes)}
+    print(json.dumps(resolved, indent=1))
     print(f"run folder: {options.output / engine.run_id(spec, hashed.train)}")
 
 
@@ -169,23 +173,26 @@ def _backbone_rows() -> list[dict[str, Any]]:
         family = lookup(BACKBONES, name)
         for size in family.presets:
             network = _published(family, size)
+            info = network.info
             rows.append(
                 {
                     "backbone": f"{name}-{size}",
                     "objective": family.presets[size].get("objective", family.objective),
-                    "blocks": network.info.depth,
-                    "width": network.info.width,
-                    "tokens": network.info.tokens,
+                    "blocks": info.depth,
+                    "width": info.width,
+                    "tokens": info.tokens,
                     "parameters": sum(p.numel() for p in network.parameters()),
                     "GMACs": round(network.flops() / 2e9, 2),
-                    "counted at": f"{network.info.channels}x{network.info.input_size}x{network.info.input_size}",
+                    "counted at": f"{info.channels}x{info.input_size}x{info.input_size}",
                 }
             )
     return rows
 
 
 def _published(family: Any, size: str) -> Backbone:
-    """A preset on the meta device at its published latent size: the embedded digits' for ti, 256x256 latents else."""
+    """A preset on the meta device at its published latent size: the embedded digits' for ti, 256x256 latents
+    else.
+    """
     import torch
 
     preset = {k: v for k, v in family.presets[size].items() if k != "objective"}
@@ -290,7 +297,8 @@ def _evaluation_settings(overrides: Sequence[str]) -> dict[str, Any]:
     for name in settings:
         if not name.startswith("eval."):
             raise UserError(
-                f"evaluate changes evaluation only: expected eval.*, got '{name}'; for example --set eval.steps=50"
+                f"evaluate changes evaluation only: expected eval.*, got '{name}'; "
+                f"for example --set eval.steps=50"
             )
     return {name.removeprefix("eval."): value for name, value in settings.items()}
 

@@ -1,8 +1,10 @@
-"""The central interfaces: Backbone, Objective, Recipe, Stage, Artifact, and the few records that pass between them.
+"""The central interfaces: Backbone, Objective, Recipe, Stage, Artifact, and the few records that pass between
+them.
 
-Shape legend, used everywhere: B batch, C latent channels, H W latent size, N image tokens, D width, K classes.
-Time t is in [0,1], t=0 is data and t=1 is noise, float64. Labels are 0..K-1, and K is the null label. Block indices
-are 0-based over executed blocks. "Features of block k" is the residual stream right after it, image tokens only.
+Shape legend, used everywhere: B batch, C latent channels, H W latent size, N image tokens, D width, K
+classes. Time t is in [0,1], t=0 is data and t=1 is noise, float64. Labels are 0..K-1, and K is the null
+label. Block indices are 0-based over executed blocks. "Features of block k" is the residual stream right
+after it, image tokens only.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ class Backbone(nn.Module, ABC):
     """A denoiser: noisy latent in, prediction out, with readable block outputs.
 
     A pure function of (x, t, y): labels are dropped by the engine, never here. Subclasses implement
-    `forward_intermediates` alone and are built as `cls(channels=, input_size=, classes=, out_channels=, size=, **options)`.
+    `forward_intermediates` alone and are built as `cls(channels=, input_size=, classes=, out_channels=,
+    size=, **options)`.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -78,8 +81,8 @@ class Backbone(nn.Module, ABC):
     ) -> tuple[Tensor | None, Features]:
         """Predict from x (B,C,H,W), t (B,) in [0,1], y (B,) in 0..K, and read the blocks named in `indices`.
 
-        Returns the prediction (B,C_out,H,W) and the features. With `stop_early` nothing after max(indices) runs and
-        the prediction is None.
+        Returns the prediction (B,C_out,H,W) and the features. With `stop_early` nothing after max(indices)
+        runs and the prediction is None.
         """
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -161,8 +164,9 @@ class Objective(ABC):
     def velocity_target(self, noised: Noised) -> Tensor:
         """The velocity of this process at a training point (B,C,H,W).
 
-        Flows: the derivative of their own path. Noise predictions: eps - x0, the velocity of the linear flow through
-        the same pair, so that a recipe that regresses a velocity means the same thing under every objective.
+        Flows: the derivative of their own path. Noise predictions: eps - x0, the velocity of the linear flow
+        through the same pair, so that a recipe that regresses a velocity means the same thing under every
+        objective.
         """
 
     def velocity(self, prediction: Tensor, noised: Noised) -> Tensor:
@@ -217,6 +221,7 @@ class Cost:
 
     @property
     def total(self) -> float:
+        """All of it."""
         return self.student + self.heads + self.teachers
 
 
@@ -261,7 +266,8 @@ class Step:
 class Recipe(ABC):
     """What one stage adds to plain denoising. A dataclass whose fields are everything that shapes its terms.
 
-    Not an nn.Module: whatever it holds (a teacher, an encoder) never reaches the optimiser, the state dict or DDP.
+    Not an nn.Module: whatever it holds (a teacher, an encoder) never reaches the optimiser, the state dict or
+    DDP.
     """
 
     needs: ClassVar[str] = ""
@@ -329,4 +335,6 @@ class Stage:
 
 
 Method = Callable[..., Sequence[Stage]]
-"""A method: `(info: BackboneInfo, *, <settings with published defaults>) -> stages`. Its docstring is its help."""
+"""A method: `(info: BackboneInfo, *, <settings with published defaults>) -> stages`. Its docstring is its
+help.
+"""

@@ -1,8 +1,8 @@
 """Model FLOPs by formula: what one image costs a module, two FLOPs per multiply-add.
 
-The formula is torch's own counter run once per (module, input shape) on the meta device, where attention decomposes
-into counted matrix products; costs are linear in the batch, so one image is enough. Backward counts as twice the
-forward; element-wise work, the optimiser and the EMA count as nothing (docs/protocol.md).
+The formula is torch's own counter run once per (module, input shape) on the meta device, where attention
+decomposes into counted matrix products; costs are linear in the batch, so one image is enough. Backward
+counts as twice the forward; element-wise work, the optimiser and the EMA count as nothing (docs/protocol.md).
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def progress_hook(batch: int) -> Hook:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; a second Ctrl-C kills."""
+    """Turns the first Ctrl-C or SIGTERM into a flag that the loop reads between steps; a second one kills."""
 
     def __init__(self) -> None:
         self.asked = False

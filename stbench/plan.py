@@ -1,9 +1,11 @@
-"""From a specification to the ordered stages of a run, and to what they will cost: all that --dry-run prints. Trains nothing."""
+"""From a specification to the ordered stages of a run, and to what they will cost: all that --dry-run prints.
+Trains nothing.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ from stbench.errors import UserError
 from stbench.registry import plugin_hash
 from stbench.rng import Rng
 from stbench.stage import StageModule, make_batch
+
+Loader = Callable[[Weights], Backbone]
 
 
 @dataclass(frozen=True)
@@ -44,31 +48,53 @@ def plan(spec: RunSpec, info: BackboneInfo) -> list[StageJob]:
             )
         points = tuple(spec.eval.points) if last else (steps,)
         jobs.append(StageJob(index, stage.name, steps, steps * spec.train.batch, last, points, stage))
-    for job, recipe in zip(jobs, planned_recipes(jobs, spec, info), strict=True):
+    for job, recipe in zip(jobs, planned_recipes(jobs), strict=True):
         for block in recipe.taps:
             info.block(f"recipe.block of stage '{job.name}'", block)
     return jobs
 
 
-def planned_recipes(
-    jobs: list[StageJob], spec: RunSpec, info: BackboneInfo, dataset: Any = None
-) -> list[Recipe]:
-    """Every stage's recipe, built on stand-ins for the artifacts that do not exist yet."""
+def planned_recipes(jobs: list[StageJob], loader: Loader | None = None) -> list[Recipe]:
+    """Every stage's recipe, built on stand-ins for the artifacts that do not exist yet.
 
-    def loader(weights: Weights) -> Backbone:
-        return build_backbone(spec.backbone, spec.objective, dataset, "meta")
-
+    `loader` gives the network of a stand-in; without one the recipes can be looked at but not set up.
+    """
     earlier: dict[str, Artifact] = {}
-    recipes = []
+    recipes: list[Recipe] = []
     for job in jobs:
         recipe = job.stage.recipe(dict(earlier))
         if not dataclasses.is_dataclass(recipe):
             raise UserError(
-                f"recipe class {type(recipe).__name__} is no dataclass; decorate it with @dataclass: its fields identify a stage"
+                f"recipe class {type(recipe).__name__} is no dataclass; "
+                f"decorate it with @dataclass: its fields identify a stage"
             )
         recipes.append(recipe)
-        earlier[job.name] = Artifact(job.name, "planned", "", {}, job.steps, job.images, 0.0, 0.0, loader)
+        earlier[job.name] = Artifact(
+            job.name, "planned", "", {}, job.steps, job.images, 0.0, 0.0, loader or _unfinished
+        )
     return recipes
+
+
+def _unfinished(weights: Weights) -> Backbone:
+    raise RuntimeError("a planned stage has no weights yet")
+
+
+def meta_loader(spec: RunSpec, dataset: Any) -> Loader:
+    """Stand-in networks without memory, for counting."""
+    return lambda weights: build_backbone(spec.backbone, spec.objective, dataset, "meta")
+
+
+def describe(jobs: list[StageJob], recipes: list[Recipe]) -> list[dict[str, Any]]:
+    """The stages as plain data, every option resolved: what spec.json keeps and --dry-run prints."""
+    return [
+        {
+            "name": job.name,
+            "steps": job.steps,
+            "images": job.images,
+            "recipe": recipe_identity(recipe)["fields"],
+        }
+        for job, recipe in zip(jobs, recipes, strict=True)
+    ]
 
 
 def stage_fingerprint(
@@ -82,7 +108,9 @@ def stage_fingerprint(
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain data: its class, its plug-in file and its fields; a teacher is its artifact's fingerprint."""
+    """A recipe as plain data: its class, its plug-in file and its fields; a teacher is its artifact's
+    fingerprint.
+    """
     fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.init}  # type: ignore[arg-type]
     plain = {k: v.fingerprint if isinstance(v, Artifact) else v for k, v in fields.items()}
     return {"class": type(recipe).__qualname__, "plugin": plugin_hash(type(recipe)), "fields": plain}
@@ -108,7 +136,7 @@ def rehearse(job: StageJob, recipe: Recipe, spec: RunSpec, dataset: Any, draws: 
 
 
 def disk_bytes(job: StageJob, backbone: Backbone, keep: str) -> int:
-    """Bytes the stage leaves: EMA weights at its points, final raw and EMA weights, and the training state."""
+    """Bytes a stage leaves: EMA weights at its points, final raw and EMA weights, the training state."""
     weights = sum(p.numel() for p in backbone.parameters()) * 4
     kept = len(job.points) if keep == "all" else 1
     return weights * (kept + 1) + 4 * weights

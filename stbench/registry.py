@@ -1,4 +1,6 @@
-"""The registries, names with did-you-mean errors, and plug-in loading. The only file that knows mmengine's Registry."""
+"""The registries, names with did-you-mean errors, and plug-in loading. The only file that knows mmengine's
+Registry.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Going back to a run: its specification, its kept weights, more evaluations and more samples. Trains nothing."""
+"""Going back to a run: its specification, its kept weights, more evaluations and more samples. Trains
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,7 @@ def open_run(path: Path) -> PastRun:
 
 
 def evaluate_again(run: PastRun, settings: Mapping[str, Any], device: torch.device) -> list[CurvePoint]:
-    """Evaluate the kept weights of the last stage under changed evaluation settings; returns the rows added."""
+    """Evaluate the last stage's kept weights under changed evaluation settings; returns the rows added."""
     spec = run.spec.model_copy(update={"eval": EvalSpec(**{**run.spec.eval.model_dump(), **settings})})
     job, known = run.jobs[-1], {(p.stage_index, p.step): p for p in run.folder.points()}
     added = []
@@ -78,7 +80,9 @@ def evaluate_again(run: PastRun, settings: Mapping[str, Any], device: torch.devi
 def sample_to_npz(
     run: PastRun, count: int, output: Path, scale: float, seed: int, device: torch.device
 ) -> None:
-    """Draw `count` images from the final EMA to an npz: arr_0 uint8 (N,H,W,3) as ADM's files, labels int64 (N,)."""
+    """Draw `count` images from the final EMA to an npz: arr_0 uint8 (N,H,W,3) as ADM's files, labels int64
+    (N,).
+    """
     files = run.weights_at(run.jobs[-1])
     if not files:
         raise UserError(f"{run.folder.path} has no weights yet; finish it with `stbench run` first")

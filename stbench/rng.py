@@ -1,7 +1,8 @@
 """Randomness keyed by (seed, stream, images seen): never by rank and never by the order of calls.
 
-Every number a step needs is drawn on the host for the *global* batch, and the caller keeps its rows. A resumed run,
-and a run split over ranks or micro-batches, therefore sees the numbers the plain run would have seen.
+Every number a step needs is drawn on the host for the *global* batch, and the caller keeps its rows. A
+resumed run, and a run split over ranks or micro-batches, therefore sees the numbers the plain run would have
+seen.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def generator(seed: int, stream: str, images_seen: int = 0) -> torch.Generator:
 class Rng:
     """The random numbers of one step: draws for `global_batch` rows, keeps rows `start:stop`.
 
-    Streams used by the engine: "data", "posterior", "t", "noise", "label-drop". A recipe that needs numbers of its own
-    names its own stream (by convention the recipe's name), so it never disturbs the others.
+    Streams used by the engine: "data", "posterior", "t", "noise", "label-drop". A recipe that needs numbers
+    of its own names its own stream (by convention the recipe's name), so it never disturbs the others.
     """
 
     seed: int
@@ -39,6 +40,7 @@ class Rng:
     stop: int | None = None
 
     def generator(self, stream: str) -> torch.Generator:
+        """A fresh host generator of this step for one stream."""
         return generator(self.seed, stream, self.images_seen)
 
     def _rows(self, drawn: Tensor) -> Tensor:

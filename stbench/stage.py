@@ -1,4 +1,6 @@
-"""One stage's networks behind one training step: student, trained heads, EMA, optimiser. Knows no recipe by name."""
+"""One stage's networks behind one training step: student, trained heads, EMA, optimiser. Knows no recipe by
+name.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Losses:
 
 
 class StageModule(nn.Module):
-    """Student and heads as one module, so that DDP, the optimiser and the state dict see these and nothing else.
+    """Student and heads as one module, so that DDP, the optimiser and the state dict see these and nothing
+    else.
 
     The EMA and the recipe (with its teachers) are kept out of the module tree on purpose.
     """
@@ -122,7 +125,7 @@ def learning_rate(train: TrainSpec, step: int) -> float:
 
 
 def ema_decay(train: TrainSpec, step: int) -> float:
-    """Decay of the n-th update, n = finished steps: constant, or min(decay, (1+n)/(10+n)) while warming up."""
+    """Decay of update n, n = finished steps: constant, or min(decay, (1+n)/(10+n)) while warming up."""
     return min(train.ema_decay, (1 + step) / (10 + step)) if train.ema_warmup else train.ema_decay
 
 

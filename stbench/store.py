@@ -1,7 +1,7 @@
 """What training leaves on disk: the state of a stage under way, and the artifact of a finished one.
 
-A state is a safetensors file and a small JSON that names it with its sha256; the JSON is replaced only when the file is
-whole, and the file it named before is deleted only after that. Nothing here is pickled.
+A state is a safetensors file and a small JSON that names it with its sha256; the JSON is replaced only when
+the file is whole, and the file it named before is deleted only after that. Nothing here is pickled.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class TrainingState:
 def save_state(
     place: Path, state: TrainingState, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write the networks by name, the optimiser and the counters; the previous state stays until this one is whole."""
+    """Write the networks by name, the optimiser and the counters; the previous state stays until this one is
+    whole.
+    """
     tensors = {
         f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()
     }

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from stbench import engine
-from stbench.config import Request, RunSpec, resolve
+from stbench.config import RunSpec
 from stbench.records import RunRecord
 from stbench.registry import load_builtins
+from stbench.resolve import Request, resolve
 
 TINY: dict[str, Any] = {
     "train.batch": 8,

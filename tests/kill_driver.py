@@ -1,10 +1,11 @@
-"""Kills runs with SIGKILL at chosen events and lets the same command finish them; run as a process of its own.
+"""Kills runs with SIGKILL at chosen events and lets the same command finish them; run as a process of its
+own.
 
-    python kill_driver.py FOLDER EVENT...      EVENT: FUNCTION:N (its n-th call), FUNCTION.fsync:N (the n-th fsync in
-                                               it), any:FRACTION (a call of the package's, by its place in the run)
+python kill_driver.py FOLDER EVENT... EVENT: FUNCTION:N (its n-th call), FUNCTION.fsync:N (the n-th fsync in
+it), any:FRACTION (a call of the package's, by its place in the run)
 
-Prints one JSON line an event: {"event", "killed", "same", "where"}. The events are counted by a profile function, so
-the program itself knows nothing of the test. Children are forked: the imports are paid once.
+Prints one JSON line an event: {"event", "killed", "same", "where"}. The events are counted by a profile
+function, so the program itself knows nothing of the test. Children are forked: the imports are paid once.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import torch
 torch.set_num_threads(1)
 
 from stbench import engine  # noqa: E402
-from stbench.config import Request, resolve  # noqa: E402
 from stbench.data import get_dataset  # noqa: E402
 from stbench.registry import load_builtins  # noqa: E402
+from stbench.resolve import Request, resolve  # noqa: E402
 
 OVERRIDES = {
     "train.batch": 8,

@@ -41,7 +41,9 @@ def test_one_seed_gives_one_result_and_another_seed_another(tiny: Runner) -> Non
 
 @pytest.mark.parametrize("recipe", ["vae-align", "self-transcendence"])
 def test_recipes_are_paired_with_vanilla(tiny: Runner, recipe: str) -> None:
-    """With its term switched off a recipe trains vanilla's very bits: same init, data, times, noise and drops."""
+    """With its term switched off a recipe trains vanilla's very bits: same init, data, times, noise and
+    drops.
+    """
     silent = tiny(recipe, recipe__coefficient=0.0)
     assert same(weights(silent), weights(tiny("vanilla")))
     assert not same(weights(tiny(recipe)), weights(silent))

@@ -12,22 +12,22 @@ ROOT = Path(__file__).parents[1]
 PLUGINS = ("backbones", "recipes", "examples")
 FLOORS = (
     "errors rng flops contracts records assets",
-    "layers adaln objectives samplers align teachers latents data checkpoints registry config results schema "
-    "environment",
+    "layers adaln objectives samplers align teachers latents data checkpoints registry config resolve "
+    "results schema environment",
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
-    "engine revisit compare groups leaderboard stats report sections figures",
+    "engine trainer revisit compare groups leaderboard stats report sections figures",
     "cli commands __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
 PRINT = ("compare", "groups", "leaderboard", "stats", "report", "sections", "figures")
 PRINT_SEES = {*PRINT, "records", "results", "errors", "schema"}
-PLUGINS_DO_NOT_SEE = {"config", "results"}
+PLUGINS_DO_NOT_SEE = {"config", "resolve", "results"}
 FENCES = {
     "mmengine.registry": {"registry"},
-    "mmengine.config": {"config"},
-    "mmengine": {"registry", "config", "engine", "hooks", "stage"},
+    "mmengine.config": {"resolve"},
+    "mmengine": {"registry", "resolve", "hooks"},
     "diffusers": {"latents"},
     "torch_fidelity": {"evaluate"},
     "typer": {"cli"},

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from stbench.config import Request, build_backbone, build_objective, resolve
+from stbench.config import build_backbone, build_objective
 from stbench.contracts import Backbone, BackboneInfo
 from stbench.registry import DATASETS, load_builtins, lookup
+from stbench.resolve import Request, resolve
 from stbench.rng import generator
 
 Factory = Callable[..., Backbone]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stbench.config import Request, RunSpec, build_backbone, build_objective, resolve
+from stbench.config import RunSpec, build_backbone, build_objective
 from stbench.contracts import Artifact, Backbone, BackboneInfo, Recipe, Step, Term, Weights
-from stbench.plan import StageJob, plan, planned_recipes, rehearse, stage_fingerprint
+from stbench.plan import StageJob, meta_loader, plan, planned_recipes, rehearse, stage_fingerprint
 from stbench.registry import DATASETS, load_builtins, lookup
+from stbench.resolve import Request, resolve
 from stbench.rng import Rng, key
 from stbench.stage import StageModule, make_batch, make_optimizer, update_ema
 from stbench.testing.conformance import require
@@ -40,8 +41,7 @@ def check_recipe(name: str, *, backbone: str = "sit") -> None:
 
 def _check_plan(jobs: Sequence[StageJob], spec: RunSpec, digits: Any) -> None:
     """The recipes can be built, identified and costed before anything is trained."""
-    info = build_backbone(spec.backbone, spec.objective, digits, "meta").info
-    for job, recipe in zip(jobs, planned_recipes(list(jobs), spec, info, digits), strict=True):
+    for job, recipe in zip(jobs, planned_recipes(list(jobs), meta_loader(spec, digits)), strict=True):
         try:
             stage_fingerprint(job, recipe, spec, "", None)
         except TypeError as error:

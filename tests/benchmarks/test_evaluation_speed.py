@@ -8,10 +8,11 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from stbench.config import Request, build_backbone, build_objective, resolve
+from stbench.config import build_backbone, build_objective
 from stbench.data import get_dataset
 from stbench.evaluate import BASIC, EXTRAS, metrics
 from stbench.registry import OBJECTIVES, load_builtins, lookup, names
+from stbench.resolve import Request, resolve
 from stbench.rng import Rng
 from stbench.samplers import Guidance, nfe, sample
 from stbench.samplers import resolve as resolve_sampler

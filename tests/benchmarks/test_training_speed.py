@@ -13,11 +13,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from stbench.config import Request, RunSpec, build_backbone, build_objective, resolve
+from stbench.config import RunSpec, build_backbone, build_objective
 from stbench.contracts import Artifact, Backbone, Weights
 from stbench.data import get_dataset
 from stbench.plan import plan
 from stbench.registry import BACKBONES, RECIPES, load_builtins, names
+from stbench.resolve import Request, resolve
 from stbench.rng import Rng
 from stbench.stage import StageModule, make_batch, make_optimizer, update_ema
 
