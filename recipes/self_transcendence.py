@@ -1,7 +1,8 @@
-"""Self-Transcendence and its first stage, VAE alignment (repository csslc/Self-Transcendence; methods as described there).
+"""Self-Transcendence and its first stage, VAE alignment (repository csslc/Self-Transcendence; methods as
+described there).
 
-Stage 1 aligns one shallow block with the clean latent through a velocity head. Stage 2 trains a fresh network whose
-middle block regresses the guided features of the frozen stage-1 network.
+Stage 1 aligns one shallow block with the clean latent through a velocity head. Stage 2 trains a fresh network
+whose middle block regresses the guided features of the frozen stage-1 network.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ class Defaults:
 
 
 def defaults(info: BackboneInfo) -> Defaults:
-    """Published values for B/2; the embedded `ti` sizes have their own; other sizes follow B/2's relative depth.
+    """Published values for B/2; the embedded `ti` sizes have their own; other sizes follow B/2's relative
+    depth.
 
-    Published (SiT-B/2, 12 blocks, 1-based): align 2, student 6, teacher 8, guidance 30, hidden 2048, raw teacher
-    weights, a 200K-step teacher for a 400K-step student. Nothing was released for the other sizes or for U-ViT.
+    Published (SiT-B/2, 12 blocks, 1-based): align 2, student 6, teacher 8, guidance 30, hidden 2048, raw
+    teacher weights, a 200K-step teacher for a 400K-step student. Nothing was released for the other sizes or
+    for U-ViT.
     """
     if info.size.startswith("ti"):
         return Defaults(0, 2, 3, 4 * info.width, 10.0, "ema", 1.0)
@@ -83,8 +86,9 @@ class VaeAlign(Recipe):
 class SelfTranscendence(Recipe):
     """Stage 2: mask * MSE(projector(h_s), f_u + w (f_c - f_u)) with f the frozen stage-1 network's block k_t.
 
-    The teacher sees the student's x_t and t. Its conditional branch is told the true label, also where the student's
-    was dropped. With mask="samples" it runs on the samples inside the interval only, which is the same loss.
+    The teacher sees the student's x_t and t. Its conditional branch is told the true label, also where the
+    student's was dropped. With mask="samples" it runs on the samples inside the interval only, which is the
+    same loss.
     """
 
     teacher: Artifact
@@ -114,7 +118,9 @@ class SelfTranscendence(Recipe):
         return nn.ModuleDict({"projector": align.projector(info.width, self.hidden, info.width)})
 
     def guided(self, step: Step, rows: Tensor) -> Tensor:
-        """The teacher's guided features (n,N,D) for the chosen rows: one doubled batch, stopped after its block."""
+        """The teacher's guided features (n,N,D) for the chosen rows: one doubled batch, stopped after its
+        block.
+        """
         assert self._network is not None, "setup() has not run"
         x, t, y = step.noised.x_t[rows], step.noised.t[rows], step.batch.y_true[rows]
         null = torch.full_like(y, step.info.classes)
@@ -146,10 +152,11 @@ def _selection(step: Step, interval: Interval, mask: Mask, time: Clock) -> tuple
 
 
 def _reduced(error: Tensor, rows: Tensor, inside: Tensor, mask: Mask) -> Tensor:
-    """(B,) values whose mean is the stage's loss: selected errors over the full batch, or the released broadcast.
+    """(B,) values whose mean is the stage's loss: selected errors over the full batch, or the released
+    broadcast.
 
-    "released" multiplies every error by the share of the micro-batch inside the interval, which is what a (B,) loss
-    times a (B,1,1,1) mask comes to.
+    "released" multiplies every error by the share of the micro-batch inside the interval, which is what a
+    (B,) loss times a (B,1,1,1) mask comes to.
     """
     if mask == "released":
         return align.released_mask(error, inside)
@@ -169,9 +176,10 @@ def vae_align(
 ) -> Sequence[Stage]:
     """Align a shallow block with the clean VAE latent: stage 1 of Self-Transcendence alone, for --steps.
 
-    align_block: 0-based block (published: 1, the second of B/2's twelve). hidden: projector width (published 2048;
-    4 D on ti). interval: flow-equivalent times, closed. mask: `samples` selects samples, as described; `released`
-    scales all of them by the share inside, as the released code does. time: `flow` or `native` clock of the interval.
+    align_block: 0-based block (published: 1, the second of B/2's twelve). hidden: projector width (published
+    2048; 4 D on ti). interval: flow-equivalent times, closed. mask: `samples` selects samples, as described;
+    `released` scales all of them by the share inside, as the released code does. time: `flow` or `native`
+    clock of the interval.
     """
     known = defaults(info)
     block = info.block("recipe.align_block", known.align_block if align_block is None else align_block)
@@ -199,11 +207,11 @@ def self_transcendence(
 ) -> Sequence[Stage]:
     """Train a teacher by VAE alignment, freeze it, and let its guided features teach a fresh network.
 
-    Blocks are 0-based (published for B/2, 1-based: align 2, student 6, teacher 8). guidance: feature guidance scale w
-    (published 30 for B/2; 10 on ti). teacher: what trains the teacher, `vanilla` is a control. teacher_weights: `raw`
-    as released, `ema` on ti. teacher_steps: absolute length of the first stage; default --steps on ti, half of it
-    elsewhere (200K for 400K). guidance_stop: step after which the alignment ends. mask, time, interval, hidden: as in
-    vae-align, for both stages.
+    Blocks are 0-based (published for B/2, 1-based: align 2, student 6, teacher 8). guidance: feature guidance
+    scale w (published 30 for B/2; 10 on ti). teacher: what trains the teacher, `vanilla` is a control.
+    teacher_weights: `raw` as released, `ema` on ti. teacher_steps: absolute length of the first stage;
+    default --steps on ti, half of it elsewhere (200K for 400K). guidance_stop: step after which the alignment
+    ends. mask, time, interval, hidden: as in vae-align, for both stages.
     """
     known = defaults(info)
     shallow = info.block("recipe.align_block", known.align_block if align_block is None else align_block)
