@@ -238,7 +238,7 @@ def sample(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     eval_guidance: Annotated[str | None, typer.Option(help="Guidance scales, such as 1.0,1.5,2.0.")] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="Images to draw for each row.")] = None,
+    samples: Annotated[int | None, typer.Option(min=10, help="Images to draw for each row.")] = None,
     overrides: Annotated[
         list[str], typer.Option("--set", help="Other evaluation options, as eval.steps=50.")
     ] = [],  # noqa: B006

@@ -34,7 +34,7 @@ from stbench.registry import (
     lookup,
     names,
 )
-from stbench.resolve import Request, parse_set, read_config, resolve
+from stbench.resolve import Request, evaluation, parse_set, read_config, resolve
 
 IMAGENET = {"channels": 4, "input_size": 32, "classes": 1000}
 """Latents of 256x256 images: what published sizes are counted at."""
@@ -286,7 +286,8 @@ def evaluate(
         settings["guidance"] = scales(guidance)
     if samples is not None:
         settings["samples"] = samples
-    added = revisit.evaluate_again(run, settings, pick_device(device))
+    checked = evaluation(run.spec.eval.model_dump() | settings, run.spec.objective, run.spec.train.steps)
+    added = revisit.evaluate_again(run, checked, pick_device(device))
     for point in added:
         print(_line(run.jobs[-1], point))
     print(f"{len(added)} rows added to {path}")

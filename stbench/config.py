@@ -74,7 +74,7 @@ class EvalSpec(_Model):
     """
 
     points: list[int]
-    samples: int = Field(gt=1)
+    samples: int = Field(ge=10)
     labels: Literal["balanced", "random"] = "balanced"
     seed: int = 0
     sampler: str

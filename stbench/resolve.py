@@ -171,7 +171,13 @@ def _train_spec(request: Request, preset: Any, options: dict[str, Any]) -> Train
     if request.steps is not None:
         base["steps"] = request.steps
     base["precision"] = request.precision or "fp32"
-    return _section(TrainSpec, base | options, "train")
+    spec: TrainSpec = _section(TrainSpec, base | options, "train")
+    if spec.accumulate > spec.batch:
+        raise UserError(
+            f"train.accumulate wants at most train.batch={spec.batch} micro-batches, got {spec.accumulate}; "
+            f"try --set train.accumulate={spec.batch}"
+        )
+    return spec
 
 
 def _eval_spec(
@@ -186,7 +192,12 @@ def _eval_spec(
         "guidance": guidance,
         "sampler": build_objective(objective).samplers[0],
     }
-    spec = _section(EvalSpec, base | options, "eval")
+    return evaluation(base | options, objective, steps)
+
+
+def evaluation(values: dict[str, Any], objective: str, steps: int) -> EvalSpec:
+    """Checked settings for a last stage of `steps` steps; scale 1.0 and the last step are always in."""
+    spec = _section(EvalSpec, values, "eval")
     lookup(SAMPLERS, spec.sampler)
     allowed = build_objective(objective).samplers
     if spec.sampler not in allowed:

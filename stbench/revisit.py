@@ -5,10 +5,9 @@ nothing.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -63,9 +62,9 @@ def open_run(path: Path) -> PastRun:
     return PastRun(folder, spec, dataset, jobs)
 
 
-def evaluate_again(run: PastRun, settings: Mapping[str, Any], device: torch.device) -> list[CurvePoint]:
+def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> list[CurvePoint]:
     """Evaluate the last stage's kept weights under changed evaluation settings; returns the rows added."""
-    spec = run.spec.model_copy(update={"eval": EvalSpec(**{**run.spec.eval.model_dump(), **settings})})
+    spec = run.spec.model_copy(update={"eval": settings})
     job, known = run.jobs[-1], {(p.stage_index, p.step): p for p in run.folder.points()}
     added = []
     with run.folder.lock():

@@ -92,9 +92,13 @@ class StageRun:
         return self._artifact(record)
 
     def _reuse(self) -> StageRecord | None:
-        """The record of an equal stage that another run has finished, its weights linked into this folder."""
+        """The record of an equal stage that another run has finished, its weights linked into this folder.
+
+        Not for the last stage: its curve needs the weights of every point, and going on needs its state.
+        """
         source = self.options.store / self.fingerprint[:16]
-        if not self.options.reuse or not source.is_dir() or any(self.place.glob("state-*")):
+        begun = any(self.place.glob("state-*"))
+        if self.job.last or begun or not self.options.reuse or not source.is_dir():
             return None
         record = read_artifact(source)
         self.place.mkdir(parents=True, exist_ok=True)
@@ -112,9 +116,10 @@ class StageRun:
         target = self.options.store / self.fingerprint[:16]
         if target.is_dir():
             return
-        draft = self.options.store / f".draft-{os.getpid()}-{self.fingerprint[:16]}"
+        self.options.store.mkdir(exist_ok=True)
+        draft = self.place / "artifact"
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
+        draft.mkdir()
         for weights in ("raw", "ema"):
             _link(self._weights_file(weights, self.job.steps), draft / f"{weights}.safetensors")
         write_artifact(draft, record)

@@ -62,6 +62,9 @@ def test_compare_show_sample_and_evaluate_read_a_run(stbench: Command, tiny: Run
     )
     assert code == 0 and "2 rows added" in out, err
     assert len({p.protocol for p in RunFolder(Path(record.path)).points()}) == 2
+    for wrong in ("eval.smaples=9", "eval.steps=0", "train.lr=1"):
+        code, _, err = stbench("evaluate", record.path, "--set", wrong)
+        assert code == 2 and err.count("\n") == 1 and wrong.split("=")[0] in err
     assert "0 rows added" in stbench("evaluate", record.path, "--samples", 30, "--device", "cpu")[1]
 
 
@@ -132,6 +135,11 @@ MISTAKES = {
     "low guidance": ((*VANILLA, "--eval-guidance", "0.5"), "guidance scales are at least 1.0"),
     "sampler": ((*VANILLA, "--set", "eval.sampler=ddpm"), "cannot invert objective 'linear'; it takes euler"),
     "points": ((*VANILLA, "--set", "eval.points=[900]"), "eval.points wants steps in 1..800"),
+    "micro-batches": (
+        (*VANILLA, "--set", "train.accumulate=65"),
+        "at most train.batch=64 micro-batches",
+    ),
+    "too few samples": ((*VANILLA, "--set", "eval.samples=5"), "bad value for 'eval.samples'"),
     "config file": (("run", "--config", "gone.yaml"), "config file not found: gone.yaml"),
     "command": (("runn",), "No such command 'runn'"),
     "flag": ((*VANILLA, "--stepz", "3"), "No such option: --stepz"),

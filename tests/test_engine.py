@@ -117,6 +117,13 @@ def test_an_equal_stage_is_reused_and_still_paid(tiny: Runner) -> None:
     ]
 
 
+def test_a_last_stage_is_trained_for_its_curve(tiny: Runner) -> None:
+    """The teacher's artifact is there, but a run of its own has points that the teacher has not."""
+    tiny("self-transcendence", eval__points=[2, 4])
+    alone = tiny("vae-align", eval__points=[2, 4])
+    assert [p.step for p in alone.curve] == [2, 4] and not alone.stages[0].reused
+
+
 def test_no_reuse_trains_its_own_teacher(tiny: Runner) -> None:
     tiny("vae-align")
     assert not tiny("self-transcendence", reuse=False).stages[0].reused
