@@ -293,15 +293,16 @@ def test_grid_puts_images_in_rows_and_doubles_their_pixels(tmp_path: Path) -> No
     images = (torch.arange(12) * 20).to(torch.uint8).view(12, 1, 1, 1).expand(12, 1, 4, 4)
     grid(images, tmp_path / "deep" / "grid.png", columns=5)
     picture = np.asarray(Image.open(tmp_path / "deep" / "grid.png"))
-    assert picture.shape == (3 * 8, 5 * 8)
-    assert picture[::8, ::8].flatten().tolist() == [*range(0, 240, 20), 0, 0, 0]
-    assert (picture[8:16, 8:16] == 120).all()
+    assert picture.shape == (2 * (3 * 5 + 1), 2 * (5 * 5 + 1), 3)
+    corners = picture[2::10, 2::10, 0][:3, :5].flatten()
+    assert corners[:12].tolist() == list(range(0, 240, 20))
+    assert (picture[12:20, 12:20] == 120).all() and (picture[10:12] == 96).all()
 
 
 def test_grid_writes_colour(tmp_path: Path) -> None:
     image = torch.tensor([10, 20, 30]).to(torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     grid(image, tmp_path / "grid.png", columns=1)
-    assert np.asarray(Image.open(tmp_path / "grid.png"))[3, 3].tolist() == [10, 20, 30]
+    assert np.asarray(Image.open(tmp_path / "grid.png"))[4, 4].tolist() == [10, 20, 30]
 
 
 def test_every_field_of_a_protocol_moves_its_hash(digits: Dataset) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from stbench.contracts import Backbone, Objective
 from stbench.data import Dataset
@@ -106,17 +107,12 @@ def validation_loss(
 
 
 def grid(images: Tensor, path: Path, columns: int = 10) -> None:
-    """Write uint8 images (N,c,H,W), c 1 or 3, as one PNG, row by row, each pixel enlarged to 2x2.
+    """Write uint8 images (N,c,H,W), c 1 or 3, as one PNG, row by row with lines between, pixels doubled.
 
     With balanced labels and as many columns as classes, each column shows one class.
     """
-    n, channels, height, width = images.shape
-    rows = -(-n // columns)
-    cells = images.new_zeros(rows * columns, channels, height, width)
-    cells[:n] = images
-    sheet = cells.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    sheet = sheet.reshape(rows * height, columns * width, channels)
-    sheet = sheet.repeat_interleave(2, 0).repeat_interleave(2, 1).cpu()
+    sheet = make_grid(images.cpu(), nrow=columns, padding=1, pad_value=96).permute(1, 2, 0)
+    sheet = sheet.repeat_interleave(2, 0).repeat_interleave(2, 1)
     buffer = BytesIO()
-    Image.fromarray((sheet[..., 0] if channels == 1 else sheet).numpy()).save(buffer, format="PNG")
+    Image.fromarray(sheet.numpy()).save(buffer, format="PNG")
     atomic_write(path, buffer.getvalue())
