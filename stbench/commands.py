@@ -20,9 +20,8 @@ from stbench.contracts import Backbone
 from stbench.environment import default_precision, pick_device
 from stbench.errors import UserError
 from stbench.evaluate import METRICS
-from stbench.hooks import Hook, Tracker, progress_hook
-from stbench.plan import StageJob, describe, disk_bytes, meta_loader, planned_recipes, rehearse
-from stbench.records import CurvePoint
+from stbench.hooks import Hook, Tracker, point_line, progress_hook
+from stbench.plan import describe, disk_bytes, meta_loader, planned_recipes, rehearse
 from stbench.registry import (
     BACKBONES,
     DATASETS,
@@ -289,7 +288,7 @@ def evaluate(
     checked = evaluation(run.spec.eval.model_dump() | settings, run.spec.objective, run.spec.train.steps)
     added = revisit.evaluate_again(run, checked, pick_device(device))
     for point in added:
-        print(_line(run.jobs[-1], point))
+        print(point_line(run.jobs[-1], point))
     print(f"{len(added)} rows added to {path}")
 
 
@@ -302,9 +301,3 @@ def _evaluation_settings(overrides: Sequence[str]) -> dict[str, Any]:
                 f"for example --set eval.steps=50"
             )
     return {name.removeprefix("eval."): value for name, value in settings.items()}
-
-
-def _line(job: StageJob, point: CurvePoint) -> str:
-    from stbench.hooks import point_line
-
-    return point_line(job, point)

@@ -302,7 +302,7 @@ def test_grid_puts_images_in_rows_and_doubles_their_pixels(tmp_path: Path) -> No
 def test_grid_writes_colour(tmp_path: Path) -> None:
     image = torch.tensor([10, 20, 30]).to(torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     grid(image, tmp_path / "grid.png", columns=1)
-    assert np.asarray(Image.open(tmp_path / "grid.png"))[4, 4].tolist() == [10, 20, 30]
+    assert np.asarray(Image.open(tmp_path / "grid.png"))[3, 3].tolist() == [10, 20, 30]
 
 
 def test_every_field_of_a_protocol_moves_its_hash(digits: Dataset) -> None:
