@@ -260,10 +260,11 @@ def main() -> None:
     try:
         code = app(args=arguments, prog_name="stbench", standalone_mode=False)
     except UserError as error:
-        code = _fail(str(error), debug, 2)
+        code = _fail(f"error: {error}", debug, 2)
     except usage_error as error:
         command = error.ctx.command_path if error.ctx else "stbench"  # type: ignore[attr-defined]
-        code = _fail(f"{error.format_message()}; see `{command} --help`", debug, 2)  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        code = _fail(f"error: {message}; see `{command} --help`", debug, 2)
     except (KeyboardInterrupt, typer.Abort):
         code = _fail(f"stopped; go on with: {shlex.join(['stbench', *arguments])}", debug, 130)
     sys.exit(code or 0)
@@ -272,7 +273,7 @@ def main() -> None:
 def _fail(message: str, debug: bool, code: int) -> int:
     if debug:
         traceback.print_exc()
-    typer.echo("error: " + " ".join(message.split()), err=True)
+    typer.echo(" ".join(message.split()), err=True)
     return code
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from stbench import engine, report, revisit
 from stbench.config import RunSpec, build_backbone, build_objective
-from stbench.contracts import Backbone
+from stbench.contracts import Artifact, Backbone
 from stbench.environment import default_precision, pick_device
 from stbench.errors import UserError
 from stbench.evaluate import METRICS
@@ -148,8 +148,8 @@ def dry_run(call: Invocation) -> None:
 
 
 def _teachers(recipe: Any) -> str:
-    artifacts = [getattr(recipe, f.name) for f in fields(recipe) if f.type == "Artifact"]
-    return ", ".join(artifact.name for artifact in artifacts) or "-"
+    held = (getattr(recipe, field.name) for field in fields(recipe))
+    return ", ".join(value.name for value in held if isinstance(value, Artifact)) or "-"
 
 
 def list_registered(kind: str, as_json: bool, plugins: Sequence[Path]) -> None:
