@@ -198,10 +198,11 @@ def facts(record: RunRecord) -> dict[str, str]:
 
 
 def curves(record: RunRecord) -> list[Section]:
-    """One run's evaluations, all stages; metrics that some points lack make a section of their own."""
+    """One run's evaluations, all stages; metrics beyond four, or that some points lack, make another section."""
     points = sorted(record.curve, key=lambda p: (p.stage_index, p.protocol, p.step, p.guidance, p.interval))
     names = list(dict.fromkeys(name for point in points for name in point.metrics))
-    some = [name for name in names if any(name not in point.metrics for point in points)]
+    everywhere = [name for name in names if all(name in point.metrics for point in points)]
+    some = [name for name in names if name not in everywhere[:4]]
     place: Columns = {
         "stage": lambda p: p.stage,
         "step": lambda p: str(p.step),
