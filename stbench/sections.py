@@ -198,7 +198,7 @@ def facts(record: RunRecord) -> dict[str, str]:
 
 
 def curves(record: RunRecord) -> list[Section]:
-    """One run's evaluations, all stages; metrics beyond four, or that some points lack, make another section."""
+    """One run's evaluations, all stages; metrics beyond four, or lacking at some points, come apart."""
     points = sorted(record.curve, key=lambda p: (p.stage_index, p.protocol, p.step, p.guidance, p.interval))
     names = list(dict.fromkeys(name for point in points for name in point.metrics))
     everywhere = [name for name in names if all(name in point.metrics for point in points)]
