@@ -104,6 +104,8 @@ class UViT(Backbone):
         self.info = make_info("uvit", size, channels, input_size, classes, patch, width, depth)
         self.time_scale, self.out_channels = time_scale, out_channels
         rows = classes + 1 if label_rows is None else label_rows
+        if 0 < rows < classes:
+            raise UserError(f"label_rows wants 0 or at least {classes}, got {rows}; leave it out")
         self.prefix = 2 if rows else 1
         self.patch_embed = PatchEmbed(
             img_size=input_size, patch_size=patch, in_chans=channels, embed_dim=width

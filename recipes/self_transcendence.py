@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from stbench import align
 from stbench.contracts import Artifact, Backbone, BackboneInfo, Plain, Recipe, Stage, Step, Term, Weights
 from stbench.registry import RECIPES
 
-Interval = tuple[float, float]
+Time = Annotated[float, Field(ge=0, le=1)]
+Interval = tuple[Time, Time]
 Mask = Literal["samples", "released"]
 Clock = Literal["flow", "native"]
 
@@ -170,7 +172,7 @@ def vae_align(
     align_block: int | None = None,
     coefficient: float = 0.5,
     interval: Interval = (0.4, 0.7),
-    hidden: int | None = None,
+    hidden: PositiveInt | None = None,
     mask: Mask = "samples",
     time: Clock = "flow",
 ) -> Sequence[Stage]:
@@ -182,6 +184,7 @@ def vae_align(
     clock of the interval.
     """
     known = defaults(info)
+    align.check_interval(interval)
     block = info.block("recipe.align_block", known.align_block if align_block is None else align_block)
     recipe = VaeAlign(block, hidden or known.hidden, coefficient, interval, mask, time)
     return [Stage("vae-align", lambda earlier: recipe)]
@@ -197,12 +200,12 @@ def self_transcendence(
     guidance: float | None = None,
     coefficient: float = 0.5,
     interval: Interval = (0.4, 0.7),
-    hidden: int | None = None,
+    hidden: PositiveInt | None = None,
     mask: Mask = "samples",
     time: Clock = "flow",
     teacher: Literal["vae-align", "vanilla"] = "vae-align",
     teacher_weights: Weights | None = None,
-    teacher_steps: int | None = None,
+    teacher_steps: PositiveInt | None = None,
     guidance_stop: int = 100_000,
 ) -> Sequence[Stage]:
     """Train a teacher by VAE alignment, freeze it, and let its guided features teach a fresh network.
@@ -214,6 +217,7 @@ def self_transcendence(
     ends. mask, time, interval, hidden: as in vae-align, for both stages.
     """
     known = defaults(info)
+    align.check_interval(interval)
     shallow = info.block("recipe.align_block", known.align_block if align_block is None else align_block)
     student = info.block(
         "recipe.student_block", known.student_block if student_block is None else student_block

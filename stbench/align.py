@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stbench.contracts import Objective
+from stbench.errors import UserError
 from stbench.layers import unpatchify
 
 M = TypeVar("M", bound=nn.Module)
@@ -64,6 +65,12 @@ def dispersive(z: Tensor, tau: float) -> Tensor:
     InfoNCE form with L2 distance, without positives (Disperse-Loss).
     """
     return (-pairwise(z) / tau).flatten().logsumexp(0) - 2.0 * math.log(z.shape[0])
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """UserError for an interval whose ends are swapped."""
+    if interval[0] > interval[1]:
+        raise UserError(f"recipe.interval wants low <= high, got {interval}; for example [0.4,0.7]")
 
 
 def in_interval(

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from stbench import __version__
 from stbench.errors import UserError
 
 app = typer.Typer(
@@ -71,9 +72,18 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 RUNS = Path("results/runs")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"stbench {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """`--debug` is read in main(), before anything can fail; it is declared here for --help."""
 
@@ -254,11 +264,14 @@ def main() -> None:
     """Entry point: one-line errors and exit code 2, unless --debug asks for the traceback."""
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    stopped = f"stopped; go on with: {shlex.join(['stbench', *arguments])}"
     usage_error: type[Exception] = typer.BadParameter.__mro__[
         1
     ]  # click's UsageError, vendored by typer or not
     try:
-        code = app(args=arguments, prog_name="stbench", standalone_mode=False)
+        code = app(args=arguments or ["--help"], prog_name="stbench", standalone_mode=False)
+        if code == 130:  # typer's word for a KeyboardInterrupt
+            _fail(stopped, debug, code)
     except UserError as error:
         code = _fail(f"error: {error}", debug, 2)
     except usage_error as error:
@@ -266,7 +279,9 @@ def main() -> None:
         message = error.format_message()  # type: ignore[attr-defined]
         code = _fail(f"error: {message}; see `{command} --help`", debug, 2)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail(f"stopped; go on with: {shlex.join(['stbench', *arguments])}", debug, 130)
+        code = _fail(stopped, debug, 130)
+    except OSError as error:
+        code = _fail(f"error: {error.strerror}: {error.filename}; choose another path", debug, 2)
     sys.exit(code or 0)
 
 

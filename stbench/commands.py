@@ -87,12 +87,18 @@ def request_of(call: Invocation) -> tuple[RunSpec, engine.Options]:
 
 
 def _request(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Request:
-    kinds = {"steps": int, "seed": int}
-    for name, kind in kinds.items():
-        if name in values and not isinstance(values[name], kind):
+    for name in ("steps", "seed"):
+        if type(values.get(name, 0)) is not int:
             raise UserError(
                 f"expected a whole number for {name}, got {values[name]!r}; for example --{name} 100"
             )
+    for name in ("backbone", "recipe", "dataset", "objective", "precision"):
+        if not isinstance(values.get(name, ""), str):
+            raise UserError(f"expected a name for {name}, got {values[name]!r}; see `stbench list`")
+    if not isinstance(values.get("eval_guidance", []), list):
+        raise UserError(
+            f"expected scales for eval_guidance, got {values['eval_guidance']!r}; for example [1.0, 1.5]"
+        )
     return Request(**values, overrides=overrides)
 
 
@@ -269,6 +275,10 @@ _LISTERS = {
 
 def sample(path: Path, count: int, output: Path, guidance: float, seed: int, device: str) -> None:
     """Draw images from a finished run to an npz."""
+    if output.suffix != ".npz":
+        raise UserError(
+            f"--output wants a file that ends in .npz, got {output}; try {output.with_suffix('.npz')}"
+        )
     load_builtins()
     revisit.sample_to_npz(revisit.open_run(path), count, output, guidance, seed, pick_device(device))
     print(f"{count} images: {output}")
@@ -295,9 +305,9 @@ def evaluate(
 def _evaluation_settings(overrides: Sequence[str]) -> dict[str, Any]:
     settings = parse_set(overrides)
     for name in settings:
-        if not name.startswith("eval."):
+        if not name.startswith("eval.") or name == "eval.points":
             raise UserError(
-                f"evaluate changes evaluation only: expected eval.*, got '{name}'; "
+                f"evaluate changes how the kept points are evaluated: expected eval.*, got '{name}'; "
                 f"for example --set eval.steps=50"
             )
     return {name.removeprefix("eval."): value for name, value in settings.items()}

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -24,6 +24,8 @@ from stbench.registry import (
     plugin_hash,
 )
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Time = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "tf32", "bf16"]
 
 
@@ -55,7 +57,7 @@ class TrainSpec(_Model):
     batch: int = Field(gt=0)
     accumulate: int = Field(default=1, gt=0)
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     adam_eps: float = Field(default=1e-8, gt=0)
     warmup: int = Field(default=0, ge=0)
@@ -76,12 +78,12 @@ class EvalSpec(_Model):
     points: list[int]
     samples: int = Field(ge=10)
     labels: Literal["balanced", "random"] = "balanced"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     sampler: str
     steps: int = Field(gt=0)
     guidance: list[float] = Field(default_factory=lambda: [1.0])
-    interval: tuple[float, float] = (0.0, 1.0)
-    channels: int | None = None
+    interval: tuple[Time, Time] = (0.0, 1.0)
+    channels: int | None = Field(default=None, gt=0)
     extras: Literal["last", "all"] = "last"
 
 
@@ -107,14 +109,25 @@ def build_backbone(
     out = build_objective(objective).out_channels(dataset.channels)
     with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return family(
-            channels=dataset.channels,
-            input_size=dataset.input_size,
-            classes=dataset.classes,
-            out_channels=out,
-            size=spec.size,
-            **kwargs,
+        try:
+            network: Backbone = family(
+                channels=dataset.channels,
+                input_size=dataset.input_size,
+                classes=dataset.classes,
+                out_channels=out,
+                size=spec.size,
+                **kwargs,
+            )
+        except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{spec.name}-{spec.size} cannot be built with {spec.options}: {error}; "
+                f"change the backbone.* options"
+            ) from error
+    if network.info.depth < 1:
+        raise UserError(
+            f"{spec.name} wants at least one block, got {network.info.depth}; raise backbone.depth"
         )
+    return network
 
 
 def build_objective(name: str) -> Objective:
@@ -124,7 +137,20 @@ def build_objective(name: str) -> Objective:
 
 def stages_of(spec: RunSpec, info: BackboneInfo) -> list[Stage]:
     """The method's stages for this network."""
-    return list(lookup(RECIPES, spec.recipe.name)(info, **spec.recipe.resolved))
+    name = spec.recipe.name
+    try:
+        stages = list(lookup(RECIPES, name)(info, **spec.recipe.resolved))
+    except UserError:
+        raise
+    except Exception as error:  # a plug-in's method may raise anything
+        raise UserError(
+            f"recipe '{name}' failed: {type(error).__name__}: {error}; mend its method"
+        ) from error
+    if not stages or not all(isinstance(stage, Stage) for stage in stages):
+        raise UserError(
+            f"recipe '{name}' wants a list of at least one Stage, got {stages!r}; mend its method"
+        )
+    return stages
 
 
 def revalidate(stored: Mapping[str, Any], where: Path) -> RunSpec:

@@ -18,6 +18,11 @@ from stbench.registry import plugin_hash
 from stbench.rng import Rng
 from stbench.stage import StageModule, make_batch
 
+
+def _earlier_steps(stage: Stage, spec: RunSpec) -> int:
+    return round(stage.length * spec.train.steps) if stage.steps is None else stage.steps
+
+
 Loader = Callable[[Weights], Backbone]
 
 
@@ -41,7 +46,7 @@ def plan(spec: RunSpec, info: BackboneInfo) -> list[StageJob]:
     jobs = []
     for index, stage in enumerate(stages):
         last = index == len(stages) - 1
-        steps = spec.train.steps if last else (stage.steps or round(stage.length * spec.train.steps))
+        steps = spec.train.steps if last else (_earlier_steps(stage, spec))
         if steps < 1:
             raise UserError(
                 f"stage '{stage.name}' would have {steps} steps; give it at least one, or a larger --steps"
@@ -51,7 +56,18 @@ def plan(spec: RunSpec, info: BackboneInfo) -> list[StageJob]:
     for job, recipe in zip(jobs, planned_recipes(jobs), strict=True):
         for block in recipe.taps:
             info.block(f"recipe.block of stage '{job.name}'", block)
+        _check_heads(job, recipe, info)
     return jobs
+
+
+def _check_heads(job: StageJob, recipe: Recipe, info: BackboneInfo) -> None:
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            recipe.heads(info)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the heads of stage '{job.name}' cannot be built: {error}; change the recipe.* options"
+        ) from error
 
 
 def planned_recipes(jobs: list[StageJob], loader: Loader | None = None) -> list[Recipe]:

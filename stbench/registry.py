@@ -92,7 +92,10 @@ def _guarded(what: str, load: Callable[[], Any]) -> Any:
         return load()
     except UserError:
         raise
-    except Exception as error:  # a plug-in may raise anything; the user needs its name and the reason
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # whatever a plug-in raises, the user needs its name and the reason
         raise UserError(f"plug-in {what} failed to import: {type(error).__name__}: {error}") from error
 
 

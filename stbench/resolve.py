@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from stbench.config import BackboneSpec, EvalSpec, RecipeSpec, RunSpec, TrainSpec, build_objective
 from stbench.errors import UserError
 from stbench.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, lookup, names, suggest
+from stbench.samplers import check_steps
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"config file not found: {file}; expected a .yaml, .json or .py file after --config")
     try:
-        content = Config.fromfile(str(file)).to_dict()
+        content = dict(Config.fromfile(str(file)).to_dict())
     except Exception as error:  # mmengine raises whatever its parsers raise
         raise UserError(
             f"config file {file} cannot be read: {type(error).__name__}: {error}".splitlines()[0]
@@ -80,6 +81,11 @@ def read_config(file: Path) -> dict[str, Any]:
     for name in content:
         if name not in known:
             raise UserError(f"{file}: unknown option '{name}'{suggest(name, sorted(known))}")
+    if not isinstance(content.get("set", {}), Mapping):
+        raise UserError(
+            f"{file}: 'set' wants options and values, got {content['set']!r}; "
+            f"for example set: {{train.lr: 1e-3}}"
+        )
     content["set"] = _flatten(content.get("set", {}))
     return content
 
@@ -116,13 +122,19 @@ def resolve(request: Request) -> RunSpec:
     objective = request.objective or family.presets[backbone.size].get("objective", family.objective)
     lookup(OBJECTIVES, objective)
     train = _train_spec(request, preset, sections["train"])
+    settings = _eval_spec(request, preset, objective, train.steps, sections["eval"])
+    if (settings.channels or 1) > dataset.channels:
+        raise UserError(
+            f"eval.channels wants 1..{dataset.channels} latent channels, got {settings.channels}; "
+            f"for example --set eval.channels=3"
+        )
     return RunSpec(
         dataset=request.dataset,
         backbone=backbone,
         objective=objective,
         recipe=_recipe_spec(request.recipe, sections["recipe"]),
         train=train,
-        eval=_eval_spec(request, preset, objective, train.steps, sections["eval"]),
+        eval=settings,
         seed=_seed(request.seed),
     )
 
@@ -149,7 +161,8 @@ def _sections(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _backbone_spec(name: str, default_size: str, options: dict[str, Any]) -> BackboneSpec:
     family_name, size = split_backbone(name)
     family = lookup(BACKBONES, family_name)
-    size = size or (default_size if default_size in family.presets else next(iter(family.presets), "custom"))
+    if size is None:
+        size = default_size if default_size in family.presets else next(iter(family.presets), "custom")
     if size not in family.presets:
         raise UserError(f"unknown size '{size}' of backbone '{family_name}'{suggest(size, family.presets)}")
     fixed = {"channels", "input_size", "classes", "out_channels", "size"}
@@ -209,6 +222,9 @@ def evaluation(values: dict[str, Any], objective: str, steps: int) -> EvalSpec:
             f"eval.points wants steps in 1..{steps}, got {spec.points}; "
             f"for example --set eval.points=[{steps}]"
         )
+    if spec.interval[0] > spec.interval[1]:
+        raise UserError(f"eval.interval wants low <= high, got {spec.interval}; for example [0.0,0.7]")
+    check_steps(spec.sampler, build_objective(objective), spec.steps)
     if any(scale < 1.0 for scale in spec.guidance):
         raise UserError(
             f"guidance scales are at least 1.0 (none), got {spec.guidance}; "
@@ -239,7 +255,7 @@ def _section(model: type[BaseModel], values: dict[str, Any], section: str) -> An
 def _validate(function: Any, values: dict[str, Any], section: str, skip: set[str]) -> dict[str, Any]:
     """Check values against a signature; returns every option, defaults included, as plain data."""
     target = function.__init__ if inspect.isclass(function) else function
-    hints = typing.get_type_hints(target)
+    hints = typing.get_type_hints(target, include_extras=True)
     fields: dict[str, Any] = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in skip:

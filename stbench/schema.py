@@ -18,7 +18,7 @@ from stbench.records import SCHEMA
 Fields = Mapping[str, Callable[[Any], Any]]
 """Name of a field -> what checks and converts its JSON value."""
 
-REMEDY = "run `stbench run` again with the same command, or delete the folder"
+REMEDY = "restore the file, or delete the folder and run again"
 
 
 def plain(value: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +142,20 @@ MISTAKES = {
         "at most train.batch=64 micro-batches",
     ),
     "too few samples": ((*VANILLA, "--set", "eval.samples=5"), "bad value for 'eval.samples'"),
+    "heads zero": ((*VANILLA, "--set", "backbone.heads=0"), "cannot be built with {'heads': 0}"),
+    "no depth": ((*VANILLA, "--set", "backbone.depth=0"), "wants at least one block, got 0"),
+    "empty size": (("run", "--backbone", "sit-", "--recipe", "vanilla"), "unknown size ''"),
+    "hidden": ((*TAUGHT, "--set", "recipe.hidden=-4"), "bad value for 'recipe.hidden'"),
+    "teacher steps": ((*TAUGHT, "--set", "recipe.teacher_steps=0"), "bad value for 'recipe.teacher_steps'"),
+    "recipe interval": ((*TAUGHT, "--set", "recipe.interval=[0.7,0.4]"), "recipe.interval wants low <= high"),
+    "betas": ((*VANILLA, "--set", "train.betas=[0.9,1.0]"), "bad value for 'train.betas'"),
+    "guided channels": ((*VANILLA, "--set", "eval.channels=9"), "eval.channels wants 1..4"),
+    "interval": ((*VANILLA, "--set", "eval.interval=[0.7,0.2]"), "eval.interval wants low <= high"),
+    "sampler steps": (
+        ("run", "--backbone", "dit", "--recipe", "vanilla", "--set", "eval.steps=2000"),
+        "2000",
+    ),
+    "no npz": (("sample", "nowhere", "--output", "x.png"), "ends in .npz"),
     "config file": (("run", "--config", "gone.yaml"), "config file not found: gone.yaml"),
     "command": (("runn",), "No such command 'runn'"),
     "flag": ((*VANILLA, "--stepz", "3"), "No such option: --stepz"),
@@ -161,6 +177,60 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert code == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert "Traceback" not in out + err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", ["set: 5", "backbone: [sit]", "recipe: vanilla\neval_guidance: 2", "- sit"]
+)
+def test_a_config_file_of_another_shape_is_one_line(stbench: Command, tmp_path: Path, content: str) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(content)
+    code, _, err = stbench("run", "--backbone", "sit", "--config", config, "--recipe", "vanilla", "--dry-run")
+    expected = 0 if content.startswith("backbone") else 2  # the command line wins over the file
+    assert code == expected and err.count("\n") <= 1 and "Traceback" not in err
+
+
+def test_a_path_that_cannot_be_written_is_one_line(stbench: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = stbench(*tiny_options(), "--output", tmp_path / "file")
+    assert code == 2 and "error: Not a directory" in err.splitlines()[-1]
+
+
+def test_a_broken_method_is_one_line(stbench: Command, tmp_path: Path) -> None:
+    plugin = tmp_path / "methods.py"
+    plugin.write_text(
+        "from stbench.registry import RECIPES\n"
+        "@RECIPES.register_module(name='raises', force=True)\ndef raises(info):\n    return 1 / 0\n"
+        "@RECIPES.register_module(name='none', force=True)\ndef none(info):\n    return []\n"
+    )
+    for recipe, message in {"raises": "ZeroDivisionError", "none": "at least one Stage"}.items():
+        code, _, err = stbench("run", "--plugin", plugin, "--backbone", "sit", "--recipe", recipe)
+        assert code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "stbench",
+        *tiny_options(),
+        "--steps",
+        "100000",
+        "--output",
+        str(tmp_path),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        while "step 100/" not in (line := process.stderr.readline()):
+            assert line, "the run ended by itself"
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == 130
+    assert rest.splitlines()[-1].startswith("stopped; go on with: stbench run --backbone sit")
+
+
+def test_version(stbench: Command) -> None:
+    assert stbench("--version")[1].startswith("stbench 0.")
 
 
 def test_debug_shows_the_traceback(stbench: Command) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from stbench.contracts import Backbone, Objective
+from stbench.contracts import Backbone, BackboneInfo, Features, Objective
 from stbench.registry import OBJECTIVES, SAMPLERS, UserError, lookup
 from stbench.samplers.base import Denoiser, Guidance, Noise, Sampler, guide
 from stbench.samplers.diffusion import Ddim, Ddpm
@@ -23,6 +25,7 @@ __all__ = [
     "Heun",
     "Noise",
     "Sampler",
+    "check_steps",
     "guide",
     "nfe",
     "resolve",
@@ -79,3 +82,28 @@ def nfe(name: str | Sampler, steps: int) -> int:
     """Network evaluations per image of `steps` steps, guidance not counted."""
     sampler: Sampler = lookup(SAMPLERS, name)() if isinstance(name, str) else name
     return sampler.nfe(steps)
+
+
+class _Silent(Backbone):
+    """Predicts nothing, to let a sampler walk its grid."""
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.info, self._out = BackboneInfo("silent", "", 1, 1, 1, 1, 1, 1, 1), out_channels
+
+    def forward_intermediates(
+        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
+    ) -> tuple[Tensor | None, Features]:
+        return x.new_zeros(x.shape[0], self._out, *x.shape[2:]), {}
+
+
+def check_steps(name: str, objective: Objective, steps: int) -> None:
+    """Walk the sampler's grid without a network: raises the UserError that sampling would end in."""
+    pixel, label = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
+    network = _Silent(objective.out_channels(1))
+    try:
+        sample(name, network, objective, pixel, label, steps=steps, noise=lambda draw: pixel)
+    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"sampler '{name}' cannot take {steps} steps: {error}; try --set eval.steps=20"
+        ) from error
