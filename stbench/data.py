@@ -72,7 +72,7 @@ DIGITS_PRESET = Preset(
     eval_samples=1000,
     eval_labels="balanced",
     eval_steps=20,
-    eval_guidance=(1.0, 1.5, 2.0),
+    eval_guidance=(1.0, 1.5),
     extras_last_only=True,
 )
 
