@@ -18,7 +18,7 @@ from stbench.records import SCHEMA
 Fields = Mapping[str, Callable[[Any], Any]]
 """Name of a field -> what checks and converts its JSON value."""
 
-REMEDY = "restore the file, or delete the folder and run again"
+REMEDY = "restore the file, or delete the folder and repeat its `stbench run`"
 
 
 def plain(value: Any) -> Any:
