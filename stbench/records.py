@@ -113,5 +113,10 @@ class RunRecord:
     @property
     def label(self) -> str:
         """Recipe with the options that differ from its defaults: what one leaderboard row is called."""
-        extra = ", ".join(f"{k}={v}" for k, v in sorted(self.options.items()))
-        return f"{self.recipe} ({extra})" if extra else self.recipe
+        return row_label(self.recipe, self.options)
+
+
+def row_label(recipe: str, options: Mapping[str, Any]) -> str:
+    """What a leaderboard row is called: the recipe, and the options that were set."""
+    extra = ", ".join(f"{name}={value}" for name, value in sorted(options.items()))
+    return f"{recipe} ({extra})" if extra else recipe

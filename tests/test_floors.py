@@ -13,7 +13,7 @@ PLUGINS = ("backbones", "recipes", "examples")
 FLOORS = (
     "errors rng flops contracts records assets",
     "layers adaln objectives samplers align teachers latents data checkpoints registry config resolve "
-    "results schema environment",
+    "results schema journal environment",
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
@@ -22,7 +22,7 @@ FLOORS = (
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
 PRINT = ("compare", "groups", "leaderboard", "stats", "report", "sections", "figures")
-PRINT_SEES = {*PRINT, "records", "results", "errors", "schema"}
+PRINT_SEES = {*PRINT, "records", "results", "errors", "schema", "journal"}
 PLUGINS_DO_NOT_SEE = {"config", "resolve", "results"}
 FENCES = {
     "mmengine.registry": {"registry"},
