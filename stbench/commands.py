@@ -155,7 +155,8 @@ def dry_run(call: Invocation) -> None:
 
 def _teachers(recipe: Any) -> str:
     held = (getattr(recipe, field.name) for field in fields(recipe))
-    return ", ".join(value.name for value in held if isinstance(value, Artifact)) or "-"
+    named = [value.name for value in held if isinstance(value, Artifact)]
+    return ", ".join([*named, *filter(None, [recipe.needs])]) or "-"
 
 
 def list_registered(kind: str, as_json: bool, plugins: Sequence[Path]) -> None:
