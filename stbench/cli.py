@@ -26,7 +26,7 @@ app = typer.Typer(
 # Completion must not import torch; a test keeps these equal to the registries.
 NAMES = {
     "backbone": ("dit", "sit", "uvit"),
-    "recipe": ("self-transcendence", "vae-align", "vanilla"),
+    "recipe": ("dispersive", "layersync", "repa", "self-transcendence", "sra", "vae-align", "vanilla"),
     "dataset": ("digits",),
     "objective": ("cosine", "iddpm", "linear", "vp-continuous", "vp-discrete"),
 }
