@@ -13,8 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from stbench.executor import last_line, log_file
 from stbench.journal import Entry
-from stbench.sweep import Monitor, last_line, log_file
+from stbench.sweep import Monitor
 
 STYLES = {"waiting": "dim", "running": "bold", "failed": "red", "finished": "green"}
 ROWS = 12

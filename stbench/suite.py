@@ -53,7 +53,8 @@ def find_suite(name: str, shipped: Path = SHIPPED) -> Path:
     file = shipped / f"{name}.yaml"
     if not file.is_file():
         known = sorted(path.stem for path in shipped.glob("*.yaml"))
-        raise UserError(f"unknown suite '{name}'{suggest(name, known)}; or give a .yaml file after --suite")
+        near = suggest(name, known) if known else "; none is shipped"
+        raise UserError(f"unknown suite '{name}'{near}; or give a .yaml file after --suite")
     return file
 
 

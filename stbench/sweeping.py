@@ -19,6 +19,7 @@ import torch
 from stbench import monitor, suite, sweep
 from stbench.environment import pick_device
 from stbench.errors import UserError
+from stbench.executor import Job, LocalExecutor, log_file
 from stbench.journal import Entry
 from stbench.registry import BACKBONES, RECIPES, load_builtins, load_plugins, names
 from stbench.resolve import parse_set
@@ -46,7 +47,7 @@ def sweep_runs(call: Invocation) -> int:
     """Make every run asked for that is not finished; returns the exit code, 1 if any failed."""
     expanded, device = _expanded(call)
     jobs = [_job(call, run, device) for run in expanded]
-    executor = sweep.LocalExecutor(call.output, slots(device, call.jobs))
+    executor = LocalExecutor(call.output, slots(device, call.jobs))
     with sweep.alone(call.output), _terminable():
         for run in expanded:
             content = {**run.wanted.values, "set": dict(run.wanted.overrides)}
@@ -123,12 +124,12 @@ def seeds(text: str) -> list[int]:
     return numbers if "," in text else list(range(numbers[0]))
 
 
-def _job(call: Invocation, run: suite.Expanded, device: torch.device) -> sweep.Job:
+def _job(call: Invocation, run: suite.Expanded, device: torch.device) -> Job:
     arguments = ["run", "--config", str(_config_file(call.output, run.entry.run_id))]
     arguments += ["--output", str(call.output), "--device", device.type, "--keep", call.keep]
     for plugin in call.plugins:
         arguments += ["--plugin", str(plugin)]
-    return sweep.Job(run.entry, tuple(arguments), run.stages)
+    return Job(run.entry, tuple(arguments), run.stages)
 
 
 def _config_file(output: Path, run_id: str) -> Path:
@@ -178,7 +179,7 @@ def _terminable() -> Iterator[None]:
 def _summary(output: Path, entries: Sequence[Entry]) -> int:
     failed = [entry for entry in entries if entry.state == "failed"]
     for entry in failed:
-        print(f"failed: {entry.run_id}: {entry.error} (log: {sweep.log_file(output, entry.run_id)})")
+        print(f"failed: {entry.run_id}: {entry.error} (log: {log_file(output, entry.run_id)})")
     print(f"{len(entries) - len(failed)} finished, {len(failed)} failed", end="")
     print("; the same command tries the failed ones again" if failed else "")
     print(f"next: stbench compare {output}")

@@ -18,7 +18,7 @@ FLOORS = (
     "stage evaluate store",
     "hooks plan testing bench probe",
     "engine trainer revisit compare groups leaderboard stats report sections figures "
-    "specify suite sweep monitor",
+    "specify suite executor sweep monitor",
     "options cli cli_sweep commands sweeping child __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
