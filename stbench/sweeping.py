@@ -114,14 +114,11 @@ def _named(text: str, known: Sequence[str]) -> list[str]:
 
 
 def seeds(text: str) -> list[int]:
-    """ "3" -> [0, 1, 2]; "0,5,7" -> [0, 5, 7]."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or (len(numbers) == 1 and "," not in text and numbers[0] < 1):
+    """ "3" -> [0, 1, 2]; "0,5,7" -> [0, 5, 7]; "7," -> [7]."""
+    parts = text.removesuffix(",").split(",")
+    if text == "0" or not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"--seeds wants how many, or a list, got '{text}'; for example 3 or 0,5,7")
-    return numbers if "," in text else list(range(numbers[0]))
+    return [int(part) for part in parts] if "," in text else list(range(int(text)))
 
 
 def _job(call: Invocation, run: suite.Expanded, device: torch.device) -> Job:
