@@ -14,7 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from stbench import __version__
+from stbench.cli_sweep import sweep
 from stbench.errors import UserError
+from stbench.options import RUNS, Device, KeepChoice, Output, Plugins
 
 app = typer.Typer(
     add_completion=True,
@@ -53,23 +55,8 @@ class Format(str, Enum):
     tex = "tex"
 
 
-class KeepChoice(str, Enum):
-    """Which EMA weights stay."""
-
-    all = "all"
-    last = "last"
-
-
 def _complete(kind: str) -> Any:
     return lambda incomplete: [name for name in NAMES[kind] if name.startswith(incomplete)]
-
-
-Output = Annotated[Path, typer.Option(help="Folder that holds the run folders.")]
-Plugins = Annotated[
-    list[Path], typer.Option("--plugin", help="Python file that registers backbones or recipes; repeatable.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-RUNS = Path("results/runs")
 
 
 def _version(asked: bool) -> None:
@@ -169,6 +156,9 @@ def run(
         track=track,
     )
     commands.dry_run(request) if dry_run else commands.run(request)
+
+
+app.command()(sweep)
 
 
 @app.command()

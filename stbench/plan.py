@@ -123,6 +123,18 @@ def stage_fingerprint(
     )
 
 
+def stage_fingerprints(jobs: list[StageJob], spec: RunSpec, dataset_fingerprint: str) -> list[str]:
+    """What training these stages will call them, known before anything is trained."""
+    earlier: dict[str, Artifact] = {}
+    previous = None
+    for job in jobs:
+        recipe = job.stage.recipe(dict(earlier))
+        digest = stage_fingerprint(job, recipe, spec, dataset_fingerprint, previous)
+        previous = Artifact(job.name, digest, "", {}, job.steps, job.images, 0.0, 0.0, _unfinished)
+        earlier[job.name] = previous
+    return [artifact.fingerprint for artifact in earlier.values()]
+
+
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain data: its class, its plug-in file and its fields; a teacher is its artifact's
     fingerprint, another dataclass is its compared fields.
