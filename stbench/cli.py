@@ -169,24 +169,18 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option(help="PNG of FID against images, student only and everything paid.")
     ] = None,
+    reported: Annotated[
+        bool, typer.Option("--reported", help="Add published numbers, in a section of their own.")
+    ] = False,
+    reported_file: Annotated[
+        Path | None, typer.Option(help="Their CSV file, instead of results/reported.csv; implies --reported.")
+    ] = None,
 ) -> None:
     """Rank finished runs: one table per setting and evaluation protocol."""
-    from stbench import report
-    from stbench.compare import leaderboard
-    from stbench.results import atomic_write, find_runs, read_runs
+    from stbench import board
 
-    records = read_runs(find_runs(runs or [RUNS]))
-    board = leaderboard(records)
-    if plot is not None:
-        report.plot(records, plot)
-    if format is Format.table and output is None:
-        report.print_leaderboard(board)
-        return
-    text = report.render(board, "md" if format is Format.table else format.value)
-    if output is None:
-        typer.echo(text)
-    else:
-        atomic_write(output, text if text.endswith("\n") else text + "\n")
+    form = None if format is Format.table else format.value
+    board.compare(runs or [RUNS], form, output, plot, reported_file or reported)
 
 
 @app.command(name="list")

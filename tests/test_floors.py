@@ -17,12 +17,15 @@ FLOORS = (
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
-    "engine trainer revisit compare groups leaderboard stats report sections figures "
-    "specify suite executor sweep monitor",
+    "engine trainer revisit asked board budgets compare groups leaderboard reported standing stats report "
+    "sections summary tables figures specify suite executor sweep monitor",
     "options cli cli_sweep commands sweeping child __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
-PRINT = ("compare", "groups", "leaderboard", "stats", "report", "sections", "figures")
+PRINT = {
+    *("asked", "board", "budgets", "compare", "groups", "leaderboard", "reported", "standing", "stats"),
+    *("report", "sections", "summary", "tables", "figures"),
+}
 PRINT_SEES = {*PRINT, "records", "results", "errors", "schema", "journal"}
 PLUGINS_DO_NOT_SEE = {"config", "resolve", "results"}
 FENCES = {
