@@ -221,12 +221,10 @@ def _timm_network(source: Source, tokens: int) -> nn.Module:
     size = patch * math.isqrt(tokens)
     with torch.random.fork_rng(devices=[]):
         try:
+            # through timm's own loading of pretrained weights, which fits the position table to the size
+            overlay = {"file": source.path} if source.path else None
             return timm.create_model(
-                source.name,
-                pretrained=not source.path,
-                num_classes=0,
-                img_size=size,
-                checkpoint_path=source.path,
+                source.name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size
             )
         except Exception as error:  # the hub, the file system and timm raise what they like
             reason = " ".join(str(error).split())[:160]
