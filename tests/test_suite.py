@@ -199,6 +199,13 @@ def test_dry_run_lists_the_runs_and_writes_nothing(stbench: Command, tmp_path: P
     assert total - different >= 6  # Self-Transcendence's teacher is VAE alignment's run
 
 
+def test_only_takes_a_part_of_a_name_or_of_the_words(stbench: Command, tmp_path: Path) -> None:
+    file = write(tmp_path / "suite.yaml", WHOLE)
+    for text, count in {"sit-ti-2-vanilla": 1, "dit-ti/2 iddpm": 3, "guidance=1.0": 1, "seed 7": 1}.items():
+        code, out, err = stbench("sweep", "--suite", file, "--only", text, "--dry-run")
+        assert code == 0 and f"\n{count} runs:" in out, err
+
+
 SIT = ("sweep", "--backbone", "sit", "--recipe", "vanilla")
 MISTAKES = {
     "no backbone": (("sweep", "--recipe", "all"), "expected --backbone or --suite, found none"),
