@@ -31,7 +31,7 @@ def sweep(
         str | None, typer.Option(help="YAML file that names the runs, or a shipped one by its bare name.")
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help="Only the runs whose folder name or label has this text.")
+        str | None, typer.Option(help="Only the runs whose folder name or words in --dry-run hold this text.")
     ] = None,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; default: one a GPU, or one a CPU core.")

@@ -18,6 +18,7 @@ from stbench.journal import Entry
 from stbench.sweep import Monitor
 
 STYLES = {"waiting": "dim", "running": "bold", "failed": "red", "finished": "green"}
+STOPPING = "stopping: the runs save and end; Ctrl-C again kills them"
 ROWS = 12
 """Waiting and ended runs listed at once; running and failed ones always are."""
 
@@ -53,6 +54,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def described(entry: Entry) -> str:
+    """What a run is, in words: backbone, objective, recipe with its options, seed."""
+    return f"{entry.backbone} {entry.objective} {entry.label} seed {entry.seed}"
+
+
 def counts(entries: Sequence[Entry]) -> str:
     """ "2 running, 5 waiting, 1 failed, 3 finished"."""
     states = [entry.state for entry in entries]
@@ -78,6 +84,10 @@ class Lines(Monitor):
                 took = self._clock.elapsed(entry.run_id) if entry.state != "running" else ""
                 words = [f"{entry.state}: {entry.run_id}", took, entry.error]
                 self._print("  ".join(word for word in words if word))
+
+    def stopping(self) -> None:
+        """Say that it takes a moment."""
+        self._print(STOPPING)
 
     def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -113,6 +123,10 @@ class LiveTable(Monitor):
         self._clock.look(entries)
         self._live.update(self.table(entries, reasons), refresh=True)
 
+    def stopping(self) -> None:
+        """Say so above the table."""
+        self._live.console.print(STOPPING)
+
     def table(self, entries: Sequence[Entry], reasons: Mapping[str, str]) -> Table:
         """Running and failed runs, then the next ones that wait and the last ones that finished."""
         title = f"{counts(entries)}  {duration(time.monotonic() - self._began)}"
@@ -120,9 +134,8 @@ class LiveTable(Monitor):
         table.columns[1].overflow = "fold"
         for entry in _chosen(entries):
             what = Text(self._what(entry, reasons), overflow="ellipsis", no_wrap=True)
-            name = entry.run_id.removeprefix(f"{entry.dataset}-").rpartition("-")[0]
             state = Text(entry.state, STYLES[entry.state])
-            table.add_row(state, Text(name), self._clock.elapsed(entry.run_id), what)
+            table.add_row(state, Text(described(entry)), self._clock.elapsed(entry.run_id), what)
         return table
 
     def _what(self, entry: Entry, reasons: Mapping[str, str]) -> str:

@@ -54,7 +54,7 @@ def find_suite(name: str, shipped: Path = SHIPPED) -> Path:
     if not file.is_file():
         known = sorted(path.stem for path in shipped.glob("*.yaml"))
         near = suggest(name, known) if known else "; none is shipped"
-        raise UserError(f"unknown suite '{name}'{near}; or give a .yaml file after --suite")
+        raise UserError(f"unknown suite '{name}': expected a shipped name or a .yaml file{near}")
     return file
 
 

@@ -30,6 +30,10 @@ class Monitor(ABC):
     def update(self, entries: Sequence[Entry], reasons: Mapping[str, str]) -> None:
         """How the runs asked for stand, and why some wait; called after every look at them."""
 
+    @abstractmethod
+    def stopping(self) -> None:
+        """The sweep was interrupted, and waits for its running ones to save and end."""
+
 
 @contextmanager
 def alone(root: Path) -> Iterator[None]:
@@ -160,6 +164,8 @@ class Sweep:
 
     def _halt(self) -> None:
         """After an interruption nothing runs: stop it, and say so in the journal."""
+        if self._in("running"):
+            self._monitor.stopping()
         try:
             self._executor.stop()
         finally:

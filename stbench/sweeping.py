@@ -63,7 +63,7 @@ def dry_run(call: Invocation) -> None:
     asked = {run.entry.run_id for run in expanded}
     entries = [e for e in sweep.opened(call.output, [run.entry for run in expanded]) if e.run_id in asked]
     for entry in entries:
-        print(f"{entry.state:8}  {entry.run_id}  {entry.steps} steps  {entry.label}")
+        print(f"{entry.state:8}  {entry.run_id}  {entry.steps} steps  {monitor.described(entry)}")
     stages = [stage for run in expanded for stage in run.stages]
     print(
         f"{len(entries)} runs: {monitor.counts(entries)}; "
@@ -81,7 +81,9 @@ def _expanded(call: Invocation) -> tuple[list[suite.Expanded], torch.device]:
     expanded = suite.expand(wanted)
     if call.only is None:
         return expanded, device
-    chosen = [run for run in expanded if call.only in run.entry.run_id or call.only in run.entry.label]
+    chosen = [
+        run for run in expanded if call.only in run.entry.run_id or call.only in monitor.described(run.entry)
+    ]
     if not chosen:
         raise UserError(
             f"--only '{call.only}' fits none of the {len(expanded)} runs; "

@@ -46,20 +46,48 @@ def test_a_process_for_each_run_with_its_slot_its_log_and_its_error(tmp_path: Pa
     assert log_file(tmp_path, bad.run_id).read_text().startswith("an earlier try\nerror: nowhere")
 
 
-def test_a_killed_process_is_a_failed_run(tmp_path: Path) -> None:
-    executor = LocalExecutor(tmp_path, [{"PYTHONPATH": str(tmp_path)}])
-    package = tmp_path / "stbench"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    code = "import os, signal\nprint('step 3')\nos.kill(os.getpid(), signal.SIGKILL)\n"
-    (package / "child.py").write_text(code)
-    before = os.getcwd()
-    os.chdir(tmp_path)
+@pytest.fixture()
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that runs in place of stbench.child."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "stbench").mkdir()
+    (tmp_path / "stbench" / "__init__.py").touch()
+    return tmp_path / "stbench" / "child.py"
+
+
+def test_a_killed_process_is_a_failed_run(tmp_path: Path, stand_in: Path) -> None:
+    stand_in.write_text("import os, signal\nprint('step 3')\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    executor = LocalExecutor(tmp_path, [{}])
+    executor.submit(job("vanilla"))
+    assert wait_for(executor) == [Outcome(job("vanilla").run_id, "killed by SIGKILL after: step 3")]
+
+
+def test_a_process_that_fails_without_a_word_names_its_log(tmp_path: Path, stand_in: Path) -> None:
+    stand_in.write_text("raise SystemExit(7)\n")
+    executor = LocalExecutor(tmp_path, [{}])
+    executor.submit(job("vanilla"))
+    (outcome,) = wait_for(executor)
+    assert outcome.error.startswith("exit code 7") and outcome.error.endswith(".log")
+
+
+def test_a_second_ctrl_c_kills_what_does_not_stop(tmp_path: Path, stand_in: Path) -> None:
+    stubborn = (
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('deaf')\ntime.sleep(600)\n"
+    )
+    stand_in.write_text(stubborn)
+    executor = LocalExecutor(tmp_path, [{}])
+    executor.submit(job("vanilla"))
+    while last_line(log_file(tmp_path, job("vanilla").run_id)) != "deaf":
+        time.sleep(0.02)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
-        executor.submit(job("vanilla"))
-        assert wait_for(executor) == [Outcome(job("vanilla").run_id, "killed by SIGKILL after: step 3")]
+        with pytest.raises(KeyboardInterrupt):
+            executor.stop()
     finally:
-        os.chdir(before)
+        signal.signal(signal.SIGALRM, before)
+    assert [outcome.error for outcome in executor.poll()] == ["killed by SIGKILL after: deaf"]
 
 
 def test_a_child_without_its_parent_ends() -> None:

@@ -100,7 +100,7 @@ def test_a_bare_name_is_a_shipped_suite(tmp_path: Path) -> None:
     shipped = write(tmp_path / "quick.yaml", WHOLE)
     assert suite.find_suite("quick", tmp_path) == shipped
     assert suite.find_suite("mine/quick.yaml", tmp_path) == Path("mine/quick.yaml")
-    with pytest.raises(UserError, match="unknown suite 'quik'; did you mean 'quick'"):
+    with pytest.raises(UserError, match="unknown suite 'quik': expected .*; did you mean 'quick'"):
         suite.find_suite("quik", tmp_path)
 
 
@@ -197,6 +197,13 @@ def test_dry_run_lists_the_runs_and_writes_nothing(stbench: Command, tmp_path: P
         int(out.partition(mark)[0].split()[-1]) for mark in (" stages,", " of them different")
     )
     assert total - different >= 6  # Self-Transcendence's teacher is VAE alignment's run
+
+
+def test_only_takes_a_part_of_a_name_or_of_the_words(stbench: Command, tmp_path: Path) -> None:
+    file = write(tmp_path / "suite.yaml", WHOLE)
+    for text, count in {"sit-ti-2-vanilla": 1, "dit-ti/2 iddpm": 3, "guidance=1.0": 1, "seed 7": 1}.items():
+        code, out, err = stbench("sweep", "--suite", file, "--only", text, "--dry-run")
+        assert code == 0 and f"\n{count} runs:" in out, err
 
 
 SIT = ("sweep", "--backbone", "sit", "--recipe", "vanilla")

@@ -82,6 +82,9 @@ class Silent(sweep.Monitor):
     def update(self, entries: Sequence[Entry], reasons: Mapping[str, str]) -> None:
         self.reasons.append(dict(reasons))
 
+    def stopping(self) -> None:
+        self.reasons.append({"stopping": "yes"})
+
 
 def carry_out(
     root: Path,
@@ -229,8 +232,8 @@ def test_an_interruption_stops_the_running_and_says_so(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep.Sweep(tmp_path, jobs, executor, Silent(), pause).run()
-    assert "stop" in executor.events
+        sweep.Sweep(tmp_path, jobs, executor, monitor := Silent(), pause).run()
+    assert "stop" in executor.events and monitor.reasons[-1] == {"stopping": "yes"}
     assert list(states(tmp_path).values()) == ["waiting"] * 3
 
 
