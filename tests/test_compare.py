@@ -400,14 +400,20 @@ def test_guidance_is_compared_at_both_budgets(tmp_path: Path) -> None:
     """Vanilla is sampled at 800 and at 1600 steps; each budget compares with what it was there."""
     records = []
     for seed in range(3):
-        early = build(tmp_path, "vanilla", seed, [16, 4, 1, 0.25], steps=LONG, guided={1.5: 0.1})
-        curve = [*early.curve, replace(early.curve[2], guidance=1.5, metrics={"fid": 0.8, "is": 5.0})]
-        records.append(replace(early, curve=curve))
+        early, late = {800: {1.5: 0.8}}, {1.5: 0.1}
+        fids = [16, 4, 1, 0.25]
+        records.append(build(tmp_path, "vanilla", seed, fids, steps=LONG, guided=late, guided_at=early))
         records.append(build(tmp_path, "taught", seed, [16, 4, 0.9], teacher=800, guided={1.5: 0.4}))
     taught = row(records, "taught")
     assert taught.student.best.ratio == pytest.approx(0.5)
     assert taught.paid.best.ratio == pytest.approx(4.0)
     assert (taught.student.best.verdict, taught.paid.best.verdict) == ("better", "worse")
+
+
+def test_a_baseline_without_guided_samples_is_said(tmp_path: Path) -> None:
+    records = seeds(tmp_path, "vanilla", [1.0])
+    records.append(build(tmp_path, "taught", 0, [16, 4, 0.9], guided={1.5: 0.4}))
+    assert row(records, "taught").student.best.verdict == "vanilla not sampled"
 
 
 def test_rows_that_share_no_two_scales_have_no_best_guidance(tmp_path: Path) -> None:
