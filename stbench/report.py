@@ -54,8 +54,8 @@ def blocks(board: Leaderboard, figures: Sequence[Figure] = ()) -> list[Block]:
     if board.notes:
         found.append(Block("", "", (), board.notes))
     if figures:
-        section = reported.section(figures)
-        found.append(Block(section.title, "", [section], ()))
+        section, notes = reported.section(figures)
+        found.append(Block(section.title, "", [section], notes))
     return found
 
 
@@ -118,12 +118,12 @@ def _print(section: Section, console: Console, title: bool = True) -> None:
     from rich.table import Table as Grid
     from rich.text import Text
 
-    least = _word_widths(section, console.width)
+    widths = _widths(section, console.width)
     grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for i, name in enumerate(section.header):
         words = i in section.left
         justify: Literal["left", "right"] = "left" if words else "right"
-        grid.add_column(name, justify=justify, overflow="fold", no_wrap=not words, min_width=least[i])
+        grid.add_column(name, justify=justify, overflow="fold", no_wrap=not words, width=widths[i])
     for row in section.rows:
         grid.add_row(*(Text(value) for value in row))
     if title:
@@ -131,15 +131,18 @@ def _print(section: Section, console: Console, title: bool = True) -> None:
     console.print(grid)
 
 
-def _word_widths(section: Section, width: int) -> list[int | None]:
-    """The longest word of each column of words, so that cells wrap between words, if all of it fits."""
+def _widths(section: Section, width: int) -> list[int]:
+    """Columns of `width` in all: figures whole, words wrapped between words, and within them if they must."""
     columns = list(zip(section.header, *section.rows, strict=True))
-    whole = [max(map(len, column)) for column in columns]
+    widths = [max(map(len, column)) for column in columns]
     words = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
-    needed = sum(words[i] if i in section.left else whole[i] for i in range(len(columns)))
-    if needed + 2 * len(columns) > width:
-        return [None] * len(columns)
-    return [words[i] if i in section.left else None for i in range(len(columns))]
+    for least in (words, [1] * len(columns)):
+        while sum(widths) + 2 * len(columns) > width:
+            shrinkable = [i for i in section.left if widths[i] > least[i]]
+            if not shrinkable:
+                break
+            widths[max(shrinkable, key=lambda i: (widths[i], i))] -= 1
+    return widths
 
 
 def _print_text(text: str, console: Console, style: str = "") -> None:

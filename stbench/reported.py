@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from stbench.errors import UserError
-from stbench.sections import NONE, Section
+from stbench.sections import NONE, Section, count
 
 FILE = Path("results/reported.csv")
 """Where a clone of stbench has it."""
@@ -76,30 +76,38 @@ def _figure(row: dict[str, str], where: str) -> Figure:
     return Figure(**row)
 
 
-def section(figures: Sequence[Figure]) -> Section:
-    """The figures as one table, those of one model, training and sampling in one line."""
+def section(figures: Sequence[Figure]) -> tuple[Section, list[str]]:
+    """The figures as one table, those of one model, training and sampling in one line; notes by number."""
     lines: dict[tuple[str, ...], list[Figure]] = {}
     for figure in figures:
         lines.setdefault(figure.setting, []).append(figure)
-    header = ("model", "data", "training", "sampling", "figures", "source (certainty)", "note")
-    return Section(TITLE, header, tuple(map(_line, lines.values())), frozenset(range(7)))
+    numbers: dict[str, int] = {}
+    rows = [_line(group, numbers) for group in lines.values()]
+    header = ("model", "data", "training", "sampling", "figures", "source", "certainty")
+    notes = [f"[{number}] {note}" for note, number in numbers.items()]
+    return Section(TITLE, header, tuple(rows), frozenset(range(7))), notes
 
 
-def _line(figures: Sequence[Figure]) -> tuple[str, ...]:
+def _line(figures: Sequence[Figure], numbers: dict[str, int]) -> tuple[str, ...]:
     first = figures[0]
-    steps = f"{int(first.steps):,} steps" if first.steps.isdigit() else first.steps
-    epochs = f"{first.epochs} epochs" if first.epochs else ""
+    mark = f" [{numbers.setdefault(first.note, len(numbers) + 1)}]" if first.note else ""
+    steps = f"{count(int(first.steps))} steps" if first.steps.isdigit() else first.steps
     guidance = "no guidance" if first.guidance == "none" else first.guidance
-    samples = f"{int(first.n_samples):,} samples" if first.n_samples.isdigit() else first.n_samples
     return (
-        first.model,
+        first.model + mark,
         f"{first.dataset} {first.resolution}",
-        _joined(steps, epochs),
-        _joined(guidance, first.sampler, samples),
-        ", ".join(f"{figure.metric} {figure.value}" for figure in figures),
-        f"{first.source} ({first.certainty})",
-        first.note or NONE,
+        _joined(steps, f"{first.epochs} epochs" if first.epochs else ""),
+        _joined(guidance, first.sampler),
+        ", ".join(f"{_metric(figure)} {figure.value}" for figure in figures),
+        first.source,
+        first.certainty,
     )
+
+
+def _metric(figure: Figure) -> str:
+    """FID with the number of samples that it depends on: FID-50k."""
+    known = figure.metric == "FID" and figure.n_samples.isdigit()
+    return f"FID-{count(int(figure.n_samples))}" if known else figure.metric
 
 
 def _joined(*parts: str) -> str:

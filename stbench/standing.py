@@ -127,7 +127,8 @@ def _best(place: Place, anchor: Place | None) -> Versus:
     """Each side at its own best guidance."""
     own, theirs = _at_best(place), _at_best(anchor) if anchor else None
     absent = "not sampled" if place.fids else place.missing()
-    return _versus(place, anchor, own, theirs, (absent, f"no {BASELINE} there"))
+    alone = f"{BASELINE} not sampled" if anchor and anchor.fids else f"no {BASELINE} there"
+    return _versus(place, anchor, own, theirs, (absent, alone))
 
 
 def _at_best(place: Place) -> Fids | None:

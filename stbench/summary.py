@@ -23,6 +23,7 @@ SHORT = {
     "not evaluated there": "not evaluated",
     "too few seeds": "few seeds",
     f"no {BASELINE} there": f"no {BASELINE}",
+    f"{BASELINE} not sampled": f"no {BASELINE}",
 }
 """Verdicts that are too long for a column here."""
 
