@@ -17,8 +17,21 @@ from stbench.errors import UserError
 from stbench.hooks import Hook
 from stbench.plan import StageJob
 from stbench.records import RunRecord
+from stbench.registry import BACKBONES, RECIPES, load_builtins, names
 from stbench.results import RunFolder
 from tests.conftest import Runner, tiny_spec
+
+load_builtins()
+
+WEIGHT = {
+    "vae-align": "coefficient",
+    "self-transcendence": "coefficient",
+    "sra": "weight",
+    "layersync": "weight",
+    "dispersive": "weight",
+    "repa": "weight",
+}
+"""Recipe -> the option that scales its term."""
 
 
 def weights(record: RunRecord, kind: str = "raw", stage: int | None = None) -> dict[str, torch.Tensor]:
@@ -39,12 +52,16 @@ def test_one_seed_gives_one_result_and_another_seed_another(tiny: Runner) -> Non
     assert not same(weights(first), weights(tiny(output="a", seed=1)))
 
 
-@pytest.mark.parametrize("recipe", ["vae-align", "self-transcendence"])
+def test_every_recipe_has_a_weight() -> None:
+    assert {"vanilla", *WEIGHT} == set(names(RECIPES)), "give the new recipe's weight its name in WEIGHT"
+
+
+@pytest.mark.parametrize("recipe", WEIGHT)
 def test_recipes_are_paired_with_vanilla(tiny: Runner, recipe: str) -> None:
     """With its term switched off a recipe trains vanilla's very bits: same init, data, times, noise and
     drops.
     """
-    silent = tiny(recipe, recipe__coefficient=0.0)
+    silent = tiny(recipe, **{f"recipe__{WEIGHT[recipe]}": 0.0})
     assert same(weights(silent), weights(tiny("vanilla")))
     assert not same(weights(tiny(recipe)), weights(silent))
 
@@ -98,6 +115,21 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny: Runner, tmp_path: Path)
     assert RunFolder(folder).status()["state"] == "stopped"
     assert json.loads((folder / "checkpoints/0-vanilla/state.json").read_text())["step"] == 3
     assert same(weights(tiny()), weights(tiny(output="plain")))
+
+
+@pytest.mark.parametrize("recipe", WEIGHT)
+@pytest.mark.parametrize("backbone", names(BACKBONES))
+def test_every_recipe_resumes_to_the_same_bits(tiny: Runner, backbone: str, recipe: str) -> None:
+    """Stopped once in each stage, on every backbone under its published objective."""
+    options = {"backbone": backbone, "steps": 3, "train__save_every": 10}
+    plain = tiny(recipe, output="plain", reuse=False, **options)
+    for _ in plain.stages:
+        with pytest.raises(engine.Interrupted):
+            tiny(recipe, output="stopped", reuse=False, hooks=[StopAt(2)], **options)
+    stopped = tiny(recipe, output="stopped", reuse=False, **options)
+    assert same(weights(plain), weights(stopped)) and same(weights(plain, "ema"), weights(stopped, "ema"))
+    assert [p.metrics for p in plain.curve] == [p.metrics for p in stopped.curve]
+    assert [s.flops for s in plain.stages] == [s.flops for s in stopped.stages]
 
 
 def test_an_equal_stage_is_reused_and_still_paid(tiny: Runner) -> None:
