@@ -78,7 +78,7 @@ def _section(
     lines = []
     for table, setting in zip(tables, _settings(tables), strict=True):
         apart = f"{setting} ({count(images(table))})" if len(budgets) > 1 and table.rows else setting
-        lines += [(apart, *_line(row, name, side)) for row, name in names(table).items()]
+        lines += [(apart, *_line(row, name, side)) for row, name in names(table)]
     header = ("backbone", "recipe", "FID", f"to {BASELINE}", "FID, best guidance", f"to {BASELINE}")
     return Section(title, header, tuple(lines), frozenset({0, 1, 3, 5}))
 

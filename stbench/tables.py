@@ -55,22 +55,23 @@ def _short(value: Any) -> str:
     return text[:8] if len(text) >= 40 and " " not in text else text
 
 
-def names(table: Table) -> dict[Row | Absent, str]:
+def names(table: Table) -> list[tuple[Row | Absent, str]]:
     """What each row is called: its recipe, its length where two have the same name, its needs' mark."""
     everyone: list[Row | Absent] = [*table.rows, *table.absent]
     times = Counter(row.recipe for row in everyone)
-    named: dict[Row | Absent, str] = {}
+    named = []
     for row in everyone:
         length = f" [{row.length} steps]" if times[row.recipe] > 1 else ""
-        named[row] = row.recipe + length + (NEEDS if isinstance(row, Row) and row.needs else "")
+        named.append((row, row.recipe + length + (NEEDS if isinstance(row, Row) and row.needs else "")))
     return named
 
 
 def sections(table: Table) -> list[Section]:
     """The sections of one table."""
     if not table.rows:
-        named = names(table)
-        asked = [(named[row], missing(row.seeds), row.state) for row in table.absent]
+        asked = [
+            (name, missing(row.seeds), row.state) for row, name in names(table) if isinstance(row, Absent)
+        ]
         header = ("recipe", "seeds", "state")
         return [Section("Asked for, nothing finished", header, _lines(asked), frozenset({0, 1, 2}))]
     steps = f"step {table.student_images // (table.batch or 1)}, {count(table.student_images)} images"
@@ -120,7 +121,7 @@ def _figures(standing: Standing) -> tuple[str, ...]:
 
 def _quality(table: Table, title: str) -> Section:
     lines = []
-    for row, name in names(table).items():
+    for row, name in names(table):
         if isinstance(row, Absent):
             lines.append((name, f"{missing(row.seeds)} {row.word}", *[NONE] * 4))
             continue
@@ -132,7 +133,7 @@ def _quality(table: Table, title: str) -> Section:
 
 def _quality_paid(table: Table, title: str) -> Section:
     lines = []
-    for row, name in names(table).items():
+    for row, name in names(table):
         if isinstance(row, Absent):
             lines.append((name, *[NONE] * 5))
         else:
@@ -145,7 +146,7 @@ def _quality_paid(table: Table, title: str) -> Section:
 
 def _verdicts(table: Table, side: Side) -> Section:
     lines = []
-    for row, name in names(table).items():
+    for row, name in names(table):
         if isinstance(row, Absent):
             lines.append((name, NONE, NONE, shorten(row.state, STATE, placeholder=" ..."), *[NONE] * 3))
         else:
@@ -214,7 +215,7 @@ def _cost_paid(table: Table) -> Section:
 
 
 def _finished(table: Table) -> list[tuple[Row, str]]:
-    return [(row, name) for row, name in names(table).items() if isinstance(row, Row)]
+    return [(row, name) for row, name in names(table) if isinstance(row, Row)]
 
 
 def _price(row: Row, standing: Standing) -> tuple[str, str, str]:
