@@ -233,6 +233,11 @@ def evaluation(values: dict[str, Any], objective: str, steps: int) -> EvalSpec:
             f"eval.points wants steps in 1..{steps}, got {spec.points}; "
             f"for example --set eval.points=[{steps}]"
         )
+    if isinstance(spec.extras, list) and not set(spec.extras) <= {*spec.points, steps}:
+        raise UserError(
+            f"eval.extras wants evaluation points out of {sorted({*spec.points, steps})}, got {spec.extras}; "
+            f"for example --set eval.extras=[{steps}]"
+        )
     if spec.interval[0] > spec.interval[1]:
         raise UserError(f"eval.interval wants low <= high, got {spec.interval}; for example [0.0,0.7]")
     check_steps(spec.sampler, build_objective(objective), spec.steps)

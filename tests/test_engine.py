@@ -176,6 +176,17 @@ def test_micro_batches_add_up_to_the_batch(tiny: Runner) -> None:
     assert all(torch.allclose(whole[k], parts[k], atol=2e-5) for k in whole)
 
 
+def test_the_guidance_grid_is_evaluated_where_it_is_due(tiny: Runner) -> None:
+    options = {"eval__points": [1, 2, 3], "eval__guidance": [1.0, 2.0]}
+    due = {"last": [4], "all": [1, 2, 3, 4], "[2]": [2, 4]}
+    for name, extras in (("last", "last"), ("all", "all"), ("[2]", [2])):
+        record = tiny(output=name, eval__extras=extras, **options)
+        assert [p.step for p in record.curve if p.guidance == 1.0] == [1, 2, 3, 4]
+        assert [p.step for p in record.curve if p.guidance == 2.0] == due[name]
+    with pytest.raises(UserError, match=r"eval\.extras wants evaluation points out of \[2, 4\], got \[3\]"):
+        tiny(eval__points=[2], eval__extras=[3])
+
+
 def test_keep_last_leaves_one_ema(tiny: Runner) -> None:
     record = tiny(eval__points=[2, 4], keep="last")
     assert [f.name for f in Path(record.path).glob("checkpoints/*/ema-*")] == ["ema-00000004.safetensors"]
