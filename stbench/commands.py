@@ -33,11 +33,13 @@ from stbench.registry import (
     lookup,
     names,
 )
-from stbench.resolve import evaluation, parse_set, read_config
+from stbench.resolve import Request, evaluation, parse_set, read_config, resolve
 from stbench.specify import completed, scales, specify
 
 IMAGENET = {"channels": 4, "input_size": 32, "classes": 1000}
 """Latents of 256x256 images: what published sizes are counted at."""
+COUNTED_ON = "sit-ti/2"
+"""The network on which the overhead of a recipe is counted."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +182,36 @@ def _published(family: Any, size: str) -> Backbone:
 
 
 def _recipe_rows() -> list[dict[str, Any]]:
+    vanilla = sum(_stage_flops("vanilla"))
     rows = []
     for name in sorted(names(RECIPES)):
         method = lookup(RECIPES, name)
         parameters = list(inspect.signature(method).parameters.values())[1:]
         options = ", ".join(f"{p.name}={p.default}" for p in parameters)
-        rows.append({"recipe": name, "help": inspect.getdoc(method) or "", "options": options or "none"})
+        costs = _stage_flops(name)
+        overhead = f"{costs[-1] / vanilla:.2f}" if costs else "not counted"
+        if len(costs) > 1:
+            overhead += f", {sum(costs) / vanilla:.2f} with its teacher"
+        rows.append(
+            {
+                "recipe": name,
+                "help": inspect.getdoc(method) or "",
+                "options": options or "none",
+                f"FLOPs, x vanilla ({COUNTED_ON} on the digits)": overhead,
+            }
+        )
     return rows
+
+
+def _stage_flops(recipe: str) -> list[float]:
+    """Training FLOPs of each stage at its defaults; none for a plug-in that does not fit the network."""
+    try:
+        spec = resolve(Request(COUNTED_ON, recipe))
+        dataset, jobs, _ = engine.prepare(spec)
+        recipes = planned_recipes(jobs, meta_loader(spec, dataset))
+        return [rehearse(job, one, spec, dataset).total for job, one in zip(jobs, recipes, strict=True)]
+    except UserError:
+        return []
 
 
 def _dataset_rows() -> list[dict[str, Any]]:
