@@ -1,0 +1,70 @@
+"""The trials of a tuning as CSV: one line a run, its settings, its last FID without guidance, and what was chosen.
+
+Usage: python scripts/tuning_table.py FOLDER > results/digits/tuning.csv. Chosen are the learning rate of vanilla
+and each recipe's options with the lowest mean over the seeds, within one backbone and objective.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from stbench.records import RunRecord
+from stbench.results import find_runs, read_runs
+
+COLUMNS = ("backbone", "objective", "recipe", "options", "lr", "seed", "steps", "fid", "mean_fid", "chosen")
+
+
+def row(record: RunRecord) -> dict[str, Any]:
+    """One trial; an unfinished run has no FID."""
+    points = [p for p in record.curve if p.stage_index == record.final_stage and p.guidance == 1.0]
+    return {
+        "backbone": record.backbone,
+        "objective": record.objective,
+        "recipe": record.recipe,
+        "options": json.dumps(dict(record.options), sort_keys=True),
+        "lr": record.spec["train"]["lr"],
+        "seed": record.seed,
+        "steps": record.steps,
+        "fid": points[-1].metrics["fid"] if points and record.status == "finished" else "",
+    }
+
+
+def table(records: Iterable[RunRecord]) -> list[dict[str, Any]]:
+    """The trials in order, each with its mean over seeds and whether its options were chosen."""
+    rows = [row(record) for record in records]
+    trials: dict[tuple[Any, ...], list[float]] = {}
+    for one in rows:
+        if one["fid"] != "":
+            trials.setdefault(trial(one), []).append(one["fid"])
+    best: dict[tuple[Any, ...], float] = {}
+    for key, fids in trials.items():
+        best[key[:3]] = min(best.get(key[:3], float("inf")), mean(fids))
+    for one in rows:
+        one["mean_fid"] = mean(trials[trial(one)]) if trial(one) in trials else ""
+        one["chosen"] = one["mean_fid"] == best.get(trial(one)[:3])
+    return sorted(
+        rows,
+        key=lambda one: [str(one[name]) for name in ("backbone", "recipe")] + [one["lr"], one["options"]],
+    )
+
+
+def trial(one: dict[str, Any]) -> tuple[Any, ...]:
+    """What the seeds of a trial share: first what it competes within, then what it chose."""
+    return one["backbone"], one["objective"], one["recipe"], one["lr"], one["options"], one["steps"]
+
+
+def main(folder: Path) -> None:
+    """Write the CSV to standard output."""
+    writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table(read_runs(find_runs([folder]))))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
