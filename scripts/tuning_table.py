@@ -1,7 +1,7 @@
-"""The trials of a tuning as CSV: one line a run, its settings, its last FID without guidance, and what was chosen.
+"""The trials of a tuning as CSV: one line a run, its settings, its FID without guidance, and what was chosen.
 
-Usage: python scripts/tuning_table.py FOLDER > results/digits/tuning.csv. Chosen are the learning rate of vanilla
-and each recipe's options with the lowest mean over the seeds, within one backbone and objective.
+Usage: python scripts/tuning_table.py FOLDER > results/digits/tuning.csv. Chosen are the learning rate of
+vanilla and each recipe's options with the lowest mean over the seeds, within one backbone and objective.
 """
 
 from __future__ import annotations
