@@ -85,10 +85,9 @@ def _open(folder: RunFolder, spec: RunSpec, jobs: list[StageJob], hashed: Hashes
             f"run {folder.path} was begun with --steps {done}, found --steps {asked}; "
             f"type --steps {done} to finish it"
         )
-    same = {k: v for k, v in known["eval"].items() if k != "points"} == {
-        k: v for k, v in content["eval"].items() if k != "points"
-    }
-    if not same:
+    where = ("points", "extras")  # a continued run has more of them; what a point measures is the rest
+    begun, now = ({k: v for k, v in side["eval"].items() if k not in where} for side in (known, content))
+    if begun != now:
         raise UserError(
             f"run {folder.path} was begun under other evaluation settings; "
             f"use the same ones, another --output, or `stbench evaluate` once it is finished"

@@ -89,6 +89,16 @@ def test_more_steps_continue_a_finished_run(tiny: Runner) -> None:
     assert longer.stages[0].flops == direct.stages[0].flops
 
 
+def test_a_continued_run_may_extend_its_guidance_grid(tiny: Runner) -> None:
+    tiny(steps=2, eval__guidance=[1.0, 2.0])
+    longer = tiny(steps=4, eval__points=[2, 4], eval__extras=[2, 4], eval__guidance=[1.0, 2.0])
+    direct = tiny(
+        output="direct", steps=4, eval__points=[2, 4], eval__extras=[2, 4], eval__guidance=[1.0, 2.0]
+    )
+    found, expected = ([(p.step, p.guidance, p.metrics) for p in r.curve] for r in (longer, direct))
+    assert found == expected and len(found) == 4
+
+
 def test_a_longer_teacher_is_another_run(tiny: Runner) -> None:
     assert tiny("self-transcendence", steps=2).path != tiny("self-transcendence", steps=3).path
     kept = tiny("self-transcendence", steps=3, recipe__teacher_steps=2)
