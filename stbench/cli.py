@@ -4,10 +4,12 @@ once.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import traceback
 from enum import Enum
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +27,21 @@ app = typer.Typer(
     help="Train diffusion transformers under feature-supervision recipes; compare how fast they converge.",
 )
 
-# Completion must not import torch; a test keeps these equal to the registries.
-NAMES = {
-    "backbone": ("dit", "sit", "uvit"),
-    "recipe": ("dispersive", "layersync", "repa", "self-transcendence", "sra", "vae-align", "vanilla"),
-    "dataset": ("digits",),
-    "objective": ("cosine", "iddpm", "linear", "vp-continuous", "vp-discrete"),
+HOMES = {
+    "backbone": ("stbench.backbones", "."),
+    "recipe": ("stbench.recipes", "."),
+    "dataset": ("stbench", "."),
+    "objective": ("stbench", "objectives"),
 }
+"""Kind -> package, and folder in it, whose files register names of that kind."""
+
+
+def registered(kind: str) -> list[str]:
+    """The built-in names of a kind, read from the sources: completion must not import torch."""
+    package, folder = HOMES[kind]
+    sources = (file.read_text() for file in (Path(str(files(package))) / folder).glob("*.py"))
+    pattern = rf'^@{kind.upper()}S\.register_module\(name="([^"]+)"'
+    return sorted(name for source in sources for name in re.findall(pattern, source, re.MULTILINE))
 
 
 class Kind(str, Enum):
@@ -56,7 +66,7 @@ class Format(str, Enum):
 
 
 def _complete(kind: str) -> Any:
-    return lambda incomplete: [name for name in NAMES[kind] if name.startswith(incomplete)]
+    return lambda incomplete: [name for name in registered(kind) if name.startswith(incomplete)]
 
 
 def _version(asked: bool) -> None:

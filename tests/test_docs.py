@@ -113,4 +113,4 @@ def test_the_page_of_the_command_line_is_current(name: str) -> None:
 
 @pytest.mark.parametrize("kind", REGISTRIES)
 def test_completion_knows_the_registered_names(kind: str) -> None:
-    assert set(cli.NAMES[kind]) == builtin(REGISTRIES[kind])
+    assert set(cli.registered(kind)) == builtin(REGISTRIES[kind])
