@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stbench import __version__
+from stbench import __version__, cli_data
 from stbench.errors import UserError
 
 app = typer.Typer(
@@ -23,11 +23,13 @@ app = typer.Typer(
     help="Train diffusion transformers under feature-supervision recipes; compare how fast they converge.",
 )
 
+app.add_typer(cli_data.app, name="data")
+
 # Completion must not import torch; a test keeps these equal to the registries.
 NAMES = {
     "backbone": ("dit", "sit", "uvit"),
     "recipe": ("self-transcendence", "vae-align", "vanilla"),
-    "dataset": ("digits",),
+    "dataset": ("custom", "digits", "imagenet256", "imagenet512"),
     "objective": ("cosine", "iddpm", "linear", "vp-continuous", "vp-discrete"),
 }
 
@@ -100,6 +102,10 @@ def run(
     dataset: Annotated[
         str | None, typer.Option(help="Data set; digits is embedded.", autocompletion=_complete("dataset"))
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data to train on: a prepared folder, REPA's layout, or a small folder of images."),
+    ] = None,
     objective: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +157,7 @@ def run(
         "backbone": backbone,
         "recipe": recipe,
         "dataset": dataset,
+        "data": data,
         "objective": objective,
         "steps": steps,
         "seed": seed,

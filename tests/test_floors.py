@@ -13,12 +13,13 @@ PLUGINS = ("backbones", "recipes", "examples")
 FLOORS = (
     "errors rng flops contracts records assets",
     "layers adaln objectives samplers align teachers latents data checkpoints registry config resolve "
-    "results schema journal environment",
+    "results schema journal environment images sources vae latent_store store_writer encoding prepare repa "
+    "collection prefetch prepared presets data_options",
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
     "engine trainer revisit compare groups leaderboard stats report sections figures",
-    "cli commands __main__",
+    "cli commands cli_data data_commands __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
 PRINT = ("compare", "groups", "leaderboard", "stats", "report", "sections", "figures")
@@ -30,7 +31,7 @@ FENCES = {
     "mmengine": {"registry", "resolve", "hooks"},
     "diffusers": {"latents"},
     "torch_fidelity": {"evaluate"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_data"},
 }
 """Package -> the rooms that may import it; the longest name that fits decides."""
 HEAVY = ("torch", "torchvision", "timm", "diffusers", "mmengine", "torch_fidelity", "sklearn", "scipy")
