@@ -62,8 +62,7 @@ class Moments(Encoder):
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """See `Encoder.__call__`. Raises UserError for moments that fp16 cannot hold."""
         if self._network is None:  # loaded late: a finished set needs no network
-            loaded = self._source.load()
-            self._network = Autoencoder(loaded.vae.to(self._device, self._dtype), loaded.fingerprint)
+            self._network = self._source.load(self._dtype).to(self._device)
         x = to_float(torch.from_numpy(images).to(self._device)).to(self._dtype)
         views = [x, x.flip(-1)][: self.views]
         stored = [_mean_and_std(self._network.moments(view)) for view in views]

@@ -128,13 +128,17 @@ def digits_autoencoder() -> Autoencoder:
     return Autoencoder(vae, asset_manifest()["assets"]["digits_vae"]["sha256"])
 
 
-def read_vae(folder: Path) -> nn.Module:
-    """diffusers' AutoencoderKL from a local folder. Raises UserError for one that does not load."""
+def read_vae(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """diffusers' AutoencoderKL from a local folder, its weights as `dtype`. Raises UserError for one that does not load."""
     from diffusers import AutoencoderKL
 
     try:
         return AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
-            str(folder), local_files_only=True, low_cpu_mem_usage=False, use_safetensors=True
+            str(folder),
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            torch_dtype=dtype,
         )
     except Exception as error:  # diffusers and safetensors raise whatever they find
         found = " ".join(str(error).split())[:300]

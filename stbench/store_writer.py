@@ -98,7 +98,7 @@ def build(
     """Write the shards that are missing, then the manifest; returns it, and whether anything was to do.
 
     `draft` is the manifest without shards; `needed` are the bytes of the whole set; `make(start, stop)` gives
-    the rows of a shard; `done(rows)` is told of shards that an earlier call had finished. Raises UserError
+    the rows of a shard; `done(rows)` is told of rows that an earlier call had finished. Raises UserError
     for a folder that holds something else, is in use, or has no room.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +107,7 @@ def build(
             found = read_manifest(folder)
             _same_plan(folder, found.plan, draft.plan)
             _clean(folder)
+            done(bounds[-1][1])
             return found, False
         _begin(folder, draft.plan)
         shards = [_finished(folder, number) for number in range(len(bounds))]

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stbench.errors import UserError
 from stbench.latents import Autoencoder, read_vae
 
@@ -40,9 +42,9 @@ class VAE:
     scale: float
     shift: float
 
-    def load(self) -> Autoencoder:
+    def load(self, dtype: torch.dtype = torch.float32) -> Autoencoder:
         """The network, frozen, on the host."""
-        return Autoencoder(read_vae(self.folder), self.sha256)
+        return Autoencoder(read_vae(self.folder, dtype), self.sha256)
 
 
 @cache
@@ -56,7 +58,7 @@ def find_vae(name: str) -> VAE:
     if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(
             f"expected an autoencoder (config.json and {WEIGHTS}) in {folder}, found none; "
-            f"for example: {download('sd-vae-ft-ema')}"
+            f"for example: {download('sd-vae-ft-ema')} and give that folder"
         )
     config = _config(folder)
     return VAE(
@@ -72,8 +74,8 @@ def find_vae(name: str) -> VAE:
 
 
 def download(name: str) -> str:
-    """The command that fetches a published autoencoder, and what to type then."""
-    return f"`hf download {PUBLISHED[name]} --local-dir {name}`, then give that folder"
+    """The command that fetches a published autoencoder to a folder."""
+    return f"`hf download {PUBLISHED[name]} --local-dir {name}`"
 
 
 def _cached(name: str) -> Path:
@@ -83,8 +85,8 @@ def _cached(name: str) -> Path:
     weights = try_to_load_from_cache(PUBLISHED[name], WEIGHTS)
     if not isinstance(config, str) or not isinstance(weights, str):
         raise UserError(
-            f"autoencoder {name} is not in the Hugging Face cache; fetch it with "
-            f"`hf download {PUBLISHED[name]}`, or {download(name)} in place of {name}"
+            f"autoencoder {name} is not in the Hugging Face cache; type `hf download {PUBLISHED[name]}`, "
+            f"or {download(name)} and give that folder instead of {name}"
         )
     return Path(config).parent
 
