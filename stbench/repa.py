@@ -111,7 +111,8 @@ class Repa:
                 f"{path}: a standard deviation is negative, so these are log-variances; "
                 f"convert the folder with `stbench data import --second logvar`"
             )
-        rounded = np.concatenate([mean, second]).astype(np.float16)
+        with np.errstate(over="ignore"):  # what overflows is told below
+            rounded = np.concatenate([mean, second]).astype(np.float16)
         if not np.isfinite(rounded).all():
             raise UserError(
                 f"{path} holds moments that are not finite or beyond fp16; encode the image again"

@@ -1,4 +1,4 @@
-"""`stbench data prepare` and `verify`: what is written, what is refused, what a kill or a full disk leaves."""
+"""`stbench data prepare` and `verify`: what is written and refused, what a kill or a full disk leaves."""
 
 from __future__ import annotations
 
