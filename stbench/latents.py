@@ -129,7 +129,10 @@ def digits_autoencoder() -> Autoencoder:
 
 
 def read_vae(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """diffusers' AutoencoderKL from a local folder, its weights as `dtype`. Raises UserError for one that does not load."""
+    """diffusers' AutoencoderKL from a local folder, its weights as `dtype`.
+
+    Raises UserError for one that does not load.
+    """
     from diffusers import AutoencoderKL
 
     try:
