@@ -29,7 +29,7 @@ app.add_typer(cli_data.app, name="data")
 NAMES = {
     "backbone": ("dit", "sit", "uvit"),
     "recipe": ("self-transcendence", "vae-align", "vanilla"),
-    "dataset": ("digits",),
+    "dataset": ("custom", "digits", "imagenet256", "imagenet512"),
     "objective": ("cosine", "iddpm", "linear", "vp-continuous", "vp-discrete"),
 }
 
@@ -102,6 +102,10 @@ def run(
     dataset: Annotated[
         str | None, typer.Option(help="Data set; digits is embedded.", autocompletion=_complete("dataset"))
     ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Data to train on: a prepared folder, REPA's layout, or a small folder of images."),
+    ] = None,
     objective: Annotated[
         str | None,
         typer.Option(
@@ -153,6 +157,7 @@ def run(
         "backbone": backbone,
         "recipe": recipe,
         "dataset": dataset,
+        "data": data,
         "objective": objective,
         "steps": steps,
         "seed": seed,

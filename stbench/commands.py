@@ -93,13 +93,15 @@ def _request(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Request
             raise UserError(
                 f"expected a whole number for {name}, got {values[name]!r}; for example --{name} 100"
             )
-    for name in ("backbone", "recipe", "dataset", "objective", "precision"):
+    for name in ("backbone", "recipe", "dataset", "data", "objective", "precision"):
         if not isinstance(values.get(name, ""), str):
             raise UserError(f"expected a name for {name}, got {values[name]!r}; see `stbench list`")
     if not isinstance(values.get("eval_guidance", []), list):
         raise UserError(
             f"expected scales for eval_guidance, got {values['eval_guidance']!r}; for example [1.0, 1.5]"
         )
+    if "data" in values:
+        values = {"dataset": "custom", **values}
     return Request(**values, overrides=overrides)
 
 
@@ -232,9 +234,9 @@ def _dataset_rows() -> list[dict[str, Any]]:
         rows.append(
             {
                 "dataset": name,
-                "images": cls.size,
+                "images": cls.size or "yours",
                 "latents": latents,
-                "classes": cls.classes,
+                "classes": cls.classes or "yours",
                 "help": help_text,
             }
         )

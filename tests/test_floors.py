@@ -13,12 +13,13 @@ PLUGINS = ("backbones", "recipes", "examples")
 FLOORS = (
     "errors rng flops contracts records assets",
     "layers adaln objectives samplers align teachers latents data checkpoints registry config resolve "
-    "results schema journal environment outputs imagesets parts",
+    "results schema journal environment images sources vae latent_store store_writer encoding prepare repa "
+    "collection prefetch prepared presets data_options outputs imagesets parts",
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
     "engine trainer revisit painter sampling compare groups leaderboard stats report sections figures",
-    "cli cli_data commands scoring __main__",
+    "cli commands cli_data data_commands scoring __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
 PRINT = ("compare", "groups", "leaderboard", "stats", "report", "sections", "figures")
