@@ -93,8 +93,13 @@ def verify(target: Annotated[Path, typer.Argument(metavar="DST", help="A prepare
 
 @app.command()
 def statistics(
-    images: Annotated[Path, typer.Argument(help="Folder of images of one size, or an npz with arr_0.")],
+    images: Annotated[
+        Path, typer.Argument(help="Folder of images, npz with arr_0, or prepared data set (its references).")
+    ],
     output: Annotated[Path, typer.Argument(help="npz to write, for `stbench evaluate --reference`.")],
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Centre-crop a folder's images to this, as ADM crops ImageNet.")
+    ] = None,
     inception: Annotated[
         Path | None, typer.Option(help="Inception weights; default: torch hub's cache.")
     ] = None,
@@ -109,4 +114,4 @@ def statistics(
     from stbench import scoring
 
     weights = {"inception": inception, "inception_sha256": inception_sha256, "dino": dino}
-    scoring.statistics(images, output, scoring.Measuring.of(weights, batch, device))
+    scoring.statistics(images, output, size, scoring.Measuring.of(weights, batch, device))

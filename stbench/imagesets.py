@@ -1,4 +1,4 @@
-"""Sets of images to measure: an npz as ADM's, or a folder; read in batches, in order, nothing resized."""
+"""Sets of images to measure: an npz as ADM's, a folder, a prepared data set; in batches, in order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from stbench.collection import open_collection
+from stbench.config import DataSpec
 from stbench.errors import UserError
+from stbench.images import centre_crop
+from stbench.latent_store import MANIFEST, REFERENCE
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 WANTED = "arr_0 uint8 (N,H,W,3)"
@@ -112,16 +116,19 @@ def damaged(path: Path, why: object) -> UserError:
 
 @final
 class FolderImages(ImageSet):
-    """All images at or under a folder, by path; every mode but 16 bits becomes RGB."""
+    """All images at or under a folder, by path; every mode but 16 bits becomes RGB.
 
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
+    With `crop`, each is centre-cropped to that many pixels as ADM crops ImageNet; else all are of one size.
+    """
+
+    def __init__(self, path: Path, crop: int | None = None) -> None:
+        self.name, self._crop = str(path), crop
         self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not self._files:
             raise UserError(
                 f"{path} holds no images; expected files that end in {', '.join(sorted(SUFFIXES))}"
             )
-        self.size = read_image(self._files[0]).shape[:2]
+        self.size = read_image(self._files[0], crop).shape[:2]
 
     def __len__(self) -> int:
         return len(self._files)
@@ -133,17 +140,17 @@ class FolderImages(ImageSet):
             yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
     def _same_size(self, file: Path) -> np.ndarray:
-        image = read_image(file)
+        image = read_image(file, self._crop)
         if image.shape[:2] != self.size:
             (h, w), (first_h, first_w) = image.shape[:2], self.size
             raise UserError(
                 f"{file} is {w}x{h} but {self._files[0].name} is {first_w}x{first_h}; "
-                "expected images of one size: crop them first"
+                "expected images of one size: crop them first, or have `data statistics` do it by --size"
             )
         return image
 
 
-def read_image(file: Path) -> np.ndarray:
+def read_image(file: Path, crop: int | None = None) -> np.ndarray:
     """uint8 (H,W,3). Raises UserError for a file that is no whole 8-bit image."""
     try:
         with Image.open(file) as image:
@@ -151,11 +158,42 @@ def read_image(file: Path) -> np.ndarray:
                 raise UserError(
                     f"{file}: expected 8 bits a channel, found mode {image.mode}; convert it first"
                 )
-            return np.array(image.convert("RGB"))
+            colours = image.convert("RGB")
+            return np.array(colours if crop is None else centre_crop(colours, crop))
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"cannot read image {file} ({error}); delete or replace it") from error
 
 
-def open_images(path: Path) -> ImageSet:
-    """A folder of images or an npz, by what lies at `path`. Raises UserError for anything else."""
-    return FolderImages(path) if path.is_dir() else NpzImages(path)
+@final
+class StoredImages(ImageSet):
+    """The reference images of a prepared data set: up to 10,000 training images whose pixels are kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._held = open_collection(DataSpec(path=str(path.resolve())))
+        self._rows = np.flatnonzero(self._held.split == REFERENCE)
+        if not len(self._rows):
+            raise UserError(f"{path} keeps no reference images; prepare it again with --references 10000")
+        self.size = self._held.image_shape[1:]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def batches(self, batch: int) -> Iterator[Tensor]:
+        """The images by row."""
+        for start in range(0, len(self._rows), batch):
+            images = torch.from_numpy(self._held.pictures(self._rows[start : start + batch]))
+            yield images.expand(-1, 3, -1, -1)
+
+
+def open_images(path: Path, crop: int | None = None) -> ImageSet:
+    """A prepared data set, a folder of images or an npz, by what lies at `path`; `crop` is for a folder.
+
+    Raises UserError for anything else.
+    """
+    folder = path.is_dir() and not (path / MANIFEST).is_file()
+    if crop is not None and not folder:
+        raise UserError(f"{path} is no folder of images: its images have their size; leave --size out")
+    if folder:
+        return FolderImages(path, crop)
+    return StoredImages(path) if path.is_dir() else NpzImages(path)

@@ -25,6 +25,7 @@ from stbench.evaluate.extractors import tensors_hash
 from stbench.latents import ROUNDING, to_uint8
 from stbench.registry import load_builtins
 from stbench.samplers import Guidance, sample
+from stbench.vae import find_vae
 
 ROWS = 32
 """Images in one network call on a CPU, whose products depend in their last bits on the number of rows."""
@@ -129,7 +130,6 @@ def _run(origin: Origin, device: torch.device | str) -> Source:
 
 def _official(origin: Origin, device: torch.device | str) -> Source:
     from stbench.official import load_official
-    from stbench.vae import find_vae
 
     if origin.vae is None:
         raise UserError(

@@ -138,11 +138,11 @@ def _evaluate_run(run: Path, reference: Path, measuring: Measuring, protocol: Pr
         evaluate_images(output, reference, None, measuring)
 
 
-def statistics(images: Path, output: Path, measuring: Measuring) -> None:
-    """Measure a set of real images once, for any number of evaluations."""
+def statistics(images: Path, output: Path, size: int | None, measuring: Measuring) -> None:
+    """Measure a set of real images once, for any number of evaluations; `size` crops a folder's."""
     if output.suffix != ".npz":
         raise UserError(f"statistics go to a file that ends in .npz, got {output}; try {output}.npz")
-    found = open_images(images)
+    found = open_images(images, size)
     networks = measuring.open()
     with _progress("images") as report:
         done = write_statistics(
@@ -160,7 +160,7 @@ def _require_reference(reference: Path) -> None:
     if not reference.exists():
         raise UserError(
             f"reference {reference} is not there; expected an ADM npz, a file of `stbench data statistics`, "
-            "or a folder of images"
+            "a prepared data set, or a folder of images"
         )
 
 

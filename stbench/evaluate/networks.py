@@ -26,6 +26,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from stbench.errors import UserError
 
+INCEPTION = "inception-v3-compat"
+"""torch-fidelity's name for it."""
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[1]
 INCEPTION_SHA256 = "6726825d"
 """First hex digits of the file's sha256, which its name carries."""
@@ -121,11 +123,11 @@ def load_inception(file: Path | None = None, sha256: str = INCEPTION_SHA256) -> 
     with torch.random.fork_rng(devices=[]):
         try:
             net = FeatureExtractorInceptionV3(
-                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=buffer
+                INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=buffer
             )
         except RuntimeError as error:
             raise _misfit(place, "Inception", error) from error
-    return Inception(net, f"inception-v3-compat {digest[:16]}").eval()
+    return Inception(net, f"{INCEPTION} {digest[:16]}").eval()
 
 
 def load_dino(file: Path) -> DinoV2:
