@@ -85,7 +85,10 @@ def open_member(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, .
     with open_npz(path) as archive:
         if f"{name}.npy" not in archive.namelist():
             found = ", ".join(member.removesuffix(".npy") for member in archive.namelist()) or "nothing"
-            raise UserError(f"{path}: expected {WANTED}, found {found}; save it with {name}=images")
+            wanted, remedy = (
+                (WANTED, "save it with arr_0=images") if name == "arr_0" else (name, "make it again")
+            )
+            raise UserError(f"{path}: expected {wanted}, found {found}; {remedy}")
         with archive.open(f"{name}.npy") as file:
             try:
                 version = np.lib.format.read_magic(file)

@@ -78,11 +78,11 @@ def score(samples: Survey, reference: Reference, device: torch.device | str = "c
 
 def _caution(name: str, space: str, samples: Survey, reference: Reference) -> list[str]:
     dimension = len(samples.fits[space][0])
-    behind = {samples.name: samples.count, reference.name: reference.fitted_on.get(space, reference.count)}
+    real = reference.fitted_on.get(space, reference.count)
     return [
         f"{name}: {count} images in {where} are fewer than the {dimension} features, so the covariance is "
         f"singular and the distance far too large; compare it only at this number"
-        for where, count in behind.items()
+        for where, count in ((samples.name, samples.count), (reference.name, real))
         if count is not None and count < dimension
     ]
 
