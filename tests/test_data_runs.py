@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shlex
 import shutil
+import string
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from stbench import engine, revisit
+from stbench import cli, engine, revisit
 from stbench.data import get_dataset
 from stbench.errors import UserError
 from stbench.prepare import Job, open_job, prepare
@@ -158,3 +162,51 @@ def test_the_preset_follows_the_backbone(root: Path) -> None:
     spec = resolve(Request("uvit-s/2", "vanilla", "custom", data=str(root / "set")))
     assert (spec.train.batch, spec.train.lr, spec.data is not None) == (128, 2e-4, True)
     assert spec.data is not None and spec.data.path == str(root / "set")
+
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "imagenet.md"
+SMALL = {"DATASET": "custom", "SIZE": "64", "BACKBONE": "sit-ti/2", "STEPS": str(STEPS)}
+
+
+def script(paths: dict[str, Path]) -> list[list[str]]:
+    """The commands of the documented script, its paths and sizes changed for small ones."""
+    (block,) = re.findall(r"```bash\n(.*?)```", SCRIPT.read_text(), re.DOTALL)
+    options = TINY | BLOCKS | {"data.extractor": EXTRACTOR, "eval.samples": 20, "train.clip": 1.0}
+    vanilla = {name: value for name, value in options.items() if not name.startswith("recipe.")}
+    commands = []
+    for line in block.splitlines():
+        if name := re.match(r"(\w+)=", line):
+            assert name[1] in {*SMALL, "MORE", *paths}
+            continue
+        chosen = vanilla if "--recipe vanilla" in line else options
+        more = " ".join(f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in chosen.items())
+        values = SMALL | {name: str(path) for name, path in paths.items()} | {"MORE": more, "RUN": "$RUN"}
+        if line.strip().startswith("stbench "):
+            commands.append(shlex.split(string.Template(line).substitute(values))[1:])
+    return commands
+
+
+def test_the_documented_script_runs_with_other_paths(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    paths = {
+        "IMAGES": root / "images",
+        "VAE": root / "vae",
+        "DATA": tmp_path / "latents",
+        "REFERENCE": tmp_path / "reference.npz",
+        "RUNS": tmp_path / "runs",
+    }
+    commands = script(paths)
+    assert [command[0] for command in commands] == [
+        *("data", "data", "run", "run", "compare", "sample", "evaluate")
+    ]
+    for command in commands:
+        if command[0] in ("data", "run", "compare"):
+            monkeypatch.setattr(sys, "argv", ["stbench", *command])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert not ended.value.code, capfd.readouterr().err
+    out = capfd.readouterr().out
+    assert "400 images in 10 classes; 1 shards of moments 8x8x8" in out
+    assert "400 images, 5 files, all as written" in out
+    assert "self-transcendence" in out and "vanilla" in out

@@ -1,6 +1,6 @@
 """Images a second from shards and from a folder of single .npy files, out of a cold and a warm page cache.
 
-10,000 rows of 16 KiB (8x32x32 fp16), batches of 256 in the order of a permutation. "Cold" drops both sets from
+10,000 rows of 16 KiB (8x32x32 fp16), batches of 256 in the order of a permutation. "Cold" drops both from
 the page cache first (posix_fadvise); where that has no effect, the test says so and is skipped.
 """
 
