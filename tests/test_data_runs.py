@@ -18,12 +18,15 @@ import pytest
 from stbench import cli, engine, revisit
 from stbench.data import get_dataset
 from stbench.errors import UserError
+from stbench.painter import Origin
 from stbench.prepare import Job, open_job, prepare
 from stbench.records import RunRecord
 from stbench.repa import Repa, convert, decoder_of
 from stbench.resolve import Request, resolve
+from stbench.sampling import Asked, draw
 from tests.conftest import BLOCKS, TINY
-from tests.datafiles import EXTRACTOR, make_images, make_repa, make_vae
+from tests.datafiles import EXTRACTOR, make_images, make_repa, make_vae, picture
+from tests.weights import random_inception
 
 STEPS = 6
 
@@ -69,11 +72,12 @@ def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
         assert last.metrics.keys() >= {"fid", "fid_all", "is", "kid", "nn_distance"}
         assert all(np.isfinite(value) for value in last.val_loss)
     run = revisit.open_run(Path(records[1].path))
-    revisit.sample_to_npz(run, 5, tmp_path / "five.npz", 1.5, 0, engine.Options(tmp_path).device)
+    device, wanted = engine.Options(tmp_path).device, Asked(5, 1.5)
+    draw(Origin(Path(records[1].path)), wanted, [tmp_path / "five.npz"], [device])
     with np.load(tmp_path / "five.npz") as found:
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((5, 64, 64, 3), np.uint8)
     changed = run.spec.eval.model_copy(update={"seed": 1})
-    added = revisit.evaluate_again(run, changed, engine.Options(tmp_path).device)
+    added = revisit.evaluate_again(run, changed, device)
     assert [point.step for point in added] == [STEPS]
 
 
@@ -200,12 +204,25 @@ def test_the_documented_script_runs_with_other_paths(
     assert [command[0] for command in commands] == [
         *("data", "data", "run", "run", "compare", "sample", "evaluate")
     ]
-    for command in commands:
-        if command[0] in ("data", "run", "compare"):
-            monkeypatch.setattr(sys, "argv", ["stbench", *command])
-            with pytest.raises(SystemExit) as ended:
-                cli.main()
-            assert not ended.value.code, capfd.readouterr().err
+    inception, digest = random_inception(tmp_path / "inception.pth")
+    weights = ["--inception", str(inception), "--inception-sha256", digest]
+    np.savez(paths["REFERENCE"], np.stack([np.asarray(picture(n, 64, 64)) for n in range(12)]))
+
+    def call(*command: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["stbench", *command])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, capfd.readouterr().err
+
+    for command in commands[:5]:
+        call(*command)
+    (run,) = (path.parent for path in paths["RUNS"].glob("*vanilla*/spec.json"))
+    drawing, measuring = ([part.replace("$RUN", str(run)) for part in command] for command in commands[5:])
+    assert drawing[2:4] == ["-n", "50000"] and drawing[-4:-2] == ["--steps", "250"]
+    call(*drawing, "-n", "12", "--steps", "3", "--device", "cpu")
+    call(*measuring, *weights, "--device", "cpu")
+    scores = json.loads((run / "cfg1.8.json").read_text())
+    assert scores["protocol"]["sampling"]["cfg"] == 1.8 and np.isfinite(scores["metrics"]["fid12"])
     out = capfd.readouterr().out
     assert "400 images in 10 classes; 1 shards of moments 8x8x8" in out
     assert "400 images, 5 files, all as written" in out

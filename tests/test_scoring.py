@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar, final
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from stbench import scoring
 from stbench.errors import UserError
@@ -28,34 +27,15 @@ from stbench.results import RunFolder
 from tests.conftest import Runner
 from tests.test_cli import Command, stbench
 from tests.test_imagesets import folder
+from tests.weights import random_inception
 
 __all__ = ["stbench"]
-
-
-class Unloaded(FeatureExtractorInceptionV3):
-    """torch-fidelity's graph, which loads nothing."""
-
-    def load_state_dict(self, state: Mapping[str, object], **options: object) -> None:  # type: ignore[override]
-        """Leave the weights as they are."""
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A file of random Inception weights, and its sha256."""
-    empty = io.BytesIO()
-    torch.save({}, empty)
-    empty.seek(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = Unloaded("random", ["2048"], feature_extractor_weights_path=empty)
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.normal_(net.fc.weight, std=0.05)
-        nn.init.normal_(net.fc.bias)
-    file = tmp_path_factory.mktemp("weights") / "inception.pth"
-    torch.save(net.state_dict(), file)
-    return file, hashlib.sha256(file.read_bytes()).hexdigest()
+    return random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 @pytest.fixture(scope="session")
@@ -82,16 +62,27 @@ def pictures(seed: int, count: int, size: int = 24) -> np.ndarray:
 
 
 class Cheap(Network):
-    """Features that cost nothing: "pool" are 2048 fixed projections, "spatial" the first 2023 of them."""
+    """Features that cost nothing: "pool" are 48 fixed projections, "spatial" the first 40 of them."""
 
-    spaces = Inception.spaces
+    spaces: ClassVar[Mapping[str, int | None]] = {"pool": 48, "spatial": 40}
     label = "cheap 0"
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         draws = torch.Generator().manual_seed(0)
         flat = images.flatten(1).double() / 255.0
-        pool = torch.tanh(flat @ torch.randn(flat.shape[1], 2048, generator=draws, dtype=torch.float64) / 20)
-        return {"pool": pool.float(), "spatial": pool[:, :2023].float(), "logits": pool[:, :9].float() * 4}
+        pool = torch.tanh(flat @ torch.randn(flat.shape[1], 48, generator=draws, dtype=torch.float64) / 20)
+        return {"pool": pool.float(), "spatial": pool[:, :40].float(), "logits": pool[:, :9].float() * 4}
+
+
+@final
+class Wide(Network):
+    """Inception's dimensions, to read its references without it."""
+
+    spaces = Inception.spaces
+    label = "wide 0"
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
 
 
 def measured(images: np.ndarray, tmp_path: Path, name: str, network: Network, **options: int) -> Survey:
@@ -284,7 +275,7 @@ def test_a_wrong_reference_is_one_line(tmp_path: Path, name: str) -> None:
     arrays, message = WRONG[name]
     np.savez(tmp_path / "ref.npz", **arrays)  # type: ignore[arg-type]
     with pytest.raises(UserError) as caught:
-        load_reference(tmp_path / "ref.npz", [Cheap()])
+        load_reference(tmp_path / "ref.npz", [Wide()])
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -298,7 +289,7 @@ def test_a_statistics_file_is_the_reference_it_was_made_from(tmp_path: Path) -> 
     samples = measured(pictures(2, 20), tmp_path, "samples", Cheap())
     assert score(samples, stored).metrics == score(samples, direct).metrics
     held = np.load(tmp_path / "stats.npz")
-    assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(held.files) and held["mu_s"].shape == (2023,)
+    assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(held.files) and held["mu_s"].shape == (40,)
     other = Cheap()
     other.label = "cheap 1"
     with pytest.raises(UserError, match=r"was made with cheap 0, not with cheap 1; make it again"):
@@ -322,7 +313,7 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 def test_fewer_images_than_features_is_a_warning(tmp_path: Path) -> None:
     few = measured(pictures(0, 12), tmp_path, "few", Cheap())
     told = score(few, of_survey(few)).warnings
-    assert len(told) == 4 and "fid: 12 images in" in told[0] and "fewer than the 2048 features" in told[0]
+    assert len(told) == 4 and "fid: 12 images in" in told[0] and "fewer than the 48 features" in told[0]
     with pytest.raises(UserError, match="holds 4 images; an inception score wants 10"):
         score(measured(pictures(0, 4), tmp_path, "four", Cheap()), of_survey(few))
 

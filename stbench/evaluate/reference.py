@@ -103,7 +103,7 @@ def _own(path: Path, networks: Sequence[Network]) -> Reference:
                     "make it again by `stbench data statistics` with the weights you give now"
                 )
             fits[space] = _fit(path, space, network)
-    rows = _array(path, "features", (None, 2048)) if "features" in _arrays(path) else None
+    rows = _array(path, "features", (None, len(fits["pool"][0]))) if "features" in _arrays(path) else None
     size = tuple(about["size"])
     return Reference(str(path), about["digest"], about["count"], size, fits, rows, {})  # type: ignore[arg-type]
 
