@@ -102,10 +102,7 @@ def run(
     dataset: Annotated[
         str | None, typer.Option(help="Data set; digits is embedded.", autocompletion=_complete("dataset"))
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Data to train on: a prepared folder, REPA's layout, or a small folder of images."),
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Prepared data, REPA's layout, or a few images.")] = None,
     objective: Annotated[
         str | None,
         typer.Option(

@@ -27,9 +27,14 @@ def data_fields(path: str | None, options: Mapping[str, Any]) -> dict[str, Any] 
 
 
 def _vae(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A folder that is there by its absolute path; a published name stays."""
-    vae = options.get("vae")
-    return {"vae": _absolute(vae)} if isinstance(vae, str) and Path(vae).expanduser().is_dir() else {}
+    """A folder that is there by its absolute path; a published name stays, and None means "none"."""
+    if "vae" not in options:
+        return {}
+    vae = options["vae"]
+    if vae is None:  # what --set makes of none
+        return {"vae": "none"}
+    named = isinstance(vae, str) and vae and Path(vae).expanduser().is_dir()
+    return {"vae": _absolute(vae)} if named else {}
 
 
 def _absolute(path: str) -> str:

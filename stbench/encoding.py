@@ -65,7 +65,13 @@ class Moments(Encoder):
             self._network = self._source.load(self._dtype).to(self._device)
         x = to_float(torch.from_numpy(images).to(self._device)).to(self._dtype)
         views = [x, x.flip(-1)][: self.views]
-        stored = [_mean_and_std(self._network.moments(view)) for view in views]
+        try:
+            stored = [_mean_and_std(self._network.moments(view)) for view in views]
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU has no room to encode {len(images)} images at a time; "
+                f"try --batch {max(1, len(images) // 2)}"
+            ) from error
         rows = torch.stack(stored, 1).half().cpu()
         if not rows.isfinite().all():
             raise UserError(

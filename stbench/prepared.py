@@ -199,9 +199,12 @@ class Prepared(Dataset):
         return rows
 
     def _stretch(self, seed: int, start: int, count: int) -> Tensor:
-        first, last = start // self.size, (start + count - 1) // self.size
-        epochs = torch.cat([self._epoch(seed, epoch) for epoch in range(first, last + 1)])
-        return epochs[start - first * self.size :][:count]
+        stop = start + count
+        parts = []
+        for epoch in range(start // self.size, (stop - 1) // self.size + 1):
+            begin = epoch * self.size
+            parts.append(self._epoch(seed, epoch)[max(start - begin, 0) : stop - begin])
+        return torch.cat(parts)
 
     def to(self, device: torch.device | str) -> Prepared:
         """A copy whose labels and held-out latents lie on `device`, and whose moments do where they fit."""
@@ -282,3 +285,4 @@ class Custom(Prepared):
     input_size = 32
     image_shape = (3, 256, 256)
     preset = presets.CUSTOM
+    published = presets.CUSTOM_SIZES

@@ -62,3 +62,6 @@ CUSTOM = replace(
     eval_labels="balanced",
 )
 """For sets of the size of CIFAR-10: a plain start, published by nobody."""
+
+CUSTOM_SIZES: Mapping[str, Mapping[str, Any]] = {"uvit": dict(size="s/2-latent")}
+"""U-ViT's published s/2 is told no labels."""

@@ -6,7 +6,6 @@ A source lists names and labels without opening an image, and reads the bytes of
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import tarfile
@@ -96,10 +95,9 @@ class _Named(Source):
     """Files by their path in a folder or a tar; the label is the map's, or that of the first folder."""
 
     def _label(self, names: Sequence[str], mapping: Mapping[str, int] | None, where: Path) -> None:
-        images = [n for n in names if PurePosixPath(n).suffix.lower() in SUFFIXES]
-        self.ignored = dict(
-            Counter(PurePosixPath(n).suffix.lower() or n for n in names if n not in set(images))
-        )
+        suffixes = {name: PurePosixPath(name).suffix.lower() for name in names}
+        images = [name for name, suffix in suffixes.items() if suffix in SUFFIXES]
+        self.ignored = dict(Counter(s or name for name, s in suffixes.items() if s not in SUFFIXES))
         self.ids = sorted(images)
         if not self.ids:
             raise UserError(
@@ -118,7 +116,7 @@ class _Named(Source):
             self.labels = [number[folder] for folder in folders]
             return
         self.labels = [_mapped(name, mapping, where) for name in self.ids]
-        self.classes = [_class_name(mapping, label) for label in range(max(mapping.values()) + 1)]
+        self.classes = _class_names(mapping)
 
 
 def _mapped(name: str, mapping: Mapping[str, int], where: Path) -> int:
@@ -128,10 +126,12 @@ def _mapped(name: str, mapping: Mapping[str, int], where: Path) -> int:
     raise UserError(f"{where}: the map file has no label for '{name}' nor its folder; add a line for it")
 
 
-def _class_name(mapping: Mapping[str, int], label: int) -> str:
-    """The only name of a label, or its number where several names share it."""
-    found = [name for name, value in mapping.items() if value == label]
-    return found[0] if len(found) == 1 else str(label)
+def _class_names(mapping: Mapping[str, int]) -> list[str]:
+    """By label: its only name, or its number where several names share it."""
+    found: dict[int, list[str]] = {}
+    for name, label in mapping.items():
+        found.setdefault(label, []).append(name)
+    return [found[k][0] if len(found[k]) == 1 else str(k) for k in range(len(found))]
 
 
 @final
@@ -209,6 +209,9 @@ class Saved(Source):
 
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
-        value = self._rows[index][self._image]
-        content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-        return io.BytesIO(content).getvalue()
+        value = self._rows[index][self._image] or {}
+        if value.get("bytes") is not None:
+            return bytes(value["bytes"])
+        if value.get("path") is None:
+            raise OSError("the row holds no image")
+        return Path(value["path"]).read_bytes()

@@ -139,12 +139,16 @@ def _lock(folder: Path) -> Iterator[None]:
 
 def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
     file = folder / PLAN
-    if file.is_file():
+    for leftover in folder.glob(".*.tmp"):
+        leftover.unlink()
+    if file.is_file() and any(folder.glob("shard-*.json")):
         _same_plan(folder, json.loads(file.read_text()), plan)
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
         return
-    others = [path.name for path in folder.iterdir() if path.name != ".lock" and path.suffix != ".tmp"]
+    if file.is_file():  # begun, but no shard was finished: nothing is lost by other arguments
+        for unfinished in folder.glob("[0-9]*-*.npy"):
+            unfinished.unlink()
+        file.unlink()
+    others = [path.name for path in folder.iterdir() if path.name != ".lock"]
     if others:
         raise UserError(f"{folder} holds other files ({sorted(others)[0]}); give a new or an empty folder")
     with full_disk(folder):
@@ -171,7 +175,7 @@ def _room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"no room in {folder}: about {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are "
+            f"no room in {folder}: about {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are "
             f"free; free some, or give another folder"
         )
 

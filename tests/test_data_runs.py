@@ -22,7 +22,7 @@ from stbench.painter import Origin
 from stbench.prepare import Job, open_job, prepare
 from stbench.records import RunRecord
 from stbench.repa import Repa, convert, decoder_of
-from stbench.resolve import Request, resolve
+from stbench.resolve import Request, parse_set, resolve
 from stbench.sampling import Asked, draw
 from tests.conftest import BLOCKS, TINY
 from tests.datafiles import EXTRACTOR, make_images, make_repa, make_vae, picture
@@ -162,9 +162,20 @@ def test_wrong_data_options_are_one_line(arguments: dict[str, Any], message: str
         resolve(Request("sit", "vanilla", "custom", data=path, overrides=arguments))
 
 
+@pytest.mark.parametrize(("typed", "vae"), [("none", "none"), ("sd-vae-ft-ema", "sd-vae-ft-ema")])
+def test_the_autoencoder_is_taken_as_typed(typed: str, vae: str, root: Path) -> None:
+    options = parse_set([f"data.vae={typed}", "data.resident=no"])
+    spec = resolve(Request("sit", "vanilla", "custom", data=str(root / "set"), overrides=options))
+    assert spec.data is not None and (spec.data.vae, spec.data.resident) == (vae, "no")
+
+
 def test_the_preset_follows_the_backbone(root: Path) -> None:
-    spec = resolve(Request("uvit-s/2", "vanilla", "custom", data=str(root / "set")))
-    assert (spec.train.batch, spec.train.lr, spec.data is not None) == (128, 2e-4, True)
+    sizes = {}
+    for backbone in ("dit", "sit", "uvit"):
+        spec = resolve(Request(backbone, "vanilla", "custom", data=str(root / "set")))
+        assert (spec.train.batch, spec.train.lr) == (128, 2e-4)
+        sizes[backbone] = spec.backbone.size
+    assert sizes == {"dit": "s/2", "sit": "s/2", "uvit": "s/2-latent"}
     assert spec.data is not None and spec.data.path == str(root / "set")
 
 

@@ -39,9 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shards(folder: Path) -> Load:
-    """Batches out of a mapped shard."""
-    mapped = Shards([np.load(folder / "00000.npy", mmap_mode="r")])
+def shards(folder: Path, count: int = 1) -> Load:
+    """Batches out of a mapped shard, or of one that is seen as `count` of them."""
+    mapped = Shards(np.array_split(np.load(folder / "00000.npy", mmap_mode="r"), count))
     return lambda rows: mapped.read(rows, np.zeros_like(rows))
 
 
@@ -102,13 +102,14 @@ def test_both_give_the_same_rows(folder: Path) -> None:
     assert np.array_equal(shards(folder)(rows), singles(folder)(rows))
 
 
-def test_warm(benchmark: BenchmarkFixture, folder: Path) -> None:
-    one, many = shards(folder), singles(folder)
+@pytest.mark.parametrize(("count", "least"), [(1, WARM), (100, WARM / 2)])
+def test_warm(benchmark: BenchmarkFixture, folder: Path, count: int, least: float) -> None:
+    one, many = shards(folder, count), singles(folder)
     epoch(one, batches(0)), epoch(many, batches(0))
     slow = max(epoch(many, batches(seed)) for seed in range(3))
     rates: list[float] = []
     benchmark.pedantic(lambda: rates.append(epoch(one, batches(len(rates)))), rounds=9)
-    report(benchmark, "warm", max(rates), slow, WARM)
+    report(benchmark, f"warm, {count} shards", max(rates), slow, least)
 
 
 def test_cold(benchmark: BenchmarkFixture, folder: Path) -> None:
