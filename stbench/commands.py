@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from stbench import engine, report, revisit
-from stbench.config import RunSpec, build_backbone, build_objective
+from stbench.config import EvalSpec, RunSpec, build_backbone, build_objective
 from stbench.contracts import Artifact, Backbone
 from stbench.environment import pick_device
 from stbench.errors import UserError
 from stbench.evaluate import METRICS
+from stbench.evaluate.scores import SCORES
 from stbench.hooks import Hook, Tracker, point_line, progress_hook
 from stbench.plan import describe, disk_bytes, meta_loader, planned_recipes, rehearse
 from stbench.registry import (
@@ -223,9 +224,9 @@ def _dataset_rows() -> list[dict[str, Any]]:
         rows.append(
             {
                 "dataset": name,
-                "images": cls.size,
+                "images": cls.size or "yours",
                 "latents": latents,
-                "classes": cls.classes,
+                "classes": cls.classes or "yours",
                 "help": help_text,
             }
         )
@@ -248,7 +249,7 @@ def _sampler_rows() -> list[dict[str, Any]]:
 
 
 def _metric_rows() -> list[dict[str, Any]]:
-    return [{"metric": name, "help": text} for name, text in METRICS.items()]
+    return [{"metric": name, "help": text} for name, text in (*METRICS.items(), *SCORES.items())]
 
 
 def _first(registry: Any, name: str) -> str:
@@ -265,21 +266,22 @@ _LISTERS = {
 }
 
 
-def sample(path: Path, count: int, output: Path, guidance: float, seed: int, device: str) -> None:
-    """Draw images from a finished run to an npz."""
-    if output.suffix != ".npz":
-        raise UserError(
-            f"--output wants a file that ends in .npz, got {output}; try {output.with_suffix('.npz')}"
-        )
-    load_builtins()
-    revisit.sample_to_npz(revisit.open_run(path), count, output, guidance, seed, pick_device(device))
-    print(f"{count} images: {output}")
-
-
 def evaluate(
     path: Path, guidance: str | None, samples: int | None, overrides: Sequence[str], device: str
 ) -> None:
     """Add evaluation rows to a run under another protocol."""
+    checked = evaluation_of(path, guidance, samples, overrides)
+    run = revisit.open_run(path)
+    added = revisit.evaluate_again(run, checked, pick_device(device))
+    for point in added:
+        print(point_line(run.jobs[-1], point))
+    print(f"{len(added)} rows added to {path}")
+
+
+def evaluation_of(
+    path: Path, guidance: str | None, samples: int | None, overrides: Sequence[str]
+) -> EvalSpec:
+    """A run's evaluation settings with these changes, checked."""
     load_builtins()
     run = revisit.open_run(path)
     settings = _evaluation_settings(overrides)
@@ -287,11 +289,7 @@ def evaluate(
         settings["guidance"] = scales(guidance)
     if samples is not None:
         settings["samples"] = samples
-    checked = evaluation(run.spec.eval.model_dump() | settings, run.spec.objective, run.spec.train.steps)
-    added = revisit.evaluate_again(run, checked, pick_device(device))
-    for point in added:
-        print(point_line(run.jobs[-1], point))
-    print(f"{len(added)} rows added to {path}")
+    return evaluation(run.spec.eval.model_dump() | settings, run.spec.objective, run.spec.train.steps)
 
 
 def _evaluation_settings(overrides: Sequence[str]) -> dict[str, Any]:

@@ -88,10 +88,33 @@ class EvalSpec(_Model):
     extras: Literal["last", "all"] | list[int] = "last"
 
 
+class DataSpec(_Model):
+    """Where the data of a run lie and how they are read. Of these only `flip` and, for a folder of images,
+    `vae` and `size` change a weight, and they do so through the data set's fingerprint.
+    """
+
+    path: str
+    """Absolute: a prepared data set, REPA's layout, or images."""
+    vae: str = ""
+    """Autoencoder by published name or folder, "none" for pixels; "" for the one the data were made with."""
+    size: int | None = Field(default=None, gt=0)
+    """Pixels to crop images to that are encoded on the fly."""
+    flip: bool | None = None
+    """Whether images are mirrored at random; None for what the data were prepared with."""
+    resident: Literal["auto", "yes", "no"] = "auto"
+    """Whether all moments are kept on the device."""
+    extractor: str | None = None
+    """torch-fidelity extractor of the evaluation; None for the data set's own."""
+    fingerprint: str = ""
+    """Of the data set when the run began; "" for not yet known."""
+
+
 class RunSpec(_Model):
     """One run, fully resolved."""
 
     dataset: str
+    data: DataSpec | None = None
+    """For data sets that are read from a path."""
     backbone: BackboneSpec
     objective: str
     recipe: RecipeSpec

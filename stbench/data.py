@@ -6,14 +6,16 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stbench.config import DataSpec
+from stbench.errors import UserError
 from stbench.latents import Autoencoder, asset_manifest, digits_autoencoder, to_float, to_uint8
 from stbench.registry import DATASETS, lookup
 from stbench.rng import generator
@@ -100,6 +102,16 @@ class Dataset(ABC):
     """Hash of images, labels, split, autoencoder and normalisation."""
     references: Mapping[str, Callable[[], Tensor]]
     """Reference sets, uint8 (N,c,H,W); "train" is the main one, FID is also measured against every other."""
+    from_path: ClassVar[bool] = False
+    """Whether it is built from a `DataSpec`, that is from --data PATH."""
+    published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Backbone, or backbone-size -> the fields of `preset` that it was published with on this data."""
+
+    @classmethod
+    def preset_for(cls, family: str, size: str | None = None) -> Preset:
+        """The preset with the published settings of a backbone family, and then of its size, put over it."""
+        changes = {**cls.published.get(family, {}), **cls.published.get(f"{family}-{size}", {})}
+        return replace(cls.preset, **changes)
 
     @abstractmethod
     def latents(self, index: Tensor, posterior_noise: Tensor) -> Tensor:
@@ -263,7 +275,32 @@ class Digits(Dataset):
         return moved
 
 
+def get_dataset(name: str, data: DataSpec | None = None) -> Dataset:
+    """The data set registered under `name`, on the host, built once.
+
+    Raises UserError for an unknown name, for one that wants or refuses a path, and for a path that no longer
+    holds what the run of `data.fingerprint` began with.
+    """
+    cls = lookup(DATASETS, name)
+    if cls.from_path and data is None:
+        raise UserError(
+            f"data set '{name}' wants --data PATH: a folder made by `stbench data prepare`, "
+            f"REPA's layout, or a folder of images"
+        )
+    if data is not None and not cls.from_path:
+        raise UserError(f"data set '{name}' takes no --data; leave it out, or use --dataset custom")
+    if data is None:
+        return _built(name, None)
+    found = _built(name, data.model_copy(update={"fingerprint": ""}))
+    if data.fingerprint not in ("", found.fingerprint):
+        raise UserError(
+            f"{data.path} does not hold the data this run began with: expected fingerprint "
+            f"{data.fingerprint[:12]}, found {found.fingerprint[:12]}; put the old data back"
+        )
+    return found
+
+
 @cache
-def get_dataset(name: str) -> Dataset:
-    """The data set registered under `name`, on the host, built once. Raises UserError for an unknown name."""
-    return lookup(DATASETS, name)()
+def _built(name: str, data: DataSpec | None) -> Dataset:
+    cls = lookup(DATASETS, name)
+    return cls() if data is None else cls(data)

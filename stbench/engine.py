@@ -30,7 +30,7 @@ def run_id(spec: RunSpec, train_hash: str) -> str:
 
 def prepare(spec: RunSpec) -> tuple[Dataset, list[StageJob], Hashes]:
     """The data set, the stages and the hashes of a run; raises UserError for what does not fit together."""
-    dataset = get_dataset(spec.dataset)
+    dataset = get_dataset(spec.dataset, spec.data)
     info = build_backbone(spec.backbone, spec.objective, dataset, "meta").info
     jobs = plan(spec, info)
     return dataset, jobs, hashes(spec, [job.steps for job in jobs[:-1]], dataset.fingerprint)

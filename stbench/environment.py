@@ -42,6 +42,19 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def pick_devices(names: str) -> list[torch.device]:
+    """One device or several: "cuda:0,cuda:1", "all" for every CUDA device, "cpu,cpu" for two processes.
+
+    Raises UserError for one that is not there and for a mixture of kinds.
+    """
+    if names == "all":
+        names = ",".join(f"cuda:{index}" for index in range(torch.cuda.device_count())) or "cuda:0"
+    devices = [pick_device(name.strip()) for name in names.split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise UserError(f"expected devices of one kind, found {names}; a CPU and a GPU draw other pixels")
+    return devices
+
+
 def default_precision(device: torch.device) -> str:
     """bf16 where the hardware multiplies it natively, else fp32."""
     if device.type == "cuda":

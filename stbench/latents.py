@@ -96,6 +96,11 @@ class Autoencoder:
         return posterior.mean, posterior.std
 
     @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Images (B,c,H,W) in [-1,1] to the posterior's mean and, unclamped, log-variance, (B,2C,h,w)."""
+        return self.vae.encode(images).latent_dist.parameters  # type: ignore[operator]
+
+    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B,C,h,w) to images (B,c,H,W), nominally in [-1,1] and not yet clamped."""
         return self.vae.decode(z).sample  # type: ignore[operator]
@@ -121,3 +126,25 @@ def digits_autoencoder() -> Autoencoder:
         vae = build_vae(DIGITS_VAE)
     vae.load_state_dict(weights, assign=True)
     return Autoencoder(vae, asset_manifest()["assets"]["digits_vae"]["sha256"])
+
+
+def read_vae(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """diffusers' AutoencoderKL from a local folder, its weights as `dtype`.
+
+    Raises UserError for one that does not load.
+    """
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+            str(folder),
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            torch_dtype=dtype,
+        )
+    except Exception as error:  # diffusers and safetensors raise whatever they find
+        found = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"autoencoder in {folder} does not load ({type(error).__name__}: {found}); fetch it again"
+        ) from error

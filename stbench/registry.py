@@ -52,7 +52,7 @@ def lookup(registry: Registry, name: str) -> Any:
 
 def load_builtins() -> None:
     """Import every file of backbones/ and recipes/, and the registering modules of stbench."""
-    for module in ("objectives", "samplers", "data"):
+    for module in ("objectives", "samplers", "data", "prepared"):
         importlib.import_module(f"stbench.{module}")
     for package_name in ("stbench.backbones", "stbench.recipes"):
         package = importlib.import_module(package_name)

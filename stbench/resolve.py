@@ -13,10 +13,23 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from stbench.config import BackboneSpec, EvalSpec, RecipeSpec, RunSpec, TrainSpec, build_objective
+from stbench.config import (
+    BackboneSpec,
+    DataSpec,
+    EvalSpec,
+    RecipeSpec,
+    RunSpec,
+    TrainSpec,
+    build_objective,
+)
+from stbench.data import get_dataset
+from stbench.data_options import data_fields
 from stbench.errors import UserError
 from stbench.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, lookup, names, suggest
 from stbench.samplers import check_steps
+
+SECTIONS = ("backbone", "recipe", "train", "eval", "data")
+"""First words of the options that --set takes."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +39,15 @@ class Request:
     backbone: str
     recipe: str
     dataset: str = "digits"
+    data: str | None = None
+    """Path of the data, for data sets that are read from one."""
     objective: str | None = None
     steps: int | None = None
     seed: int = 0
     precision: str | None = None
     eval_guidance: Sequence[float] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted key -> value: backbone.*, recipe.*, train.*, eval.*."""
+    """Dotted key -> value: backbone.*, recipe.*, train.*, eval.*, data.*."""
 
 
 def parse_set(pairs: Sequence[str]) -> dict[str, Any]:
@@ -57,6 +72,7 @@ OPTIONS = (
     "backbone",
     "recipe",
     "dataset",
+    "data",
     "objective",
     "steps",
     "seed",
@@ -125,10 +141,15 @@ def split_backbone(name: str) -> tuple[str, str | None]:
 def resolve(request: Request) -> RunSpec:
     """Fill in everything the user left out; raises UserError for anything that does not fit."""
     lookup(RECIPES, request.recipe)
-    dataset = lookup(DATASETS, request.dataset)
-    preset = dataset.preset
     sections = _sections(request.overrides)
-    backbone = _backbone_spec(request.backbone, preset.size, sections["backbone"])
+    dataset = lookup(DATASETS, request.dataset)
+    where = data_fields(request.data, sections["data"])
+    data = None if where is None else _section(DataSpec, where, "data")
+    if data is not None or dataset.from_path:
+        dataset = get_dataset(request.dataset, data)
+    default = dataset.preset_for(split_backbone(request.backbone)[0])
+    backbone = _backbone_spec(request.backbone, default.size, sections["backbone"])
+    preset = dataset.preset_for(backbone.name, backbone.size)
     family = lookup(BACKBONES, backbone.name)
     objective = request.objective or family.presets[backbone.size].get("objective", family.objective)
     lookup(OBJECTIVES, objective)
@@ -141,6 +162,7 @@ def resolve(request: Request) -> RunSpec:
         )
     return RunSpec(
         dataset=request.dataset,
+        data=data and data.model_copy(update={"fingerprint": dataset.fingerprint}),
         backbone=backbone,
         objective=objective,
         recipe=_recipe_spec(request.recipe, sections["recipe"]),
@@ -157,12 +179,12 @@ def _seed(seed: int) -> int:
 
 
 def _sections(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    sections: dict[str, dict[str, Any]] = {"backbone": {}, "recipe": {}, "train": {}, "eval": {}}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for name, value in overrides.items():
         section, dot, option = name.partition(".")
         if not dot or section not in sections:
             raise UserError(
-                f"unknown option '{name}': expected backbone.*, recipe.*, train.* or eval.*"
+                f"unknown option '{name}': expected backbone.*, recipe.*, train.*, eval.* or data.*"
                 f"{suggest(section, sections)}"
             )
         sections[section][option] = value

@@ -1,20 +1,15 @@
-"""Going back to a run: its specification, its kept weights, more evaluations and more samples. Trains
-nothing.
-"""
+"""Going back to a run: its specification, its kept weights, and more evaluations. Trains nothing."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from stbench import evaluate
 from stbench.checkpoints import load_weights
-from stbench.config import EvalSpec, RunSpec, build_backbone, build_objective, revalidate
+from stbench.config import EvalSpec, RunSpec, build_backbone, revalidate
 from stbench.contracts import Backbone
 from stbench.data import Dataset
 from stbench.engine import prepare
@@ -23,8 +18,7 @@ from stbench.hooks import Evaluation
 from stbench.plan import StageJob
 from stbench.records import CurvePoint
 from stbench.registry import load_plugins
-from stbench.results import RunFolder, atomic_write
-from stbench.samplers import Guidance
+from stbench.results import RunFolder
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ def open_run(path: Path) -> PastRun:
         )
     stored = folder.spec()
     load_plugins([Path(file) for file in stored["plugins"] if file.endswith(".py")])
-    spec = revalidate({name: stored[name] for name in RunSpec.model_fields}, path)
+    spec = revalidate({name: stored[name] for name in RunSpec.model_fields if name in stored}, path)
     dataset, jobs, _ = prepare(spec)
     return PastRun(folder, spec, dataset, jobs)
 
@@ -74,38 +68,6 @@ def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> li
             if before is not None:
                 added += evaluation.run(run.network(file).to(device), step, before.seconds, before.flops)
     return added
-
-
-def sample_to_npz(
-    run: PastRun, count: int, output: Path, scale: float, seed: int, device: torch.device
-) -> None:
-    """Draw `count` images from the final EMA to an npz: arr_0 uint8 (N,H,W,3) as ADM's files, labels int64
-    (N,).
-    """
-    files = run.weights_at(run.jobs[-1])
-    if not files:
-        raise UserError(f"{run.folder.path} has no weights yet; finish it with `stbench run` first")
-    settings = run.spec.eval
-    images, labels = evaluate.generate(
-        run.network(files[max(files)]).to(device),
-        build_objective(run.spec.objective),
-        run.dataset.to(device),
-        n=count,
-        labels=settings.labels,
-        seed=seed,
-        sampler=settings.sampler,
-        steps=settings.steps,
-        guidance=Guidance(scale, *settings.interval, channels=settings.channels),
-        device=device,
-    )
-    pixels = images.permute(0, 2, 3, 1).numpy()
-    _write_npz(output, np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels, labels.numpy())
-
-
-def _write_npz(output: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, arr_0=images, labels=labels)
-    atomic_write(output, buffer.getvalue())
 
 
 def _cache(run: PastRun) -> Path:

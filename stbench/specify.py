@@ -49,11 +49,13 @@ def _request(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Request
             raise UserError(
                 f"expected a whole number for {name}, got {values[name]!r}; for example --{name} 100"
             )
-    for name in ("backbone", "recipe", "dataset", "objective", "precision"):
+    for name in ("backbone", "recipe", "dataset", "data", "objective", "precision"):
         if not isinstance(values.get(name, ""), str):
             raise UserError(f"expected a name for {name}, got {values[name]!r}; see `stbench list`")
     if not isinstance(values.get("eval_guidance", []), list):
         raise UserError(
             f"expected scales for eval_guidance, got {values['eval_guidance']!r}; for example [1.0, 1.5]"
         )
+    if "data" in values:
+        values = {"dataset": "custom", **values}
     return Request(**values, overrides=overrides)

@@ -130,14 +130,14 @@ class CachedTokens:
             )
 
     def rows(self, index: Tensor, dataset_size: int) -> Tensor:
-        """Tokens (B,N,Dz) float32 on the host. Raises UserError if the cache is of another number of
-        images.
-        """
+        """Tokens (B,N,Dz) float32 on the host. Raises UserError if they are not of these images."""
         if len(self._tokens) != dataset_size:
             raise UserError(
                 f"cached tokens are of {len(self._tokens)} images, the data set has {dataset_size}; "
                 f"cache its own tokens"
             )
+        if len(index) and int(index.max()) >= dataset_size:
+            raise UserError("cached tokens are of images, found mirror images; type --set data.flip=false")
         return torch.from_numpy(self._tokens[index.numpy()].astype(np.float32))
 
 

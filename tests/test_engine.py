@@ -24,6 +24,7 @@ from tests.conftest import Runner, tiny_spec
 
 load_builtins()
 
+
 def scale_of(recipe: str) -> str | None:
     """The option that scales a recipe's term; None for vanilla."""
     options = inspect.signature(lookup(RECIPES, recipe)).parameters

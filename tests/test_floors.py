@@ -13,13 +13,14 @@ PLUGINS = ("backbones", "recipes", "examples")
 FLOORS = (
     "errors rng flops contracts records assets",
     "layers adaln objectives samplers align teachers latents data checkpoints registry config resolve "
-    "results schema journal environment",
+    "results schema journal environment images sources vae latent_store store_writer encoding prepare repa "
+    "collection prefetch prepared presets data_options outputs imagesets parts",
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
-    "engine trainer revisit asked board budgets compare groups leaderboard reported standing stats report "
-    "sections summary tables figures specify suite executor sweep monitor",
-    "options cli cli_sweep commands sweeping child __main__",
+    "engine trainer revisit painter sampling asked board budgets compare groups leaderboard reported "
+    "standing stats report sections summary tables figures specify suite executor sweep monitor",
+    "options cli cli_data cli_sweep commands data_commands scoring sweeping child __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
 PRINT = {
@@ -34,7 +35,7 @@ FENCES = {
     "mmengine": {"registry", "resolve", "hooks"},
     "diffusers": {"latents"},
     "torch_fidelity": {"evaluate"},
-    "typer": {"cli", "cli_sweep", "options"},
+    "typer": {"cli", "cli_data", "cli_sweep", "options"},
 }
 """Package -> the rooms that may import it; the longest name that fits decides."""
 HEAVY = ("torch", "torchvision", "timm", "diffusers", "mmengine", "torch_fidelity", "sklearn", "scipy")

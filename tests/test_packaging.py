@@ -103,7 +103,9 @@ def test_importing_the_package_is_light() -> None:
     assert loaded("import stbench") == set()
 
 
-@pytest.mark.parametrize("command", ["--help", "run --help", "compare --help", "list --help", "show --help"])
+@pytest.mark.parametrize(
+    "command", ["--help", "run --help", "compare --help", "list --help", "show --help", "data prepare --help"]
+)
 def test_help_is_light(command: str) -> None:
     assert loaded(COMMAND, *command.split()) == set()
 

@@ -345,6 +345,9 @@ def test_damaged_and_foreign_caches_are_refused(cache: Path) -> None:
     step = step_of(recipe, net, LinearFlow())
     with pytest.raises(UserError, match=r"cached tokens are of 1500 images, the data set has 1281167"):
         recipe.terms(dataclasses.replace(step, dataset_size=1281167))
+    mirrored = dataclasses.replace(step.batch, index=step.batch.index + 1500)
+    with pytest.raises(UserError, match=r"found mirror images; type --set data\.flip=false"):
+        recipe.terms(dataclasses.replace(step, batch=mirrored))
     with pytest.raises(UserError, match=r"holds 16 tokens an image, the backbone has 64"):
         teachers.open_encoder(recipe.sources[0], 64, torch.device("cpu"))
     tokens = np.load(cache / "tokens.npy")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stbench.evaluate.drawing import draw_labels, generate, grid, validation_loss
+from stbench.evaluate.drawing import draw_labels, generate, grid, image_noise, validation_loss
 from stbench.evaluate.extractors import DigitsClassifier, DigitsExtractor, extract, get_extractor
 from stbench.evaluate.fidelity import (
     BASIC,
@@ -30,6 +30,7 @@ __all__ = [
     "generate",
     "get_extractor",
     "grid",
+    "image_noise",
     "kernel_distance",
     "metrics",
     "nearest_distance",

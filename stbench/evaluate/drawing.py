@@ -50,6 +50,15 @@ def step_noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> Nois
     return lambda draw: block_noise(seed, f"evaluation-step-{draw}", start, stop, shape)
 
 
+def image_noise(seed: int, stream: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal (stop-start, *shape) of images start..stop, each from a generator of its own.
+
+    Slower to draw than `block_noise`, and any image can be drawn alone.
+    """
+    drawn = [torch.randn(shape, generator=generator(seed, stream, index)) for index in range(start, stop)]
+    return torch.stack(drawn)
+
+
 @torch.no_grad()
 def generate(
     backbone: Backbone,

@@ -16,6 +16,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
 from stbench.errors import UserError
+from stbench.evaluate.networks import INCEPTION, load_inception
 from stbench.latents import load_asset, to_float
 from stbench.registry import suggest
 
@@ -86,6 +87,8 @@ register_feature_extractor("stbench-digits", DigitsExtractor)
 @cache
 def get_extractor(name: str) -> FeatureExtractorBase:
     """A registered torch-fidelity extractor that returns (FID features, IS logits), on the host."""
+    if name == INCEPTION:
+        return load_inception().net  # local weights, their hash checked; torch-fidelity would download
     known = FEATURE_EXTRACTORS_REGISTRY
     if name not in known:
         raise UserError(f"unknown feature extractor '{name}'{suggest(name, known)}")

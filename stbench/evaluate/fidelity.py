@@ -147,14 +147,14 @@ def metrics(
     return {name: compute[name]() for name in names if name in compute}
 
 
-def kernel_distance(features: Tensor, references: Tensor) -> float:
-    """KID: mean over 10 seeded subsets of up to 1,000 rows of the unbiased cubic-kernel MMD, in float32.
+def kernel_distance(features: Tensor, references: Tensor, subsets: int = 10) -> float:
+    """KID: mean over seeded subsets of up to 1,000 rows of the unbiased cubic-kernel MMD, in float32.
 
-    The usual 100 subsets would overlap almost wholly in sets of this size, at ten times the cost.
+    The usual 100 subsets would overlap almost wholly in sets of the digits' size, at ten times the cost.
     """
     size = min(1000, len(features), len(references))
     # float64 costs twice the time and agrees to five digits.
     found = kid_features_to_metric(
-        features.float(), references.float(), kid_subsets=10, kid_subset_size=size, verbose=False
+        features.float(), references.float(), kid_subsets=subsets, kid_subset_size=size, verbose=False
     )
     return found[KEY_METRIC_KID_MEAN]

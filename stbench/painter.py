@@ -1,0 +1,219 @@
+"""Draws numbered images from a network: image i of a seed is the same whoever draws it, and with whom.
+
+A CPU always runs `ROWS` images at once, at multiples of `ROWS`, and a GPU `batch` images; the last call is
+filled up. So no image depends on how many are asked for, how they are split, or where a stopped job began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stbench import revisit
+from stbench.config import build_objective
+from stbench.contracts import Backbone, Objective
+from stbench.errors import UserError
+from stbench.evaluate import draw_labels, image_noise
+from stbench.evaluate.extractors import tensors_hash
+from stbench.latents import ROUNDING, to_uint8
+from stbench.registry import load_builtins
+from stbench.samplers import Guidance, sample
+from stbench.vae import find_vae
+
+ROWS = 32
+"""Images in one network call on a CPU, whose products depend in their last bits on the number of rows."""
+PUBLISHED_SAMPLERS = {"dit": "ddpm", "sit": "euler-maruyama", "uvit": "dpm-solver"}
+PUBLISHED_STEPS = {"dit": 250, "sit": 250, "uvit": 50}
+"""Backbone family -> what its papers sample with."""
+PRECISIONS = ("fp32", "tf32", "bf16")
+"""What the network may compute in; the decoder is always in fp32."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the network comes from; a worker process opens it again."""
+
+    path: Path
+    """A run folder, or a file of official weights."""
+    official: bool = False
+    vae: str | None = None
+    """Decoder of official weights: a diffusers folder, or a published name."""
+    original: str | None = None
+    """Repository of official weights whose keys leave it open."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to draw. Everything here moves a pixel, but `batch` on a CPU."""
+
+    count: int
+    guidance: Guidance
+    sampler: str
+    steps: int
+    labels: str
+    seed: int
+    batch: int
+    precision: str = "fp32"
+
+    def fields(self) -> dict[str, Any]:
+        """As plain data, for the settings beside the images."""
+        return {
+            "count": self.count,
+            "cfg": self.guidance.scale,
+            "interval": [self.guidance.low, self.guidance.high],
+            "channels": self.guidance.channels,
+            "sampler": self.sampler,
+            "steps": self.steps,
+            "labels": self.labels,
+            "seed": self.seed,
+            "batch": self.batch,
+            "precision": self.precision,
+        }
+
+
+@final
+@dataclass(frozen=True)
+class Source:
+    """A network with the way from its latents to uint8 images, on one device."""
+
+    backbone: Backbone
+    objective: Objective
+    decode: Callable[[Tensor], Tensor]
+    """Latents (B,C,h,w) to uint8 (B,c,H,W), c 1 or 3."""
+    weights: str
+    """Hash of the network's weights."""
+    decoder: str
+    """Hash of the decoder's weights."""
+    defaults: dict[str, Any]
+    """Order fields that are taken where the user gives none."""
+
+    def facts(self) -> dict[str, Any]:
+        """What the settings beside the images say of it."""
+        return {"weights": self.weights, "decoder": self.decoder, "rounding": ROUNDING}
+
+
+def open_source(origin: Origin, device: torch.device | str = "cpu") -> Source:
+    """Open a run's final EMA weights, or official weights. Raises UserError for what is missing."""
+    load_builtins()
+    return _official(origin, device) if origin.official else _run(origin, device)
+
+
+def _run(origin: Origin, device: torch.device | str) -> Source:
+    run = revisit.open_run(origin.path)
+    files = run.weights_at(run.jobs[-1])
+    if not files:
+        raise UserError(f"{origin.path} has no weights yet; finish it with `stbench run` first")
+    network, settings = run.network(files[max(files)]), run.spec.eval
+    dataset = run.dataset.to(device)
+    return Source(
+        backbone=network.to(device),
+        objective=build_objective(run.spec.objective),
+        decode=dataset.decode,
+        weights=tensors_hash(list(network.state_dict().values())),
+        decoder=dataset.decoder,
+        defaults={
+            "sampler": settings.sampler,
+            "steps": settings.steps,
+            "labels": settings.labels,
+            "interval": settings.interval,
+            "channels": settings.channels,
+        },
+    )
+
+
+def _official(origin: Origin, device: torch.device | str) -> Source:
+    from stbench.official import load_official
+
+    if origin.vae is None:
+        raise UserError(
+            "official weights want a decoder: give --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder"
+        )
+    vae = find_vae(origin.vae)
+    model = load_official(origin.path, weights="ema", original=origin.original)
+    info = model.backbone.info
+    if info.channels != vae.latent_channels:
+        raise UserError(
+            f"{origin.path} makes latents of {info.channels} channels, {origin.vae} decodes "
+            f"{vae.latent_channels}; give the autoencoder that it was trained with"
+        )
+    autoencoder = vae.load().to(device)
+    objective = build_objective(model.objective)
+    return Source(
+        backbone=model.backbone.to(device),
+        objective=objective,
+        decode=lambda z: to_uint8(autoencoder.decode(z.float() / vae.scale + vae.shift)),
+        weights=model.sha256,
+        decoder=vae.sha256,
+        defaults={
+            "sampler": PUBLISHED_SAMPLERS[model.family],
+            "steps": PUBLISHED_STEPS[model.family],
+            "labels": "random",
+            "interval": (0.0, 1.0),
+            "channels": None,
+        },
+    )
+
+
+@contextmanager
+def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
+    """Runs a block in "fp32", "tf32" or "bf16", and puts torch's switches back."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = precision == "tf32"
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+@final
+class Painter:
+    """Draws any range of an order's images on one device."""
+
+    def __init__(self, source: Source, order: Order, device: torch.device) -> None:
+        self._source, self._order, self._device = source, order, device
+        self._labels = draw_labels(order.labels, order.count, source.backbone.info.classes, order.seed)
+        self._rows = rows(order, device)
+
+    def paint(self, start: int, stop: int) -> np.ndarray:
+        """Images start..stop, uint8 (stop-start,H,W,3); `start` is a multiple of `rows`."""
+        calls = range(start, stop, self._rows)
+        images = np.concatenate([self._call(first) for first in calls])
+        return images[: stop - start]
+
+    @torch.no_grad()
+    def _call(self, first: int) -> np.ndarray:
+        order, source = self._order, self._source
+        info = source.backbone.info
+        last, shape = first + self._rows, (info.channels, info.input_size, info.input_size)
+        labels = torch.zeros(self._rows, dtype=torch.long)
+        held = self._labels[first:last]
+        labels[: len(held)] = held
+        with arithmetic(order.precision, self._device):
+            latents = sample(
+                order.sampler,
+                source.backbone,
+                source.objective,
+                image_noise(order.seed, "sample", first, last, shape).to(self._device),
+                labels.to(self._device),
+                steps=order.steps,
+                guidance=order.guidance,
+                noise=lambda draw: image_noise(order.seed, f"sample-step-{draw}", first, last, shape),
+            )
+        images = source.decode(latents)
+        return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def rows(order: Order, device: torch.device) -> int:
+    """Images in one network call."""
+    return ROWS if device.type == "cpu" else order.batch

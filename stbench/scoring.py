@@ -1,0 +1,197 @@
+"""`stbench evaluate SAMPLES --reference REF` and `stbench data statistics`: measure, print, write JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from stbench import commands
+from stbench.environment import pick_device, pick_devices
+from stbench.errors import UserError
+from stbench.evaluate.networks import INCEPTION_SHA256, Network, load_dino, load_inception
+from stbench.evaluate.reference import load_reference, write_statistics
+from stbench.evaluate.scores import SCORES, Verdict, full_name, score
+from stbench.evaluate.survey import survey
+from stbench.imagesets import open_images
+from stbench.outputs import room_for
+from stbench.painter import Origin
+from stbench.parts import settings_of
+from stbench.records import SCHEMA
+from stbench.results import RunFolder, atomic_write
+from stbench.sampling import Asked, draw
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """The options that `evaluate --reference` and `data statistics` share."""
+
+    inception: Path | None = None
+    """Weights; None for the file in torch hub's cache."""
+    inception_sha256: str = INCEPTION_SHA256
+    dino: Path | None = None
+    """Weights; None for no FD-DINOv2."""
+    batch: int = 64
+    device: str = "auto"
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Any], batch: int, device: str) -> Measuring:
+        """From options of the command line, None where one was not given."""
+        given = {name: value for name, value in weights.items() if value is not None}
+        return cls(**given, batch=batch, device=device)
+
+    def open(self) -> list[Network]:
+        """The networks on their device."""
+        device = pick_device(self.device)
+        networks: list[Network] = [load_inception(self.inception, self.inception_sha256)]
+        if self.dino is not None:
+            networks.append(load_dino(self.dino))
+        return [network.to(device) for network in networks]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The options of `stbench evaluate` that are for a run."""
+
+    guidance: str | None
+    samples: int | None
+    overrides: Sequence[str]
+
+
+def evaluate(
+    samples: Path, reference: Path | None, output: Path | None, measuring: Measuring, protocol: Protocol
+) -> None:
+    """What `stbench evaluate` does with a run, with or without a reference, and with images."""
+    run = RunFolder(samples).exists()
+    if reference is None:
+        if not run and samples.exists():
+            raise UserError(f"{samples} is no run folder; images are measured against --reference REF")
+        device = measuring.device
+        commands.evaluate(samples, protocol.guidance, protocol.samples, protocol.overrides, device)
+    elif run:
+        if output is not None:
+            raise UserError("a run's scores go to its folder evaluation/; leave --output out")
+        _evaluate_run(samples, reference, measuring, protocol)
+    else:
+        if protocol != Protocol(None, None, []):
+            raise UserError(
+                f"{samples} is no run folder: leave out --samples, --eval-guidance and --set, "
+                "which are for a run"
+            )
+        evaluate_images(samples, reference, output, measuring)
+
+
+def evaluate_images(samples: Path, reference: Path, output: Path | None, measuring: Measuring) -> Verdict:
+    """Measure a finished set of samples against a reference; prints the scores and writes them as JSON.
+
+    Raises UserError for whatever is missing, before the first image is measured where that can be.
+    """
+    images = open_images(samples)
+    _require_reference(reference)
+    networks = measuring.open()
+    device = pick_device(measuring.device)
+    options: dict[str, Any] = {"batch": measuring.batch, "device": device}
+    with _progress("reference") as report:
+        real = load_reference(reference, networks, report=report, **options)
+    with _progress("samples") as report:
+        found = survey(images, networks, report=report, **options)
+    verdict = score(found, real, device)
+    settings = settings_of(samples)
+    protocol = {
+        **verdict.protocol,
+        "networks": {space: network.label for network in networks for space in network.spaces},
+        "rounding": (settings or {}).get("rounding", "not known: the samples are not from `stbench sample`"),
+        "sampling": settings,
+    }
+    verdict = Verdict(verdict.metrics, protocol, verdict.warnings)
+    target = output or samples.with_name(f"{samples.name.removesuffix('.npz')}.json")
+    _write(target, verdict)
+    _print(verdict, target)
+    return verdict
+
+
+def _evaluate_run(run: Path, reference: Path, measuring: Measuring, protocol: Protocol) -> None:
+    """Draw from a run at every guidance scale, into its folder, and measure that; resumes like `sample`."""
+    _require_reference(reference)
+    measuring.open()  # missing weights are told before hours of sampling
+    settings = commands.evaluation_of(run, protocol.guidance, protocol.samples, protocol.overrides)
+    for scale in settings.guidance:
+        asked = Asked(
+            count=settings.samples,
+            scale=scale,
+            interval=settings.interval,
+            channels=settings.channels,
+            sampler=settings.sampler,
+            steps=settings.steps,
+            labels=settings.labels,
+            seed=settings.seed,
+        )
+        output = run / "evaluation" / f"g{scale:g}-n{asked.count}.npz"
+        draw(Origin(run), asked, [output], pick_devices(measuring.device))
+        evaluate_images(output, reference, None, measuring)
+
+
+def statistics(images: Path, output: Path, size: int | None, measuring: Measuring) -> None:
+    """Measure a set of real images once, for any number of evaluations; `size` crops a folder's."""
+    if output.suffix != ".npz":
+        raise UserError(f"statistics go to a file that ends in .npz, got {output}; try {output}.npz")
+    found = open_images(images, size)
+    networks = measuring.open()
+    with _progress("images") as report:
+        done = write_statistics(
+            found,
+            networks,
+            output,
+            batch=measuring.batch,
+            device=pick_device(measuring.device),
+            report=report,
+        )
+    print(f"{done.count} images of {done.size[1]}x{done.size[0]}: {output}")
+
+
+def _require_reference(reference: Path) -> None:
+    if not reference.exists():
+        raise UserError(
+            f"reference {reference} is not there; expected an ADM npz, a file of `stbench data statistics`, "
+            "a prepared data set, or a folder of images"
+        )
+
+
+def _write(target: Path, verdict: Verdict) -> None:
+    content = {
+        "schema": SCHEMA,
+        "metrics": dict(verdict.metrics),
+        "warnings": verdict.warnings,
+        "protocol": dict(verdict.protocol),
+    }
+    with room_for(target):
+        atomic_write(target, json.dumps(content, indent=1) + "\n")
+
+
+def _print(verdict: Verdict, target: Path) -> None:
+    count = verdict.protocol["count"]
+    table = Table("score", "value", "meaning", title=f"{verdict.protocol['samples']}: {count} images")
+    for name, meaning in SCORES.items():
+        if (full := full_name(name, count)) in verdict.metrics:
+            table.add_row(full, f"{verdict.metrics[full]:.5g}", meaning)
+    Console().print(table)
+    for warning in verdict.warnings:
+        Console(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True)
+    print(f"scores and protocol: {target}")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int], None]]:
+    """A bar without an end on standard error, if that is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done: bar.update(task, completed=done)

@@ -1,0 +1,57 @@
+"""Seconds of the Frechet distance at 2048 dimensions: the symmetric eigen form, scipy's root, eigenvalues.
+
+All three in one run, on the statistics of 2,500 rows each, and they must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from scipy.linalg import sqrtm
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+from stbench.evaluate.fidelity import frechet_distance
+from stbench.evaluate.survey import Fit
+
+pytestmark = pytest.mark.benchmark
+WIDTH, ROWS = 2048, 2500
+
+
+@pytest.fixture(scope="module")
+def fits() -> tuple[Fit, Fit]:
+    draws = torch.Generator().manual_seed(0)
+    scale = torch.linspace(2.0, 0.01, WIDTH, dtype=torch.float64)
+    both = []
+    for shift in (0.0, 0.05):
+        rows = torch.randn(ROWS, WIDTH, generator=draws, dtype=torch.float64) * scale + shift
+        both.append((rows.mean(0), torch.cov(rows.T)))
+    return both[0], both[1]
+
+
+def symmetric(one: Fit, two: Fit) -> float:
+    return frechet_distance(*one, *two)
+
+
+def scipy_root(one: Fit, two: Fit) -> float:
+    (mu1, sigma1), (mu2, sigma2) = ([x.numpy() for x in fit] for fit in (one, two))
+    root = sqrtm(sigma1 @ sigma2)
+    root = root[0] if isinstance(root, tuple) else root
+    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1 + sigma2) - 2.0 * np.trace(np.real(root)))
+
+
+def torch_fidelity(one: Fit, two: Fit) -> float:
+    both = [{"mu": mu.numpy(), "sigma": sigma.numpy()} for mu, sigma in (one, two)]
+    return float(fid_statistics_to_metric(*both, False)[KEY_METRIC_FID])
+
+
+@pytest.mark.parametrize("form", [symmetric, scipy_root, torch_fidelity])
+def test_frechet_distance(
+    benchmark: BenchmarkFixture, fits: tuple[Fit, Fit], form: Callable[[Fit, Fit], float]
+) -> None:
+    benchmark.group = f"Frechet distance at {WIDTH} dimensions"
+    found = benchmark.pedantic(form, args=fits, rounds=1)
+    assert found == pytest.approx(symmetric(*fits), rel=1e-6)

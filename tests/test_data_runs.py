@@ -1,0 +1,240 @@
+"""From images to a curve: prepare, train two recipes, sample, evaluate; and what a run remembers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import string
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stbench import cli, engine, revisit
+from stbench.data import get_dataset
+from stbench.errors import UserError
+from stbench.painter import Origin
+from stbench.prepare import Job, open_job, prepare
+from stbench.records import RunRecord
+from stbench.repa import Repa, convert, decoder_of
+from stbench.resolve import Request, parse_set, resolve
+from stbench.sampling import Asked, draw
+from tests.conftest import BLOCKS, TINY
+from tests.datafiles import EXTRACTOR, make_images, make_repa, make_vae, picture
+from tests.weights import random_inception
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """images/ (400 in 10 classes), vae/, and set/ prepared from them with mirror images."""
+    root = tmp_path_factory.mktemp("runs")
+    make_vae(root / "vae")
+    make_images(root / "images", 400, 32, mixed=True)
+    job = Job(root / "images", root / "set", str(root / "vae"), 64, flip=True, shards=3, references=100)
+    prepare(job, open_job(job), lambda count: None)
+    return root
+
+
+def request(path: Path, recipe: str = "vanilla", steps: int = STEPS, **data: Any) -> Request:
+    options = TINY | (BLOCKS if recipe == "self-transcendence" else {})
+    options |= {"data.extractor": EXTRACTOR, "eval.samples": 20, "eval.points": [steps]}
+    options |= {f"data.{name}": value for name, value in data.items()}
+    return Request("sit-ti/2", recipe, "custom", data=str(path), steps=steps, overrides=options)
+
+
+def train(output: Path, *arguments: Any, **more: Any) -> RunRecord:
+    return engine.run(resolve(request(*arguments, **more)), engine.Options(output))[0]
+
+
+def final_weights(record: RunRecord) -> dict[str, str]:
+    """sha256 of the raw and the EMA weights of the last stage."""
+    files = sorted(Path(record.path).glob(f"checkpoints/*/*-{STEPS:08d}.safetensors"))
+    return {
+        f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files if not f.name.startswith("state")
+    }
+
+
+def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
+    root: Path, tmp_path: Path
+) -> None:
+    records = [train(tmp_path, root / "set", recipe) for recipe in ("vanilla", "self-transcendence")]
+    assert len({record.setting_hash for record in records}) == 1
+    for record in records:
+        assert record.status == "finished"
+        last = record.curve[-1]
+        assert last.metrics.keys() >= {"fid", "fid_all", "is", "kid", "nn_distance"}
+        assert all(np.isfinite(value) for value in last.val_loss)
+    run = revisit.open_run(Path(records[1].path))
+    device, wanted = engine.Options(tmp_path).device, Asked(5, 1.5)
+    draw(Origin(Path(records[1].path)), wanted, [tmp_path / "five.npz"], [device])
+    with np.load(tmp_path / "five.npz") as found:
+        assert (found["arr_0"].shape, found["arr_0"].dtype) == ((5, 64, 64, 3), np.uint8)
+    changed = run.spec.eval.model_copy(update={"seed": 1})
+    added = revisit.evaluate_again(run, changed, device)
+    assert [point.step for point in added] == [STEPS]
+
+
+def test_a_repa_folder_and_its_converted_set_give_the_same_weights(root: Path, tmp_path: Path) -> None:
+    folder = make_repa(tmp_path / "repa", 60)
+    repa = Repa(folder)
+    convert(repa, tmp_path / "set", decoder_of(repa, str(root / "vae")), 4, 30, lambda count: None)
+    direct = train(tmp_path / "a", folder, vae=str(root / "vae"))
+    converted = train(tmp_path / "b", tmp_path / "set")
+    assert len(final_weights(direct)) == 2
+    assert final_weights(direct) == final_weights(converted)
+    assert direct.curve[-1].val_loss == converted.curve[-1].val_loss
+
+
+def test_moments_in_memory_and_reading_in_stretches_give_the_same_weights(root: Path, tmp_path: Path) -> None:
+    mapped = train(tmp_path / "a", root / "set")
+    resident = train(tmp_path / "b", root / "set", resident="yes")
+    assert final_weights(mapped) == final_weights(resident)
+    assert mapped.train_hash == resident.train_hash
+
+
+def test_flip_makes_another_setting_and_other_weights(root: Path, tmp_path: Path) -> None:
+    mirrored, plain = train(tmp_path, root / "set"), train(tmp_path, root / "set", flip=False)
+    assert mirrored.setting_hash != plain.setting_hash
+    assert final_weights(mirrored) != final_weights(plain)
+
+
+def test_pixels_train_without_an_autoencoder(root: Path, tmp_path: Path) -> None:
+    record = train(tmp_path, root / "images", vae="none", size=16)
+    assert record.status == "finished"
+    spec = json.loads((Path(record.path) / "spec.json").read_text())
+    assert (spec["dataset"], spec["data"]["vae"]) == ("custom", "none")
+
+
+def test_a_moved_set_resumes_from_its_new_place_and_is_the_same_run(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "set", tmp_path / "old")
+    half = train(tmp_path / "runs", tmp_path / "old", steps=STEPS // 2)
+    (tmp_path / "old").rename(tmp_path / "new")
+    get_dataset.__globals__["_built"].cache_clear()
+    with pytest.raises(
+        UserError, match=r"found nothing; if they moved, type `ln -s NEW_PLACE .*old`"
+    ) as error:
+        revisit.open_run(Path(half.path))
+    assert "\n" not in str(error.value)
+    whole = train(tmp_path / "runs", tmp_path / "new")
+    assert whole.path == half.path
+    assert revisit.open_run(Path(whole.path)).dataset.size == 380
+    assert final_weights(whole) == final_weights(train(tmp_path / "once", root / "set"))
+
+
+def test_a_run_notices_that_its_path_holds_other_data(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "set", tmp_path / "set")
+    record = train(tmp_path / "runs", tmp_path / "set")
+    shutil.rmtree(tmp_path / "set")
+    job = Job(root / "images", tmp_path / "set", str(root / "vae"), 64, shards=3, references=100)
+    prepare(job, open_job(job), lambda count: None)
+    get_dataset.__globals__["_built"].cache_clear()
+    with pytest.raises(UserError, match="does not hold the data this run began with: expected fingerprint"):
+        revisit.open_run(Path(record.path))
+
+
+def test_a_missing_autoencoder_is_told_before_training(root: Path, tmp_path: Path) -> None:
+    folder = make_repa(tmp_path / "repa", 30)
+    with pytest.raises(UserError, match=r"sd-vae-ft-mse is not in the Hugging Face cache; .*data.vae=PATH"):
+        train(tmp_path / "runs", folder)
+    (run,) = (tmp_path / "runs").glob("custom-*")
+    assert not list(run.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data.size": 64}, "data.size wants --data PATH beside it"),
+        ({"data.path": "x"}, "data.path"),
+        ({"data.flop": True}, "unknown option 'data.flop'; did you mean 'data.flip'"),
+        ({"data.resident": "maybe"}, "bad value for 'data.resident'"),
+    ],
+)
+def test_wrong_data_options_are_one_line(arguments: dict[str, Any], message: str, root: Path) -> None:
+    path = None if "data.size" in arguments else str(root / "set")
+    with pytest.raises(UserError, match=message):
+        resolve(Request("sit", "vanilla", "custom", data=path, overrides=arguments))
+
+
+@pytest.mark.parametrize(("typed", "vae"), [("none", "none"), ("sd-vae-ft-ema", "sd-vae-ft-ema")])
+def test_the_autoencoder_is_taken_as_typed(typed: str, vae: str, root: Path) -> None:
+    options = parse_set([f"data.vae={typed}", "data.resident=no"])
+    spec = resolve(Request("sit", "vanilla", "custom", data=str(root / "set"), overrides=options))
+    assert spec.data is not None and (spec.data.vae, spec.data.resident) == (vae, "no")
+
+
+def test_the_preset_follows_the_backbone(root: Path) -> None:
+    sizes = {}
+    for backbone in ("dit", "sit", "uvit"):
+        spec = resolve(Request(backbone, "vanilla", "custom", data=str(root / "set")))
+        assert (spec.train.batch, spec.train.lr) == (128, 2e-4)
+        sizes[backbone] = spec.backbone.size
+    assert sizes == {"dit": "s/2", "sit": "s/2", "uvit": "s/2-latent"}
+    assert spec.data is not None and spec.data.path == str(root / "set")
+
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "imagenet.md"
+SMALL = {"DATASET": "custom", "SIZE": "64", "BACKBONE": "sit-ti/2", "STEPS": str(STEPS)}
+
+
+def script(paths: dict[str, Path]) -> list[list[str]]:
+    """The commands of the documented script, its paths and sizes changed for small ones."""
+    (block,) = re.findall(r"```bash\n(.*?)```", SCRIPT.read_text(), re.DOTALL)
+    options = TINY | BLOCKS | {"data.extractor": EXTRACTOR, "eval.samples": 20, "train.clip": 1.0}
+    vanilla = {name: value for name, value in options.items() if not name.startswith("recipe.")}
+    commands = []
+    for line in block.splitlines():
+        if name := re.match(r"(\w+)=", line):
+            assert name[1] in {*SMALL, "MORE", *paths}
+            continue
+        chosen = vanilla if "--recipe vanilla" in line else options
+        more = " ".join(f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in chosen.items())
+        values = SMALL | {name: str(path) for name, path in paths.items()} | {"MORE": more, "RUN": "$RUN"}
+        if line.strip().startswith("stbench "):
+            commands.append(shlex.split(string.Template(line).substitute(values))[1:])
+    return commands
+
+
+def test_the_documented_script_runs_with_other_paths(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    paths = {
+        "IMAGES": root / "images",
+        "VAE": root / "vae",
+        "DATA": tmp_path / "latents",
+        "REFERENCE": tmp_path / "reference.npz",
+        "RUNS": tmp_path / "runs",
+    }
+    commands = script(paths)
+    assert [command[0] for command in commands] == [
+        *("data", "data", "run", "run", "compare", "sample", "evaluate")
+    ]
+    inception, digest = random_inception(tmp_path / "inception.pth")
+    weights = ["--inception", str(inception), "--inception-sha256", digest]
+    np.savez(paths["REFERENCE"], np.stack([np.asarray(picture(n, 64, 64)) for n in range(12)]))
+
+    def call(*command: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["stbench", *command])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, capfd.readouterr().err
+
+    for command in commands[:5]:
+        call(*command)
+    (run,) = (path.parent for path in paths["RUNS"].glob("*vanilla*/spec.json"))
+    drawing, measuring = ([part.replace("$RUN", str(run)) for part in command] for command in commands[5:])
+    assert drawing[2:4] == ["-n", "50000"] and drawing[-4:-2] == ["--steps", "250"]
+    call(*drawing, "-n", "12", "--steps", "3", "--device", "cpu")
+    call(*measuring, *weights, "--device", "cpu")
+    scores = json.loads((run / "cfg1.8.json").read_text())
+    assert scores["protocol"]["sampling"]["cfg"] == 1.8 and np.isfinite(scores["metrics"]["fid12"])
+    out = capfd.readouterr().out
+    assert "400 images in 10 classes; 1 shards of moments 8x8x8" in out
+    assert "400 images, 5 files, all as written" in out
+    assert "self-transcendence" in out and "vanilla" in out

@@ -1,0 +1,130 @@
+"""REPA's layout: read as it is, converted, refused where it does not fit together."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stbench import data_commands
+from stbench.errors import UserError
+from stbench.latent_store import TRAIN, read_manifest, verify
+from stbench.repa import Repa, decoder_of, is_repa
+from tests.datafiles import make_images, make_repa, make_vae, picture
+
+COUNT = 45
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_vae(tmp_path_factory.mktemp("vae")))
+
+
+@pytest.fixture()
+def folder(tmp_path: Path) -> Path:
+    return make_repa(tmp_path / "repa", COUNT)
+
+
+def column(folder: Path, array: str) -> np.ndarray:
+    return np.concatenate([np.load(file) for file in sorted(folder.glob(f"*-{array}.npy"))])
+
+
+def test_order_is_that_of_the_sorted_names_whatever_the_list_says(folder: Path) -> None:
+    repa = Repa(folder)
+    assert repa.ids == sorted(repa.ids)
+    assert repa.labels.tolist() == [k % 10 for k in range(COUNT)]
+    stored = np.load(folder / "vae-sd" / repa.ids[7])
+    assert np.array_equal(repa.moments(7), stored.astype(np.float16))
+
+
+def test_import_writes_the_same_moments_labels_and_pixels(folder: Path, vae: str, tmp_path: Path) -> None:
+    data_commands.import_repa(folder, tmp_path / "set", vae, "std", 4, 20)
+    manifest, repa = read_manifest(tmp_path / "set"), Repa(folder)
+    assert verify(tmp_path / "set")[1] == []
+    assert (manifest.count, manifest.views, manifest.flip, len(manifest.shards)) == (COUNT, 1, False, 4)
+    assert (manifest.scale, len(manifest.classes), manifest.vae) == (0.18215, 10, vae)
+    assert np.array_equal(column(tmp_path / "set", "moments")[:, 0], [repa.moments(k) for k in range(COUNT)])
+    assert column(tmp_path / "set", "labels").tolist() == repa.labels.tolist()
+    split = column(tmp_path / "set", "split")
+    expected = [np.asarray(picture(k, 64, 64)).transpose(2, 0, 1) for k in np.flatnonzero(split != TRAIN)]
+    assert np.array_equal(column(tmp_path / "set", "images"), expected)
+
+
+def test_a_published_autoencoder_need_not_be_there_to_convert(folder: Path, tmp_path: Path) -> None:
+    decoder = decoder_of(Repa(folder), "sd-vae-ft-mse")
+    assert (decoder.scale, decoder.shift, decoder.image_shape) == (0.18215, 0.0, (3, 64, 64))
+
+
+def test_log_variances_are_noticed_and_converted(folder: Path, vae: str, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "logvar")
+    for file in (tmp_path / "logvar" / "vae-sd").rglob("*.npy"):
+        mean, std = np.split(np.load(file), 2)
+        np.save(file, np.concatenate([mean, 2 * np.log(std)]))
+    with pytest.raises(UserError, match="these are log-variances; convert .* --second logvar"):
+        Repa(tmp_path / "logvar").moments(0)
+    data_commands.import_repa(tmp_path / "logvar", tmp_path / "set", vae, "logvar", 1, 5)
+    expected = np.stack([Repa(folder).moments(k) for k in range(COUNT)])
+    found = column(tmp_path / "set", "moments")[:, 0]
+    assert np.allclose(found.astype(float), expected.astype(float), rtol=2e-3, atol=1e-6)
+
+
+def spoil(folder: Path, how: str) -> None:
+    """Break a REPA folder in one way."""
+    first = folder / "vae-sd/00000/img-mean-std-00000000.npy"
+    second = folder / "vae-sd/00000/img-mean-std-00000001.npy"
+    labels = folder / "vae-sd/dataset.json"
+    if how == "mixed sizes":
+        np.save(second, np.ones((8, 16, 16), np.float32))
+    elif how == "cut off":
+        second.write_bytes(second.read_bytes()[:300])
+    elif how == "no moments":
+        np.save(first, np.ones((3, 64, 64), np.float32))
+    elif how == "infinite":
+        np.save(second, np.full((8, 8, 8), 1e6, np.float32))
+    elif how == "no label":
+        rows = json.loads(labels.read_text())["labels"]
+        labels.write_text(json.dumps({"labels": rows[:-1]}))
+    elif how == "no list":
+        labels.write_text('{"labels": 3}')
+    elif how == "other image":
+        for file in (folder / "images").rglob("*.png"):
+            picture(1, 32, 32).save(file)
+    elif how == "unreadable image":
+        for file in (folder / "images").rglob("*.png"):
+            file.write_bytes(b"no image")
+    else:
+        (folder / "images/00000/img00000003.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("mixed sizes", r"expected moments of one shape, found \(8, 8, 8\) in .* and \(8, 16, 16\) in"),
+        ("cut off", r"img-mean-std-00000001.npy is truncated or no .npy file"),
+        ("no moments", r"expected moments \(2C,h,h\), found \(3, 64, 64\)"),
+        ("infinite", "not finite or beyond fp16"),
+        ("no label", r"has no label for 00000/img-mean-std-00000000.npy \(1 missing\)"),
+        ("no list", 'expected {"labels"'),
+        ("other image", r"expected images of one size, found a decoded latent is 64x64, .* is 32x32"),
+        ("unreadable image", "cannot be read .*; copy it again"),
+        ("missing image", "expected 45 images under .*, one for each moment file, found 44"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_makes_no_set(
+    folder: Path, vae: str, how: str, message: str, tmp_path: Path
+) -> None:
+    spoil(folder, how)
+    with pytest.raises(UserError, match=message) as caught:
+        data_commands.import_repa(folder, tmp_path / "set", vae, "std", 2, 10)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+def test_other_folders_are_not_taken_for_it(tmp_path: Path, vae: str) -> None:
+    images = make_images(tmp_path / "images", 10)
+    assert not is_repa(images)
+    with pytest.raises(UserError, match="expected REPA's layout .*encoded with `stbench data prepare`"):
+        data_commands.import_repa(images, tmp_path / "set", vae, "std", None, 10)
