@@ -9,13 +9,18 @@ import shlex
 import shutil
 import string
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
-from stbench import cli, engine, revisit
+from stbench import cli, engine, revisit, teachers
+from stbench.config import DataSpec
 from stbench.data import get_dataset
 from stbench.errors import UserError
 from stbench.painter import Origin
@@ -90,6 +95,35 @@ def test_a_repa_folder_and_its_converted_set_give_the_same_weights(root: Path, t
     assert len(final_weights(direct)) == 2
     assert final_weights(direct) == final_weights(converted)
     assert direct.curve[-1].val_loss == converted.curve[-1].val_loss
+
+
+def test_repa_looks_at_images_where_there_are_any_and_else_takes_cached_tokens(
+    root: Path, tmp_path: Path
+) -> None:
+    folder, vae = make_repa(tmp_path / "layout", 60), str(root / "vae")
+    repa = Repa(folder)
+    convert(repa, tmp_path / "set", decoder_of(repa, vae), 4, 30, lambda count: None)
+    name, weights = "vit_tiny_patch16_224", tmp_path / "vit.safetensors"
+    save_file(timm.create_model(name, num_classes=0).state_dict(), weights)
+    options = {"recipe.encoder": name, "recipe.checkpoint": str(weights), "data.flip": False}
+
+    def run(output: str, path: Path, **changed: Any) -> RunRecord:
+        asked = request(path, "repa", vae=vae)
+        asked = replace(asked, overrides={**asked.overrides, **options, **changed})
+        return engine.run(resolve(asked), engine.Options(tmp_path / output))[0]
+
+    assert run("online", folder).stages[0].flops_teachers > 0
+    with pytest.raises(UserError, match=r"keeps latents and no images .* --set recipe\.encoder=FOLDER"):
+        run("none", tmp_path / "set")
+    source = teachers.source(name, weights)
+    encoder = teachers.open_encoder(source, 16, torch.device("cpu"))
+    assert isinstance(encoder, teachers.ImageEncoder)
+    looked_at = get_dataset("custom", DataSpec(path=str(folder), vae=vae, flip=False))
+    pixels = looked_at.images(torch.arange(looked_at.size))
+    assert torch.equal(looked_at.images(torch.arange(3) + looked_at.size), pixels[:3].flip(-1))
+    teachers.cache_tokens(tmp_path / "tokens", encoder, pixels)
+    cached = {"recipe.encoder": str(tmp_path / "tokens"), "recipe.checkpoint": None}
+    assert run("cached", tmp_path / "set", **cached).status == "finished"
 
 
 def test_moments_in_memory_and_reading_in_stretches_give_the_same_weights(root: Path, tmp_path: Path) -> None:
