@@ -204,9 +204,9 @@ def list_(
     plugin: Plugins = [],  # noqa: B006
 ) -> None:
     """List what is registered, with parameter counts, costs, options and defaults."""
-    from stbench import commands
+    from stbench import listing
 
-    commands.list_registered(kind.value, as_json, plugin)
+    listing.list_registered(kind.value, as_json, plugin)
 
 
 @app.command()

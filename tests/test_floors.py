@@ -20,7 +20,7 @@ FLOORS = (
     "hooks plan testing bench probe",
     "engine trainer revisit painter sampling asked board budgets compare groups leaderboard reported "
     "standing stats report sections summary tables figures specify suite executor sweep monitor",
-    "options cli cli_data cli_sweep commands data_commands scoring sweeping child __main__",
+    "options cli cli_data cli_sweep commands listing data_commands scoring sweeping child __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
 PRINT = {
