@@ -231,7 +231,8 @@ class Shards:
     def __init__(self, arrays: Sequence[np.ndarray]) -> None:
         """`arrays`: (n,V,...) each, of equal type and shape but for n."""
         views = arrays[0].shape[1]
-        self._views, self._arrays = views, [a.reshape(-1, *a.shape[2:]) for a in arrays]
+        # As plain arrays: indexing the subclass memmap row by row costs twice as much.
+        self._views, self._arrays = views, [np.asarray(a).reshape(-1, *a.shape[2:]) for a in arrays]
         self._ends = np.cumsum([len(array) for array in arrays])
         self._shape, self._dtype = arrays[0].shape[2:], arrays[0].dtype
 

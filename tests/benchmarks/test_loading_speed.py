@@ -102,7 +102,7 @@ def test_both_give_the_same_rows(folder: Path) -> None:
     assert np.array_equal(shards(folder)(rows), singles(folder)(rows))
 
 
-@pytest.mark.parametrize(("count", "least"), [(1, WARM), (100, WARM / 2)])
+@pytest.mark.parametrize(("count", "least"), [(1, WARM), (100, WARM / 4)])
 def test_warm(benchmark: BenchmarkFixture, folder: Path, count: int, least: float) -> None:
     one, many = shards(folder, count), singles(folder)
     epoch(one, batches(0)), epoch(many, batches(0))
