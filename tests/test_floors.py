@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PLUGINS = ("backbones", "recipes", "examples")
 FLOORS = (
     "errors rng flops contracts records assets",
-    "layers adaln objectives samplers align teachers latents data checkpoints registry config resolve "
-    "results schema journal environment",
+    "layers adaln objectives samplers align teachers latents data checkpoints official registry config "
+    "resolve results schema journal environment",
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
