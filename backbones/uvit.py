@@ -72,7 +72,14 @@ class UViT(Backbone):
         "s/2-latent": dict(patch=2, **_S),
         "m/2-latent": dict(patch=2, **_M),
         "ti/2": dict(
-            patch=2, width=96, depth=7, heads=3, conv=True, objective="vp-discrete", time_scale=1000.0
+            patch=2,
+            width=96,
+            depth=7,
+            heads=3,
+            conv=True,
+            objective="vp-discrete",
+            time_scale=1000.0,
+            init_std=0.057,
         ),
     }
     """CIFAR-10, CelebA-64, two of ImageNet-64, ImageNet-256 and -512 (L, then H), then those in `derived`."""
@@ -95,6 +102,7 @@ class UViT(Backbone):
         mlp_time_embed: bool = False,
         label_rows: int | None = None,
         time_scale: float = 999.0,
+        init_std: float = 0.02,
     ) -> None:
         super().__init__()
         if depth % 2 == 0:
@@ -123,14 +131,16 @@ class UViT(Backbone):
         self.norm = nn.LayerNorm(width)
         self.decoder_pred = nn.Linear(width, patch * patch * out_channels)
         self.final_layer = nn.Conv2d(out_channels, out_channels, 3, padding=1) if conv else nn.Identity()
-        self._initialise()
+        self._initialise(init_std)
 
-    def _initialise(self) -> None:
-        """Truncated normal (0.02) for positions and linear layers; table and convolutions keep torch's."""
+    def _initialise(self, std: float) -> None:
+        """Truncated normal for positions (0.02) and linear layers (`std`, 0.02 as published); table and
+        convolutions keep torch's. On ti, `std` has the published ratio to 1/sqrt(width) of the M width.
+        """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

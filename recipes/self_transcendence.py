@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from stbench import align
+from stbench.align import Clock, Interval
 from stbench.contracts import Artifact, Backbone, BackboneInfo, Plain, Recipe, Stage, Step, Term, Weights
 from stbench.registry import RECIPES
 
-Time = Annotated[float, Field(ge=0, le=1)]
-Interval = tuple[Time, Time]
 Mask = Literal["samples", "released"]
-Clock = Literal["flow", "native"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def defaults(info: BackboneInfo) -> Defaults:
     """
     if info.size.startswith("ti"):
         return Defaults(0, 2, 3, 4 * info.width, 10.0, "ema", 1.0)
-    first, middle, deep = (max(1, round(info.depth * k / 12)) - 1 for k in (2, 6, 8))
+    first, middle, deep = (align.relative_block(info.depth, k, 12) for k in (2, 6, 8))
     return Defaults(first, middle, deep, 2048, 30.0, "raw", 0.5)
 
 

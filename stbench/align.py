@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from stbench.contracts import Objective
@@ -19,6 +20,11 @@ from stbench.errors import UserError
 from stbench.layers import unpatchify
 
 M = TypeVar("M", bound=nn.Module)
+
+Time = Annotated[float, Field(ge=0, le=1)]
+Interval = tuple[Time, Time]
+Clock = Literal["flow", "native"]
+"""Whether a recipe's times are flow-equivalent (`objective.tau`), or the raw t of the objective."""
 
 
 def token_cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -67,6 +73,15 @@ def dispersive(z: Tensor, tau: float) -> Tensor:
     return (-pairwise(z) / tau).flatten().logsumexp(0) - 2.0 * math.log(z.shape[0])
 
 
+def dispersive_rows(z: Tensor, tau: float, batch: int | None = None) -> Tensor:
+    """The dispersive loss of each local batch of `batch` samples of z (B,...), given to its rows (B,).
+
+    Their mean is the loss of a run whose devices hold `batch` samples each; None takes z as one batch.
+    """
+    parts = torch.split(z, batch or len(z))
+    return torch.cat([dispersive(part, tau).expand(len(part)) for part in parts])
+
+
 def check_interval(interval: tuple[float, float]) -> None:
     """UserError for an interval whose ends are swapped."""
     if interval[0] > interval[1]:
@@ -81,6 +96,22 @@ def in_interval(
     # Bounds and times are compared in float32: a time stored as 0.7 in float32 is inside [0.4, 0.7].
     low, high = torch.tensor(interval, dtype=torch.float32)
     return (value.float() >= low) & (value.float() <= high)
+
+
+def cleaner(objective: Objective, t_host: Tensor, amount: float, u: Tensor, clock: Clock) -> Tensor:
+    """Host times (B,) with up to `amount` less noise, u (B,) in [0,1): SRA's teacher.
+
+    `flow`: clamp(tau - amount u, 0, 1) in flow-equivalent time, the same on every objective. `native`: the
+    same in raw t, by whole steps where the process is discrete.
+    """
+    if clock == "native":
+        return objective.earlier(t_host, amount, u)
+    return objective.t_of_tau((objective.tau(t_host) - amount * u).clamp(0.0, 1.0))
+
+
+def relative_block(depth: int, block: int, of: int) -> int:
+    """0-based block of a network of `depth` blocks that lies where the 1-based `block` lies among `of`."""
+    return min(max(1, round(depth * block / of)), depth) - 1
 
 
 def masked(loss: Tensor, rows: Tensor, batch: int) -> Tensor:

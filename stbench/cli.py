@@ -14,7 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from stbench import __version__
+from stbench.cli_sweep import sweep
 from stbench.errors import UserError
+from stbench.options import RUNS, Device, KeepChoice, Output, Plugins
 
 app = typer.Typer(
     add_completion=True,
@@ -26,7 +28,7 @@ app = typer.Typer(
 # Completion must not import torch; a test keeps these equal to the registries.
 NAMES = {
     "backbone": ("dit", "sit", "uvit"),
-    "recipe": ("self-transcendence", "vae-align", "vanilla"),
+    "recipe": ("dispersive", "layersync", "repa", "self-transcendence", "sra", "vae-align", "vanilla"),
     "dataset": ("digits",),
     "objective": ("cosine", "iddpm", "linear", "vp-continuous", "vp-discrete"),
 }
@@ -53,23 +55,8 @@ class Format(str, Enum):
     tex = "tex"
 
 
-class KeepChoice(str, Enum):
-    """Which EMA weights stay."""
-
-    all = "all"
-    last = "last"
-
-
 def _complete(kind: str) -> Any:
     return lambda incomplete: [name for name in NAMES[kind] if name.startswith(incomplete)]
-
-
-Output = Annotated[Path, typer.Option(help="Folder that holds the run folders.")]
-Plugins = Annotated[
-    list[Path], typer.Option("--plugin", help="Python file that registers backbones or recipes; repeatable.")
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-RUNS = Path("results/runs")
 
 
 def _version(asked: bool) -> None:
@@ -171,6 +158,9 @@ def run(
     commands.dry_run(request) if dry_run else commands.run(request)
 
 
+app.command()(sweep)
+
+
 @app.command()
 def compare(
     runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders of them.")] = None,
@@ -179,24 +169,18 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option(help="PNG of FID against images, student only and everything paid.")
     ] = None,
+    reported: Annotated[
+        bool, typer.Option("--reported", help="Add published numbers, in a section of their own.")
+    ] = False,
+    reported_file: Annotated[
+        Path | None, typer.Option(help="Their CSV file, instead of results/reported.csv; implies --reported.")
+    ] = None,
 ) -> None:
     """Rank finished runs: one table per setting and evaluation protocol."""
-    from stbench import report
-    from stbench.compare import leaderboard
-    from stbench.results import atomic_write, find_runs, read_runs
+    from stbench import board
 
-    records = read_runs(find_runs(runs or [RUNS]))
-    board = leaderboard(records)
-    if plot is not None:
-        report.plot(records, plot)
-    if format is Format.table and output is None:
-        report.print_leaderboard(board)
-        return
-    text = report.render(board, "md" if format is Format.table else format.value)
-    if output is None:
-        typer.echo(text)
-    else:
-        atomic_write(output, text if text.endswith("\n") else text + "\n")
+    form = None if format is Format.table else format.value
+    board.compare(runs or [RUNS], form, output, plot, reported_file or reported)
 
 
 @app.command(name="list")

@@ -17,7 +17,7 @@ from rich.table import Table
 from stbench import engine, report, revisit
 from stbench.config import RunSpec, build_backbone, build_objective
 from stbench.contracts import Artifact, Backbone
-from stbench.environment import default_precision, pick_device
+from stbench.environment import pick_device
 from stbench.errors import UserError
 from stbench.evaluate import METRICS
 from stbench.hooks import Hook, Tracker, point_line, progress_hook
@@ -33,7 +33,8 @@ from stbench.registry import (
     lookup,
     names,
 )
-from stbench.resolve import Request, evaluation, parse_set, read_config, resolve
+from stbench.resolve import evaluation, parse_set, read_config
+from stbench.specify import completed, scales, specify
 
 IMAGENET = {"channels": 4, "input_size": 32, "classes": 1000}
 """Latents of 256x256 images: what published sizes are counted at."""
@@ -55,16 +56,6 @@ class Invocation:
     track: bool
 
 
-def scales(text: str) -> list[float]:
-    """ "1.0,1.5" -> [1.0, 1.5]; UserError for anything else."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--eval-guidance wants numbers with commas, got '{text}'; for example 1.0,1.5,2.0"
-        ) from error
-
-
 def request_of(call: Invocation) -> tuple[RunSpec, engine.Options]:
     """Config file, then command line, then presets: the resolved specification and where to run it."""
     load_builtins()
@@ -73,33 +64,8 @@ def request_of(call: Invocation) -> tuple[RunSpec, engine.Options]:
     values: dict[str, Any] = read_config(call.config) if call.config else {}
     overrides = values.pop("set", {}) | parse_set(call.overrides)
     values |= call.given
-    for required in ("backbone", "recipe"):
-        if required not in values:
-            raise UserError(f"expected --{required}, found none; for example --backbone sit --recipe vanilla")
-    if isinstance(values.get("eval_guidance"), str):
-        values["eval_guidance"] = scales(values["eval_guidance"])
-    values.setdefault("precision", default_precision(device))
-    spec = resolve(_request(values, overrides))
-    jobs = engine.prepare(spec)[1]
-    recipe = spec.recipe.model_copy(update={"needs": engine.recipe_needs(jobs)})
-    spec = spec.model_copy(update={"recipe": recipe})
+    spec = specify(completed(values, device), overrides)
     return spec, engine.Options(call.output, device, call.keep, call.reuse, plugins)
-
-
-def _request(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Request:
-    for name in ("steps", "seed"):
-        if type(values.get(name, 0)) is not int:
-            raise UserError(
-                f"expected a whole number for {name}, got {values[name]!r}; for example --{name} 100"
-            )
-    for name in ("backbone", "recipe", "dataset", "objective", "precision"):
-        if not isinstance(values.get(name, ""), str):
-            raise UserError(f"expected a name for {name}, got {values[name]!r}; see `stbench list`")
-    if not isinstance(values.get("eval_guidance", []), list):
-        raise UserError(
-            f"expected scales for eval_guidance, got {values['eval_guidance']!r}; for example [1.0, 1.5]"
-        )
-    return Request(**values, overrides=overrides)
 
 
 def run(call: Invocation) -> None:
@@ -155,7 +121,8 @@ def dry_run(call: Invocation) -> None:
 
 def _teachers(recipe: Any) -> str:
     held = (getattr(recipe, field.name) for field in fields(recipe))
-    return ", ".join(value.name for value in held if isinstance(value, Artifact)) or "-"
+    named = [value.name for value in held if isinstance(value, Artifact)]
+    return ", ".join([*named, *filter(None, [recipe.needs])]) or "-"
 
 
 def list_registered(kind: str, as_json: bool, plugins: Sequence[Path]) -> None:

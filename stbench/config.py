@@ -72,7 +72,8 @@ class TrainSpec(_Model):
 
 class EvalSpec(_Model):
     """When and how the EMA weights are evaluated. `steps` is the number of function evaluations a sample
-    costs.
+    costs; `extras` says where the guidance grid and the costly metrics are due: at the last point, at all, or
+    at these steps and the last.
     """
 
     points: list[int]
@@ -84,7 +85,7 @@ class EvalSpec(_Model):
     guidance: list[float] = Field(default_factory=lambda: [1.0])
     interval: tuple[Time, Time] = (0.0, 1.0)
     channels: int | None = Field(default=None, gt=0)
-    extras: Literal["last", "all"] = "last"
+    extras: Literal["last", "all"] | list[int] = "last"
 
 
 class RunSpec(_Model):

@@ -10,9 +10,10 @@ after it, image tokens only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -191,6 +192,14 @@ class Objective(ABC):
     def t_of_tau(self, tau: Tensor) -> Tensor:
         """Inverse of `tau`, clamped to the times the process reaches."""
 
+    def earlier(self, t: Tensor, amount: float, u: Tensor) -> Tensor:
+        """Host times (B,) moved towards the data by `amount` * u, u (B,) in [0,1), in raw t, clamped to
+        [0,1].
+
+        Discrete processes move by whole steps.
+        """
+        return (t - amount * u).clamp(0.0, 1.0)
+
     def at(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
         """Corrupt x0 (B,C,H,W) with `noise` at host times t (B,)."""
         t = self.snap(t.double())
@@ -209,6 +218,16 @@ class Term:
 
     value: Tensor
     weight: float
+
+
+class Encoder(Protocol):
+    """A frozen image encoder that gives one token for each patch of the latent."""
+
+    flops: float
+    """Of one image."""
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Tokens (B,N,Dz) of uint8 images (B,c,H,W)."""
 
 
 @dataclass
@@ -259,8 +278,23 @@ class Step:
         if x.shape[0] == 0:
             return x.new_zeros(0, self.info.tokens, teacher.info.width)
         self.cost.teachers += float(teacher.flops(block)) * x.shape[0]
-        with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+        with _full_precision(x):
             return teacher.features(x, t, y, indices=(block,))[block].float()
+
+    def encode(self, encoder: Encoder, images: Tensor) -> Tensor:
+        """A frozen encoder's tokens (B,N,Dz) of clean images, uint8 (B,c,H,W); without gradient, in full
+        precision, counted as one forward an image.
+        """
+        self.cost.teachers += encoder.flops * len(images)
+        with _full_precision(images):
+            return encoder.tokens(images).float()
+
+
+@contextmanager
+def _full_precision(x: Tensor) -> Iterator[None]:
+    """No gradient and no autocast on the device of x."""
+    with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+        yield
 
 
 class Recipe(ABC):
@@ -270,8 +304,15 @@ class Recipe(ABC):
     DDP.
     """
 
-    needs: ClassVar[str] = ""
-    """What it needs from outside the model, named in its leaderboard row."""
+    @property
+    def needs(self) -> str:
+        """What it needs from outside the model, named in its leaderboard row; "" for nothing."""
+        return ""
+
+    @property
+    def images(self) -> bool:
+        """Whether `step.batch.extras["images"]` must hold the clean images, uint8 (B,c,H,W)."""
+        return False
 
     @property
     def taps(self) -> Sequence[int]:

@@ -110,6 +110,13 @@ class Dataset(ABC):
         """Labels (B,) int64 of rows `index`, on the data set's device."""
 
     @abstractmethod
+    def images(self, index: Tensor) -> Tensor:
+        """Clean images, uint8 (B,c,H,W), of rows `index` (B,), on the data set's device: for encoders.
+
+        Raises UserError if the data set holds no images.
+        """
+
+    @abstractmethod
     def heldout(self) -> tuple[Tensor, Tensor]:
         """Normalised posterior means (M,C,h,w) and labels (M,) of images that are never trained on."""
 
@@ -222,6 +229,10 @@ class Digits(Dataset):
     def labels(self, index: Tensor) -> Tensor:
         """Labels (B,)."""
         return self._labels[index.to(self._labels.device, non_blocking=True)]
+
+    def images(self, index: Tensor) -> Tensor:
+        """uint8 (B,1,32,32)."""
+        return self._images[self._rows[index]].to(self._mean.device, non_blocking=True)
 
     def heldout(self) -> tuple[Tensor, Tensor]:
         """Normalised posterior means (297,4,8,8) and labels (297,)."""

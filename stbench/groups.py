@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
+from stbench.asked import Claim, Claims, RowKey, final_points, row_key
 from stbench.errors import UserError
 from stbench.leaderboard import Interval
 from stbench.records import CurvePoint, RunRecord
+from stbench.stats import value_at
 
 SMALLEST_FID = 1e-9
 """An FID at or below zero is rounding error; it is read as this, so that its logarithm exists."""
@@ -26,7 +27,8 @@ class Group:
 
     runs: Mapping[int, RunRecord]
     points: Mapping[int, Points]
-    unfinished: tuple[RunRecord, ...]
+    unfinished: tuple[Claim, ...]
+    """Seeds of the row that are in no figure."""
 
     @property
     def first(self) -> RunRecord:
@@ -45,6 +47,11 @@ class Group:
             set.intersection(*({s for s, how in p if how == NO_GUIDANCE} for p in self.points.values()))
         )
 
+    @cached_property
+    def moments(self) -> dict[int, int]:
+        """Images of the last stage -> step, in order."""
+        return {self.at(step)[0].images: step for step in self.steps}
+
     @property
     def earlier_images(self) -> int:
         """Images that the stages before the last were trained on."""
@@ -62,9 +69,11 @@ class Group:
         """Each seed's FID."""
         return {seed: _fid(points[step, how]) for seed, points in self.points.items()}
 
-    def images(self, step: int) -> int:
-        """Images of the last stage at `step`."""
-        return self.at(step)[0].images
+    def fid_near(self, images: int) -> dict[int, float] | None:
+        """Each seed's FID at as many images of the last stage, log-linear between points; None outside."""
+        found = {seed: value_at(*self.curve(seed), images) for seed in self.runs}
+        known = {seed: fid for seed, fid in found.items() if fid is not None}
+        return known if len(known) == len(found) else None
 
     def curve(self, seed: int) -> tuple[list[int], list[float]]:
         """One seed's images and FID without guidance, at the steps that all seeds have."""
@@ -72,17 +81,16 @@ class Group:
         return [point.images for point in points], [_fid(point) for point in points]
 
 
-def group_runs(records: Iterable[RunRecord], protocol: str) -> tuple[list[Group], list[str]]:
-    """The rows of one setting under one protocol, and a note on every run that is in none."""
-    by_row: dict[Any, list[RunRecord]] = {}
-    notes = []
+def group_runs(records: Iterable[RunRecord], claimed: Claims, protocol: str) -> tuple[list[Group], list[str]]:
+    """The rows of one setting under one protocol, and a note on every finished run that is in none."""
+    by_row: dict[RowKey, list[RunRecord]] = {}
+    notes: list[str] = []
     for record in records:
-        by_row.setdefault(_row_key(record), []).append(record)
-        if record.status != "finished":
-            notes.append(state(record))
+        if record.status == "finished":
+            by_row.setdefault(row_key(record), []).append(record)
     groups = []
-    for runs in by_row.values():
-        group = _group(runs, protocol, notes)
+    for key, runs in by_row.items():
+        group = _group(runs, claimed.get(key, {}), protocol, notes)
         if group and group.steps:
             groups.append(group)
         elif group:
@@ -90,32 +98,12 @@ def group_runs(records: Iterable[RunRecord], protocol: str) -> tuple[list[Group]
     return groups, notes
 
 
-def final_points(record: RunRecord) -> list[CurvePoint]:
-    """The evaluations of the network that a run is about."""
-    return [point for point in record.curve if point.stage_index == record.final_stage]
-
-
-def state(record: RunRecord) -> str:
-    """What a run that is in no figure is doing, and where."""
-    points = final_points(record)
-    reached = f"at step {points[-1].step} of {record.steps}" if points else "before its first evaluation"
-    status = "running (or killed)" if record.status == "running" else record.status
-    return f"{record.label} seed {record.seed}: {status} {reached}; not in the figures ({record.path})"
-
-
-def _row_key(record: RunRecord) -> Any:
-    """What the seeds of a row have in common."""
-    options = tuple(sorted((name, repr(value)) for name, value in record.options.items()))
-    plain = (record.backbone, record.objective, record.recipe, options, record.steps, record.precision)
-    return record.spec.get("row_hash", plain)
-
-
-def _group(runs: Sequence[RunRecord], protocol: str, notes: list[str]) -> Group | None:
+def _group(
+    runs: Sequence[RunRecord], claimed: Mapping[int, Claim], protocol: str, notes: list[str]
+) -> Group | None:
     chosen: dict[int, RunRecord] = {}
     points: dict[int, Points] = {}
     for run in sorted(runs, key=lambda run: run.seed):
-        if run.status != "finished":
-            continue
         found = _points(run, protocol)
         if not found:
             notes.append(f"{run.label} seed {run.seed}: left out, not evaluated under protocol {protocol}")
@@ -123,7 +111,7 @@ def _group(runs: Sequence[RunRecord], protocol: str, notes: list[str]) -> Group 
             notes.append(f"{run.path}: left out, it repeats seed {run.seed} of {chosen[run.seed].path}")
         else:
             chosen[run.seed], points[run.seed] = run, found
-    unfinished = tuple(run for run in runs if run.status != "finished" and run.seed not in chosen)
+    unfinished = tuple(claimed[seed] for seed in sorted(claimed) if seed not in chosen)
     return Group(chosen, points, unfinished) if chosen else None
 
 

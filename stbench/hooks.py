@@ -239,7 +239,9 @@ class Evaluation:
             (p.stage_index, p.step, p.guidance, tuple(p.interval), p.protocol) for p in self._folder.points()
         }
         settings = self._spec.eval
-        full = settings.extras == "all" or (self._job.last and step == self._job.steps)
+        last = self._job.last and step == self._job.steps
+        named = isinstance(settings.extras, list) and self._job.last and step in settings.extras
+        full = settings.extras == "all" or last or named
         scales = settings.guidance if full else [1.0]
         place = (self._job.index, step)
         due = [s for s in scales if (*place, s, tuple(settings.interval), self.protocol.hash) not in have]

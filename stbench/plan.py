@@ -123,13 +123,32 @@ def stage_fingerprint(
     )
 
 
+def stage_fingerprints(jobs: list[StageJob], spec: RunSpec, dataset_fingerprint: str) -> list[str]:
+    """What training these stages will call them, known before anything is trained."""
+    earlier: dict[str, Artifact] = {}
+    previous = None
+    for job in jobs:
+        recipe = job.stage.recipe(dict(earlier))
+        digest = stage_fingerprint(job, recipe, spec, dataset_fingerprint, previous)
+        previous = Artifact(job.name, digest, "", {}, job.steps, job.images, 0.0, 0.0, _unfinished)
+        earlier[job.name] = previous
+    return [artifact.fingerprint for artifact in earlier.values()]
+
+
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """A recipe as plain data: its class, its plug-in file and its fields; a teacher is its artifact's
-    fingerprint.
+    fingerprint, another dataclass is its compared fields.
     """
-    fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.init}  # type: ignore[arg-type]
-    plain = {k: v.fingerprint if isinstance(v, Artifact) else v for k, v in fields.items()}
-    return {"class": type(recipe).__qualname__, "plugin": plugin_hash(type(recipe)), "fields": plain}
+    fields = {f.name: _plain(getattr(recipe, f.name)) for f in dataclasses.fields(recipe) if f.init}  # type: ignore[arg-type]
+    return {"class": type(recipe).__qualname__, "plugin": plugin_hash(type(recipe)), "fields": fields}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Artifact):
+        return value.fingerprint
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def rehearse(job: StageJob, recipe: Recipe, spec: RunSpec, dataset: Any, draws: int = 4) -> Cost:
@@ -146,7 +165,10 @@ def rehearse(job: StageJob, recipe: Recipe, spec: RunSpec, dataset: Any, draws: 
         rng = Rng(spec.seed, draw * size, size)
         x0 = torch.empty(size, *shape, device="meta")
         labels = torch.empty(size, dtype=torch.long, device="meta")
-        module(make_batch(x0, labels, torch.arange(size), rng, spec.train.label_drop, dataset.classes))
+        images = torch.empty(size, *dataset.image_shape, dtype=torch.uint8, device="meta")
+        extras = {"images": images} if recipe.images else {}
+        index = torch.arange(size)
+        module(make_batch(x0, labels, index, rng, spec.train.label_drop, dataset.classes, extras))
     scale = job.steps / draws
     return Cost(module.cost.student * scale, module.cost.heads * scale, module.cost.teachers * scale)
 

@@ -1,6 +1,6 @@
 """Leaderboards and runs for people: terminal, Markdown, CSV, JSON, LaTeX and figure.
 
-What is printed, and in which units, is in sections.py; CSV and JSON hold every figure at full precision.
+What is printed is in tables.py, summary.py and sections.py; CSV and JSON hold every figure at full precision.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stbench import sections
+from stbench import reported, sections, tables
 from stbench.compare import leaderboard
-from stbench.leaderboard import Leaderboard, Row, Table
+from stbench.errors import UserError
+from stbench.leaderboard import Absent, Leaderboard, Row, Table
 from stbench.records import SCHEMA, RunRecord
+from stbench.reported import Figure
 from stbench.results import RunFolder
 from stbench.schema import plain
 from stbench.sections import Section
+from stbench.summary import summaries
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,9 +32,39 @@ WIDTH = 100
 """Columns of the output when it is not a terminal."""
 
 
-def render(board: Leaderboard, form: Format) -> str:
-    """The leaderboard as one text, which ends in a newline."""
-    return _WRITERS[form](board)
+@dataclass(frozen=True)
+class Block:
+    """A heading with what stands under it, the common form of all printed formats."""
+
+    heading: str
+    text: str
+    sections: Sequence[Section]
+    notes: Sequence[str]
+
+
+def blocks(board: Leaderboard, figures: Sequence[Figure] = ()) -> list[Block]:
+    """What is printed of a leaderboard, and of published `figures` if there are any."""
+    found = [
+        Block(tables.heading(t), tables.protocol(t), tables.sections(t), (*tables.needs(t), *t.notes))
+        for t in board.tables
+    ]
+    found += [Block(s.heading, s.text, s.sections, ()) for s in summaries(board)]
+    if not board.tables:
+        found.append(Block("", "no finished run to compare", (), ()))
+    if board.notes:
+        found.append(Block("", "", (), board.notes))
+    if figures:
+        section, notes = reported.section(figures)
+        found.append(Block(section.title, "", [section], notes))
+    return found
+
+
+def render(board: Leaderboard, form: Format, figures: Sequence[Figure] = ()) -> str:
+    """The leaderboard and published `figures` as one text, which ends in a newline.
+
+    UserError for figures in CSV, which holds one table only.
+    """
+    return _WRITERS[form](board, figures)
 
 
 def plot(board: Leaderboard | Sequence[RunRecord], path: Path) -> None:
@@ -41,18 +74,19 @@ def plot(board: Leaderboard | Sequence[RunRecord], path: Path) -> None:
     draw(board if isinstance(board, Leaderboard) else leaderboard(board), path)
 
 
-def print_leaderboard(board: Leaderboard, console: Console | None = None) -> None:
-    """The leaderboard in the terminal."""
+def print_leaderboard(
+    board: Leaderboard, console: Console | None = None, figures: Sequence[Figure] = ()
+) -> None:
+    """The leaderboard, and published `figures`, in the terminal."""
     console = console or _console()
-    for table in board.tables:
-        _print_text(f"\n{sections.heading(table)}", console, "bold")
-        _print_text(sections.protocol(table), console, "dim")
-        for section in sections.sections(table):
-            _print(section, console)
-        _print_notes(table.notes, console)
-    _print_notes(board.notes, console)
-    if not board.tables:
-        _print_text("no finished run to compare", console)
+    for block in blocks(board, figures):
+        if block.heading:
+            _print_text(f"\n{block.heading}", console, "bold")
+        if block.text:
+            _print_text(block.text, console, "dim")
+        for section in block.sections:
+            _print(section, console, title=section.title != block.heading)
+        _print_notes(block.notes, console)
 
 
 def print_curve(record: RunRecord, console: Console | None = None) -> None:
@@ -79,18 +113,36 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def _print(section: Section, console: Console) -> None:
+def _print(section: Section, console: Console, title: bool = True) -> None:
     from rich import box
     from rich.table import Table as Grid
     from rich.text import Text
 
+    widths = _widths(section, console.width)
     grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for i, name in enumerate(section.header):
-        grid.add_column(name, justify="left" if i in section.left else "right", overflow="fold")
+        words = i in section.left
+        justify: Literal["left", "right"] = "left" if words else "right"
+        grid.add_column(name, justify=justify, overflow="fold", no_wrap=not words, width=widths[i])
     for row in section.rows:
         grid.add_row(*(Text(value) for value in row))
-    _print_text(f"\n{section.title}", console, "italic")
+    if title:
+        _print_text(f"\n{section.title}", console, "italic")
     console.print(grid)
+
+
+def _widths(section: Section, width: int) -> list[int]:
+    """Columns of `width` in all: figures whole, words wrapped between words, and within them if they must."""
+    columns = list(zip(section.header, *section.rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    words = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    for least in (words, [1] * len(columns)):
+        while sum(widths) + 2 * len(columns) > width:
+            shrinkable = [i for i in section.left if widths[i] > least[i]]
+            if not shrinkable:
+                break
+            widths[max(shrinkable, key=lambda i: (widths[i], i))] -= 1
+    return widths
 
 
 def _print_text(text: str, console: Console, style: str = "") -> None:
@@ -104,31 +156,39 @@ def _print_notes(notes: Sequence[str], console: Console) -> None:
         _print_text(f"- {note}", console)
 
 
-def _markdown(board: Leaderboard) -> str:
+def _markdown(board: Leaderboard, figures: Sequence[Figure]) -> str:
     lines: list[str] = []
-    for table in board.tables:
-        lines += [f"## {sections.heading(table)}", "", sections.protocol(table), ""]
-        for section in sections.sections(table):
+    for block in blocks(board, figures):
+        for text in (f"## {block.heading}" if block.heading else "", block.text):
+            lines += [text, ""] if text else []
+        for section in block.sections:
             rule = [":--" if i in section.left else "--:" for i in range(len(section.header))]
             body = [tuple(value.replace("|", "\\|") for value in row) for row in section.rows]
-            lines += [f"**{section.title}**", ""]
+            lines += [f"**{section.title}**", ""] if section.title != block.heading else []
             lines += [f"| {' | '.join(row)} |" for row in (section.header, rule, *body)]
             lines += [""]
-        lines += [*(f"- {note}" for note in table.notes), *([""] if table.notes else [])]
-    return _text([*lines, *(f"- {note}" for note in board.notes)])
+        lines += [*(f"- {note}" for note in block.notes), *([""] if block.notes else [])]
+    return _text(lines)
 
 
 def _text(lines: Sequence[str]) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _json(board: Leaderboard) -> str:
-    content = plain({"schema": SCHEMA, **asdict(board)})
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+def _json(board: Leaderboard, figures: Sequence[Figure]) -> str:
+    content: dict[str, Any] = {"schema": SCHEMA, **asdict(board)}
+    if figures:
+        content["reported"] = {"title": reported.TITLE, "rows": [asdict(figure) for figure in figures]}
+    return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _csv(board: Leaderboard) -> str:
-    rows = [_flat_row(table, row) for table in board.tables for row in table.rows]
+def _csv(board: Leaderboard, figures: Sequence[Figure]) -> str:
+    if figures:
+        raise UserError(
+            "expected another format beside --reported: csv holds one table; "
+            f"the reported numbers are a CSV file already, {reported.FILE}"
+        )
+    rows = [_flat_row(table, row) for table in board.tables for row in _all(table)]
     columns = dict.fromkeys(name for row in rows for name in row)
     file = io.StringIO()
     writer = csv.DictWriter(file, list(columns), lineterminator="\n")
@@ -137,11 +197,24 @@ def _csv(board: Leaderboard) -> str:
     return file.getvalue()
 
 
-def _flat_row(table: Table, row: Row) -> dict[str, Any]:
-    fields = asdict(row)
-    del fields["curve"]
-    common = ("dataset", "setting", "protocol", "batch", "precision")
-    return {name: getattr(table, name) for name in common} | _flat(fields)
+_OF_TABLE = (
+    *("dataset", "setting", "protocol", "backbone", "objective", "batch", "precision"),
+    *("student_images", "paid_images"),
+)
+"""What the CSV repeats of a table in every line."""
+
+
+def _all(table: Table) -> list[Row | Absent]:
+    return [*table.rows, *table.absent]
+
+
+def _flat_row(table: Table, row: Row | Absent) -> dict[str, Any]:
+    common = {name: getattr(table, name) for name in _OF_TABLE}
+    fields = common | {"state": "finished"} | asdict(row)
+    fields.pop("curve", None)
+    if isinstance(row, Absent):
+        fields |= {"seeds": (), "unfinished": row.seeds}
+    return _flat(fields)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -155,17 +228,17 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _tex(board: Leaderboard) -> str:
-    lines = []
-    for table in board.tables:
-        lines += [f"% {sections.heading(table)}", f"% {sections.protocol(table)}"]
-        for section in sections.sections(table):
+def _tex(board: Leaderboard, figures: Sequence[Figure]) -> str:
+    lines: list[str] = []
+    for block in blocks(board, figures):
+        lines += [f"% {text}" for text in (block.heading, block.text) if text]
+        for section in block.sections:
             columns = "".join("l" if i in section.left else "r" for i in range(len(section.header)))
             lines += ["", f"% {section.title}", f"\\begin{{tabular}}{{{columns}}}", "\\hline"]
             lines += [_tex_line(section.header), "\\hline", *map(_tex_line, section.rows)]
             lines += ["\\hline", "\\end{tabular}"]
-        lines += [f"% {note}" for note in table.notes] + [""]
-    return _text([*lines, *(f"% {note}" for note in board.notes)])
+        lines += [*(f"% {note}" for note in block.notes), ""]
+    return _text(lines)
 
 
 def _tex_line(values: Sequence[str]) -> str:
@@ -177,10 +250,11 @@ _TEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
     "~": r"\textasciitilde{}",
     "±": r"$\pm$",
+    "†": r"$\dagger$",
     "<": "$<$",
     ">": "$>$",
 }
-_WRITERS: Mapping[Format, Callable[[Leaderboard], str]] = {
+_WRITERS: Mapping[Format, Callable[[Leaderboard, Sequence[Figure]], str]] = {
     "md": _markdown,
     "csv": _csv,
     "json": _json,

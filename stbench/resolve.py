@@ -53,41 +53,52 @@ def _value(text: str) -> Any:
         return {"true": True, "True": True, "False": False, "None": None, "none": None}.get(text, text)
 
 
+OPTIONS = (
+    "backbone",
+    "recipe",
+    "dataset",
+    "objective",
+    "steps",
+    "seed",
+    "precision",
+    "eval_guidance",
+    "set",
+)
+"""What a config file may give."""
+
+
 def read_config(file: Path) -> dict[str, Any]:
     """A YAML, JSON or Python file (mmengine's Config, `_base_` included) as {option: value}; `set` is
     flattened.
     """
+    return checked_options(read_file(file, "config", "--config"), OPTIONS, str(file))
+
+
+def read_file(file: Path, what: str, option: str) -> dict[str, Any]:
+    """The content of a YAML, JSON or Python file, or a UserError that calls it a `what` file of `option`."""
     from mmengine.config import Config  # imports yapf and numpy: only when a file is given
 
     if not file.is_file():
-        raise UserError(f"config file not found: {file}; expected a .yaml, .json or .py file after --config")
+        raise UserError(f"{what} file not found: {file}; expected a .yaml, .json or .py file after {option}")
     try:
-        content = dict(Config.fromfile(str(file)).to_dict())
+        return dict(Config.fromfile(str(file)).to_dict())
     except Exception as error:  # mmengine raises whatever its parsers raise
         raise UserError(
-            f"config file {file} cannot be read: {type(error).__name__}: {error}".splitlines()[0]
+            f"{what} file {file} cannot be read: {type(error).__name__}: {error}".splitlines()[0]
         ) from error
-    known = {
-        "backbone",
-        "recipe",
-        "dataset",
-        "objective",
-        "steps",
-        "seed",
-        "precision",
-        "eval_guidance",
-        "set",
-    }
+
+
+def checked_options(content: Mapping[str, Any], known: Sequence[str], where: str) -> dict[str, Any]:
+    """The options with `set` flattened; UserError for one that is not among the known, or a `set` of none."""
     for name in content:
         if name not in known:
-            raise UserError(f"{file}: unknown option '{name}'{suggest(name, sorted(known))}")
+            raise UserError(f"{where}: unknown option '{name}'{suggest(name, sorted(known))}")
     if not isinstance(content.get("set", {}), Mapping):
         raise UserError(
-            f"{file}: 'set' wants options and values, got {content['set']!r}; "
+            f"{where}: 'set' wants options and values, got {content['set']!r}; "
             f"for example set: {{train.lr: 1e-3}}"
         )
-    content["set"] = _flatten(content.get("set", {}))
-    return content
+    return {**content, "set": _flatten(content.get("set", {}))}
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -221,6 +232,11 @@ def evaluation(values: dict[str, Any], objective: str, steps: int) -> EvalSpec:
         raise UserError(
             f"eval.points wants steps in 1..{steps}, got {spec.points}; "
             f"for example --set eval.points=[{steps}]"
+        )
+    if isinstance(spec.extras, list) and not set(spec.extras) <= {*spec.points, steps}:
+        raise UserError(
+            f"eval.extras wants evaluation points out of {sorted({*spec.points, steps})}, got {spec.extras}; "
+            f"for example --set eval.extras=[{steps}]"
         )
     if spec.interval[0] > spec.interval[1]:
         raise UserError(f"eval.interval wants low <= high, got {spec.interval}; for example [0.0,0.7]")

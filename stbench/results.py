@@ -110,6 +110,17 @@ class RunFolder:
                 leftover.unlink()
             yield
 
+    def in_use(self) -> bool:
+        """Whether some process holds the lock now."""
+        try:
+            with open(self.path / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     def write_status(self, state: State, **fields: Any) -> None:
         """Replace status.json by the state and whatever explains it (step, message)."""
         self._write("status.json", {"state": state, **fields})

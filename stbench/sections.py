@@ -1,25 +1,17 @@
-"""What is printed of a leaderboard and of a run, as titled tables of text, and the units of its figures.
-
-A leaderboard's table makes four sections of at most 100 columns: quality, curve, against the baseline, cost.
-"""
+"""Titled tables of text, the units of their figures, and what is printed of one run."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from stbench.compare import BASELINE
-from stbench.leaderboard import Against, Row, Table
 from stbench.records import CurvePoint, RunRecord
 from stbench.stats import Cell, mean
 
 Columns = dict[str, Callable[[CurvePoint], str]]
 NONE = "-"
 """Stands for a figure that there is not."""
-MOMENTS = 5
-"""Points of a curve that fit in 100 columns."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +22,6 @@ class Section:
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     left: frozenset[int] = frozenset({0})
-
-
-def heading(table: Table) -> str:
-    """What the runs of a table have in common, in one line."""
-    return f"{table.dataset}, {table.backbone}, {table.objective}, batch {table.batch}, {table.precision}"
 
 
 def count(number: float) -> str:
@@ -80,105 +67,6 @@ def spread(cell: Cell | None) -> str:
     if cell.std is None:
         return number(cell.mean)
     return f"{number(cell.mean)} ± {cell.std:.{_decimals(cell.mean)}f}"
-
-
-def protocol(table: Table) -> str:
-    """The hashes of a table, and what the evaluation protocol's stands for."""
-    fields = ", ".join(f"{name} {_short(value)}" for name, value in table.protocol_fields.items())
-    return f"setting {table.setting}, protocol {table.protocol}{': ' if fields else ''}{fields}"
-
-
-def _short(value: Any) -> str:
-    """A digest by its first 8 digits, everything else as it is."""
-    text = str(value)
-    return text[:8] if len(text) >= 40 and " " not in text else text
-
-
-def sections(table: Table) -> list[Section]:
-    """The four sections of one table."""
-    quality = [_quality(row) for row in table.rows]
-    against = [line for row in table.rows for line in _versus(row)]
-    cost = [_cost(row) for row in table.rows]
-    return [
-        Section(
-            "Quality at the budget",
-            ("recipe", "seeds", "images", "FID", "IS", "FID, best guidance", "val loss"),
-            tuple(quality),
-            frozenset({0, 1}),
-        ),
-        _along(table),
-        Section(
-            f"Against {BASELINE} at equal images",
-            ("recipe", "counted", "images", "its FID", "ratio", "verdict", "images to its FID", "speed-up"),
-            tuple(against),
-            frozenset({0, 1, 5}),
-        ),
-        Section(
-            "Cost of training: last stage / all stages",
-            ("recipe", "needs", "images", "FLOPs", "time"),
-            tuple(cost),
-            frozenset({0, 1}),
-        ),
-    ]
-
-
-def _quality(row: Row) -> tuple[str, ...]:
-    seeds = " ".join(map(str, row.seeds)) + "".join(f" ({seed})" for seed in row.unfinished)
-    best = NONE
-    if row.guided:
-        best = f"{spread(row.guided.fid)} @{row.guided.scale:g}{'*' if row.guided.edge else ''}"
-    figures = (spread(row.fid), spread(row.inception), best, number(row.val_loss.mean))
-    return row.recipe, seeds, count(row.images), *figures
-
-
-def _along(table: Table) -> Section:
-    """FID at the last images and, going back, at the nearest points to their half, quarter and eighth."""
-    chosen: list[int] = []
-    for images in sorted({point.images for row in table.rows for point in row.curve}, reverse=True):
-        if len(chosen) < MOMENTS and (not chosen or images <= chosen[-1] / 2):
-            chosen.append(images)
-    moments = chosen[::-1]
-    rows = []
-    for row in table.rows:
-        known = {point.images: point.fid for point in row.curve}
-        rows.append((row.recipe, *(spread(known.get(images)) for images in moments)))
-    header = ("recipe", *(f"at {count(images)}" for images in moments))
-    return Section("FID along training, images of the last stage", header, tuple(rows))
-
-
-def _versus(row: Row) -> list[tuple[str, ...]]:
-    if not row.earlier_images:
-        return [(row.recipe, "both", *_axis(row.student, row))]
-    return [
-        (row.recipe, "student", *_axis(row.student, row)),
-        ("", "all paid", *_axis(row.paid, row)),
-    ]
-
-
-def _axis(against: Against, row: Row) -> tuple[str, ...]:
-    theirs = number(against.fid.mean) if against.fid else NONE
-    ratio = NONE if against.ratio is None else f"{against.ratio:.2f}"
-    reach, arrival, speed = against.reach, NONE, NONE
-    if reach and reach.images is not None:
-        arrival, speed = count(reach.images), f"{reach.speedup:.2f}x"
-    elif reach:
-        some = f" ({reach.arrived} of {len(row.seeds)} seeds)" if reach.arrived else ""
-        arrival = f"> {count(reach.limit)}{some}"
-    return count(against.images), theirs, ratio, against.verdict, arrival, speed
-
-
-def _cost(row: Row) -> tuple[str, ...]:
-    return (
-        row.recipe,
-        row.needs or NONE,
-        _pair(count(row.student.images), count(row.paid.images)),
-        _pair(flop(row.flops_student.mean), flop(row.flops_total.mean)),
-        _pair(duration(row.seconds_student.mean), duration(row.seconds_total.mean)),
-    )
-
-
-def _pair(last: str, total: str) -> str:
-    return last if last == total else f"{last} / {total}"
 
 
 def facts(record: RunRecord) -> dict[str, str]:

@@ -5,8 +5,9 @@ name.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -99,10 +100,18 @@ class StageModule(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
 
-def make_batch(x0: Tensor, y_true: Tensor, index: Tensor, rng: Rng, label_drop: float, null: int) -> Batch:
+def make_batch(
+    x0: Tensor,
+    y_true: Tensor,
+    index: Tensor,
+    rng: Rng,
+    label_drop: float,
+    null: int,
+    extras: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Batch:
     """Drop labels once, for everyone: with probability `label_drop` per sample y becomes the null label."""
     dropped = (rng.uniform("label-drop") < label_drop).to(y_true.device, non_blocking=True)
-    return Batch(x0, torch.where(dropped, null, y_true), y_true, index, rng)
+    return Batch(x0, torch.where(dropped, null, y_true), y_true, index, rng, extras)
 
 
 def make_optimizer(

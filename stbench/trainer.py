@@ -202,7 +202,10 @@ class StageRun:
             rows = index[start:stop]
             latents = self.dataset.latents(rows, rng.normal("posterior", shape))
             labels = self.dataset.labels(rows)
-            batch = stages.make_batch(latents, labels, rows, rng, train.label_drop, self.dataset.classes)
+            extras = {"images": self.dataset.images(rows)} if self.recipe.images else {}
+            batch = stages.make_batch(
+                latents, labels, rows, rng, train.label_drop, self.dataset.classes, extras
+            )
             share = (stop - start) / train.batch
             with self._autocast():
                 losses = module(batch)

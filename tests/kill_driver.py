@@ -95,7 +95,7 @@ def child(output: Path, event: str | None) -> tuple[bool, str]:
 def digest(output: Path) -> dict[str, str]:
     """Every weight file's hash, and the curve and stage records without their wall-clock fields."""
     found = {}
-    (folder,) = (path.parent for path in output.glob("*/spec.json"))
+    (folder,) = (path.parent for path in (*output.glob("*/spec.json"), *output.glob("spec.json")))
     for file in sorted(folder.rglob("checkpoints/*/[er][ma][aw]-*.safetensors")):
         found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
     for name in ("curve.jsonl", "stages.jsonl"):

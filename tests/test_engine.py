@@ -17,8 +17,21 @@ from stbench.errors import UserError
 from stbench.hooks import Hook
 from stbench.plan import StageJob
 from stbench.records import RunRecord
+from stbench.registry import BACKBONES, RECIPES, load_builtins, names
 from stbench.results import RunFolder
 from tests.conftest import Runner, tiny_spec
+
+load_builtins()
+
+WEIGHT = {
+    "vae-align": "coefficient",
+    "self-transcendence": "coefficient",
+    "sra": "weight",
+    "layersync": "weight",
+    "dispersive": "weight",
+    "repa": "weight",
+}
+"""Recipe -> the option that scales its term."""
 
 
 def weights(record: RunRecord, kind: str = "raw", stage: int | None = None) -> dict[str, torch.Tensor]:
@@ -39,12 +52,16 @@ def test_one_seed_gives_one_result_and_another_seed_another(tiny: Runner) -> Non
     assert not same(weights(first), weights(tiny(output="a", seed=1)))
 
 
-@pytest.mark.parametrize("recipe", ["vae-align", "self-transcendence"])
+def test_every_recipe_has_a_weight() -> None:
+    assert {"vanilla", *WEIGHT} == set(names(RECIPES)), "give the new recipe's weight its name in WEIGHT"
+
+
+@pytest.mark.parametrize("recipe", WEIGHT)
 def test_recipes_are_paired_with_vanilla(tiny: Runner, recipe: str) -> None:
     """With its term switched off a recipe trains vanilla's very bits: same init, data, times, noise and
     drops.
     """
-    silent = tiny(recipe, recipe__coefficient=0.0)
+    silent = tiny(recipe, **{f"recipe__{WEIGHT[recipe]}": 0.0})
     assert same(weights(silent), weights(tiny("vanilla")))
     assert not same(weights(tiny(recipe)), weights(silent))
 
@@ -100,6 +117,21 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny: Runner, tmp_path: Path)
     assert same(weights(tiny()), weights(tiny(output="plain")))
 
 
+@pytest.mark.parametrize("recipe", WEIGHT)
+@pytest.mark.parametrize("backbone", names(BACKBONES))
+def test_every_recipe_resumes_to_the_same_bits(tiny: Runner, backbone: str, recipe: str) -> None:
+    """Stopped once in each stage, on every backbone under its published objective."""
+    options = {"backbone": backbone, "steps": 3, "train__save_every": 10}
+    plain = tiny(recipe, output="plain", reuse=False, **options)
+    for _ in plain.stages:
+        with pytest.raises(engine.Interrupted):
+            tiny(recipe, output="stopped", reuse=False, hooks=[StopAt(2)], **options)
+    stopped = tiny(recipe, output="stopped", reuse=False, **options)
+    assert same(weights(plain), weights(stopped)) and same(weights(plain, "ema"), weights(stopped, "ema"))
+    assert [p.metrics for p in plain.curve] == [p.metrics for p in stopped.curve]
+    assert [s.flops for s in plain.stages] == [s.flops for s in stopped.stages]
+
+
 def test_an_equal_stage_is_reused_and_still_paid(tiny: Runner) -> None:
     alone = tiny("vae-align")
     taught = tiny("self-transcendence")
@@ -142,6 +174,17 @@ def test_other_options_are_other_stages(tiny: Runner) -> None:
 def test_micro_batches_add_up_to_the_batch(tiny: Runner) -> None:
     whole, parts = weights(tiny(steps=2)), weights(tiny(steps=2, train__accumulate=3))
     assert all(torch.allclose(whole[k], parts[k], atol=2e-5) for k in whole)
+
+
+def test_the_guidance_grid_is_evaluated_where_it_is_due(tiny: Runner) -> None:
+    options = {"eval__points": [1, 2, 3], "eval__guidance": [1.0, 2.0]}
+    due = {"last": [4], "all": [1, 2, 3, 4], "[2]": [2, 4]}
+    for name, extras in (("last", "last"), ("all", "all"), ("[2]", [2])):
+        record = tiny(output=name, eval__extras=extras, **options)
+        assert [p.step for p in record.curve if p.guidance == 1.0] == [1, 2, 3, 4]
+        assert [p.step for p in record.curve if p.guidance == 2.0] == due[name]
+    with pytest.raises(UserError, match=r"eval\.extras wants evaluation points out of \[2, 4\], got \[3\]"):
+        tiny(eval__points=[2], eval__extras=[3])
 
 
 def test_keep_last_leaves_one_ema(tiny: Runner) -> None:

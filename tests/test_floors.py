@@ -17,11 +17,15 @@ FLOORS = (
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
-    "engine trainer revisit compare groups leaderboard stats report sections figures",
-    "cli commands __main__",
+    "engine trainer revisit asked board budgets compare groups leaderboard reported standing stats report "
+    "sections summary tables figures specify suite executor sweep monitor",
+    "options cli cli_sweep commands sweeping child __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
-PRINT = ("compare", "groups", "leaderboard", "stats", "report", "sections", "figures")
+PRINT = {
+    *("asked", "board", "budgets", "compare", "groups", "leaderboard", "reported", "standing", "stats"),
+    *("report", "sections", "summary", "tables", "figures"),
+}
 PRINT_SEES = {*PRINT, "records", "results", "errors", "schema", "journal"}
 PLUGINS_DO_NOT_SEE = {"config", "resolve", "results"}
 FENCES = {
@@ -30,7 +34,7 @@ FENCES = {
     "mmengine": {"registry", "resolve", "hooks"},
     "diffusers": {"latents"},
     "torch_fidelity": {"evaluate"},
-    "typer": {"cli"},
+    "typer": {"cli", "cli_sweep", "options"},
 }
 """Package -> the rooms that may import it; the longest name that fits decides."""
 HEAVY = ("torch", "torchvision", "timm", "diffusers", "mmengine", "torch_fidelity", "sklearn", "scipy")

@@ -64,7 +64,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_every_file(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
     for package, folder in FOLDERS.items():
-        files = [f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".json", ".safetensors")]
+        files = [
+            f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".json", ".safetensors", ".yaml")
+        ]
         for file in files:
             inside = file.relative_to(ROOT / folder).as_posix()
             if folder != "stbench" or not inside.startswith(("backbones/", "recipes/")):
@@ -73,7 +75,8 @@ def test_the_wheel_holds_every_file(wheel: Path) -> None:
 
 def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
     held = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
-    assert {Path(name).suffix for name in held} == {".py", ".json", ".safetensors"}
+    assert {Path(name).suffix for name in held} - {".yaml"} == {".py", ".json", ".safetensors"}
+    assert all(name.startswith("stbench/recipes/suites/") for name in held if name.endswith(".yaml"))
     assert all(name.startswith("stbench/") for name in held)
 
 

@@ -15,9 +15,12 @@ from stbench import report
 from stbench.compare import leaderboard
 from stbench.errors import UserError
 from stbench.leaderboard import Leaderboard
+from stbench.records import RunRecord
 from stbench.results import RunFolder
 from stbench.sections import count, duration, flop, number
-from stbench.testing.runs import build, digits, point
+from stbench.summary import summaries
+from stbench.tables import sampling
+from stbench.testing.runs import LONG, build, digits, point
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -48,22 +51,27 @@ def test_json_holds_every_figure(board: Leaderboard) -> None:
     (table,) = content["tables"]
     assert content["schema"] == 1
     assert [row["recipe"] for row in table["rows"]] == [row.recipe for row in board.tables[0].rows]
-    assert table["rows"][1]["fid"]["values"] == list(board.tables[0].rows[1].fid.values)
-    assert table["rows"][1]["paid"]["reach"]["speedup"] == board.tables[0].rows[1].paid.reach.speedup  # type: ignore[union-attr]
+    row = board.tables[0].rows[1]
+    assert table["rows"][1]["student"]["fid"]["values"] == list(row.student.fid.values)  # type: ignore[union-attr]
+    assert table["rows"][1]["student"]["reach"]["speedup_paid"] == row.student.reach.speedup_paid  # type: ignore[union-attr]
+    assert table["rows"][1]["paid"]["best"]["p"] == row.paid.best.p is not None
 
 
 def test_json_stays_strict_with_a_diverged_seed(tmp_path: Path) -> None:
     text = report.render(leaderboard([build(tmp_path, "vanilla", 0, [1.0, 1.0, math.nan])]), "json")
     content = json.loads(text, parse_constant=lambda name: pytest.fail(name))
-    assert content["tables"][0]["rows"][0]["fid"]["mean"] == "nan"
+    assert content["tables"][0]["rows"][0]["student"]["fid"]["mean"] == "nan"
 
 
 def test_csv_has_a_line_a_row_at_full_precision(board: Leaderboard) -> None:
     lines = list(csv.DictReader(io.StringIO(report.render(board, "csv"))))
     rows = board.tables[0].rows
     assert [line["recipe"] for line in lines] == [row.recipe for row in rows]
-    assert [float(line["fid_mean"]) for line in lines] == [row.fid.mean for row in rows]
-    assert [float(line["flops_total_mean"]) for line in lines] == [row.flops_total.mean for row in rows]
+    for name, side in (("student", lambda row: row.student), ("paid", lambda row: row.paid)):
+        fids, flops = f"{name}_fid_mean", f"{name}_flops_total_mean"
+        assert [float(line[fids]) for line in lines] == [side(row).fid.mean for row in rows]
+        assert [float(line[flops]) for line in lines] == [side(row).flops_total.mean for row in rows]
+        assert [line[f"{name}_best_verdict"] for line in lines] == [side(row).best.verdict for row in rows]
     assert lines[0]["seeds"] == "0 1 2" and lines[0]["protocol"] == "aaaa1111"
 
 
@@ -83,12 +91,14 @@ def test_tex_is_balanced_and_escaped(tmp_path: Path) -> None:
 def test_a_bound_says_how_many_seeds_arrived(tmp_path: Path) -> None:
     records = [build(tmp_path, "vanilla", seed, [16.0, 4.0, 1.0]) for seed in (0, 1)]
     records += [build(tmp_path, "slow", seed, [16.0, 4.0, fid]) for seed, fid in enumerate([0.5, 1.1])]
-    assert "| > 51.2k (1 of 2 seeds) | - |" in report.render(leaderboard(records), "md")
+    assert "| > 51.2k (1 of 2 seeds) | - | > 51.2k (1 of 2 seeds) | - |" in report.render(
+        leaderboard(records), "md"
+    )
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
     text = report.render(leaderboard([build(tmp_path, "vanilla", 0, [16.0, 4.0, 1.0])]), "md")
-    assert "| vanilla | 0 | 51.2k | 1.000 | 5.000 |" in text
+    assert "| vanilla | 0 | 1.000 | 5.000 |" in text
 
 
 def test_an_unfinished_seed_is_in_the_row_and_in_a_note(tmp_path: Path) -> None:
@@ -103,6 +113,103 @@ def test_an_unfinished_seed_is_in_the_row_and_in_a_note(tmp_path: Path) -> None:
 def test_no_finished_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     report.print_leaderboard(Leaderboard((), ()))
     assert capsys.readouterr().out == "no finished run to compare\n"
+
+
+def test_both_budgets_stand_side_by_side(board: Leaderboard) -> None:
+    text = report.render(board, "md")
+    assert "**Equal last-stage steps (student only): step 800, 51.2k images**" in text
+    assert "**Everything paid: 102.4k images of all stages together**" in text
+    first, second = text.split("**Everything paid: 102.4k")
+    assert "| vanilla | 0 1 2 | 0.909" in first and "| vanilla | 102.4k | 0.433" in second
+
+
+def test_one_budget_is_shown_once(tmp_path: Path) -> None:
+    text = report.render(leaderboard([build(tmp_path, "vanilla", 0, [16.0, 4.0, 1.0])]), "md")
+    assert "no row has an earlier stage, so this is also everything paid" in text
+    assert "**Everything paid" not in text and "Cost of everything paid" not in text
+
+
+def test_a_row_that_needs_something_is_marked(tmp_path: Path) -> None:
+    recipe = {"name": "repa", "options": {}, "resolved": {}, "needs": "an encoder"}
+    records = [build(tmp_path, "repa", 0, [16.0, 4.0, 1.0], changes={"recipe": recipe})]
+    text = report.render(leaderboard(records), "md")
+    assert "| repa† | 0 | 1.000 |" in text and "- repa† needs an encoder" in text
+    assert "| repa† | an encoder |" in text
+    assert r"repa$\dagger$ & 0" in report.render(leaderboard(records), "tex")
+
+
+def test_the_sampler_is_stated_with_its_evaluations() -> None:
+    assert sampling({"sampler": "ddim", "steps": 20}) == ["ddim sampler with 20 function evaluations"]
+    assert sampling({"sampler": "heun", "steps": 10}) == ["heun sampler with 19 function evaluations"]
+    assert sampling({}) == []
+
+
+def test_the_evaluations_are_those_the_samplers_count() -> None:
+    from stbench.samplers import SAMPLERS, nfe
+
+    for name in SAMPLERS.module_dict:
+        assert sampling({"sampler": name, "steps": 20}) == [
+            f"{name} sampler with {nfe(name, 20)} function evaluations"
+        ]
+
+
+def test_many_options_wrap_and_nothing_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {
+        "coefficient": 0.25,
+        "guidance": 7,
+        "interval": [0.4, 0.7],
+        "teacher": "vanilla",
+        "time": "native",
+    }
+    records = [build(tmp_path, "vanilla", seed, [16.0, 4.0, 1.0]) for seed in range(3)]
+    records.append(build(tmp_path, "self-transcendence", 0, [16.0, 4.0, 1.0], options=options))
+    report.print_leaderboard(leaderboard(records))
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100 and "…" not in printed
+    for name, value in options.items():
+        assert f"{name}={str(value).partition(' ')[0]}" in printed
+    assert "1.000 ± 0.000" in printed and "too few seeds" in printed
+
+
+def backbones(root: Path) -> list[RunRecord]:
+    """Vanilla and one more recipe on two backbones, three seeds each, under one protocol."""
+    records = []
+    for backbone, f in (("dit", 3.0), ("sit", 1.0)):
+        changes = {"backbone": {"name": backbone, "size": "ti/2", "options": {}}, "setting_hash": backbone}
+        for seed, g in enumerate((1.0, 1.01, 0.99)):
+            plain, taught = [16.0, 4.0, f * g, f * g / 2], [16.0, 4.0, f / 2]
+            made = {"guided": {1.5: f * g / 4, 2.0: f}, "changes": changes}
+            records.append(build(root / backbone, "vanilla", seed, plain, steps=LONG, **made))  # type: ignore[arg-type]
+            records.append(build(root / backbone, "taught", seed, taught, teacher=800, **made))  # type: ignore[arg-type]
+    return records
+
+
+def test_the_summary_stands_backbones_side_by_side(tmp_path: Path) -> None:
+    (summary,) = summaries(leaderboard(backbones(tmp_path)))
+    assert "all backbones under linear" in summary.heading and "20 function evaluations" in summary.heading
+    assert "not ranked" in summary.text
+    student, paid = summary.sections
+    names = [(backbone, recipe) for backbone in ("dit-ti/2", "sit-ti/2") for recipe in ("vanilla", "taught")]
+    assert [row[:2] for row in student.rows] == names
+    ours = {row[:2]: row[2:] for row in student.rows}
+    assert ours["dit-ti/2", "taught"][:2] == ("1.500 ± 0.000", "0.50 better")
+    assert ours["sit-ti/2", "taught"][:2] == ("0.500 ± 0.000", "0.50 better")
+    assert {row[:2]: row[3] for row in paid.rows}["sit-ti/2", "taught"] == "1.00 n.d."
+    assert "51.2k" in student.title and "102.4k" in paid.title
+
+
+def test_other_objectives_or_protocols_are_not_summed_up(tmp_path: Path) -> None:
+    records = backbones(tmp_path)
+    flow = [replace(r, objective="iddpm") if r.backbone == "dit-ti/2" else r for r in records]
+    assert summaries(leaderboard(flow)) == []
+    assert summaries(leaderboard([r for r in records if r.backbone == "dit-ti/2"])) == []
+
+
+def test_settings_of_one_backbone_are_told_apart(tmp_path: Path) -> None:
+    records = [replace(r, backbone="sit-ti/2") for r in backbones(tmp_path)]
+    (summary,) = summaries(leaderboard(records))
+    assert "all settings under linear" in summary.heading
+    assert {row[0] for row in summary.sections[0].rows} == {"sit-ti/2 [dit]", "sit-ti/2 [sit]"}
 
 
 def test_show_prints_settings_stages_and_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,11 +277,19 @@ def test_the_figure_shows_every_recipe_in_its_colour(board: Leaderboard, tmp_pat
 
     report.plot(board, tmp_path / "deep" / "curves.png")
     pixels = np.asarray(Image.open(tmp_path / "deep" / "curves.png").convert("RGB")).astype(int)
-    assert pixels.shape[1] == 1200
+    assert pixels.shape[1] == 1200 and pixels.shape[0] < 700
     for colour in (GREY, *COLOURS[:2]):
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         halves = np.array_split((pixels == wanted).all(axis=-1), 2, axis=1)
         assert all(half.sum() > 100 for half in halves), colour
+
+
+def test_several_tables_share_one_figure(tmp_path: Path) -> None:
+    from PIL import Image
+
+    report.plot(leaderboard(backbones(tmp_path)), tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] == 1200
+    assert 700 < Image.open(tmp_path / "curves.png").size[1] < 1100
 
 
 def test_the_figure_takes_records_too(tmp_path: Path) -> None:

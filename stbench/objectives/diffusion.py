@@ -43,6 +43,9 @@ class Discrete(NoisePrediction):
     Between steps log alpha is linear in t (DPM-Solver's discrete schedule), which only a solver asks for.
     """
 
+    cleanest = 0
+    """The lowest step that `earlier` gives."""
+
     def __init__(self, schedule: Schedule, offset: int) -> None:
         self.schedule = schedule
         self.offset = offset
@@ -71,6 +74,11 @@ class Discrete(NoisePrediction):
         """sqrt(alpha-bar) and sqrt(1 - alpha-bar); exact at whole steps."""
         return vp_coefficients(interpolate(t.double(), self.times, self.log_alphas))
 
+    def earlier(self, t: Tensor, amount: float, u: Tensor) -> Tensor:
+        """Times (B,) moved down by a whole number of steps, floor(u * amount * T)."""
+        moved = self.index(t) - (u * round(amount * self.steps)).long()
+        return self.time(moved.clamp(self.cleanest, self.steps - 1))
+
     def t_of_tau(self, tau: Tensor) -> Tensor:
         """The time, between steps too, at which tau is reached; clamped to the first and the last step."""
         return interpolate(-log_alpha_of_tau(tau), -self.log_alphas, self.times)
@@ -86,6 +94,7 @@ class ImprovedDdpm(Discrete):
     """
 
     samplers = ("ddpm", "ddim")
+    cleanest = 1  # SRA's code for DiT: a sample at step 0 gets a teacher at step 1, which is noisier
 
     def __init__(self) -> None:
         super().__init__(Schedule(linear_betas()), offset=0)

@@ -22,15 +22,16 @@ from stbench.testing.conformance import require
 BATCH, STEPS = 16, 3
 
 
-def check_recipe(name: str, *, backbone: str = "sit") -> None:
+def check_recipe(name: str, *, backbone: str = "sit", objective: str | None = None) -> None:
     """Check a registered recipe by training each of its stages for a few steps on random latents.
 
-    Later stages are built on what the earlier ones leave, as in a run. Raises AssertionError for the first
+    Later stages are built on what the earlier ones leave, as in a run. `objective`: the backbone's published
+    one unless named. Raises AssertionError for the first
     promise of `Recipe` that is broken, UserError for an unknown name or an option that does not fit.
     """
     load_builtins()
     overrides = {"train.batch": BATCH, "train.precision": "fp32"}
-    spec = resolve(Request(backbone, name, steps=STEPS, overrides=overrides))
+    spec = resolve(Request(backbone, name, objective=objective, steps=STEPS, overrides=overrides))
     digits = lookup(DATASETS, spec.dataset)
     jobs = plan(spec, build_backbone(spec.backbone, spec.objective, digits, "meta").info)
     _check_plan(jobs, spec, digits)
@@ -60,6 +61,11 @@ class _Watched(Recipe):
     def taps(self) -> Sequence[int]:
         """The recipe's."""
         return self.inner.taps
+
+    @property
+    def images(self) -> bool:
+        """The recipe's."""
+        return self.inner.images
 
     def setup(self, device: torch.device) -> None:
         """The recipe's."""
@@ -114,8 +120,9 @@ def _train_all(jobs: Sequence[StageJob], spec: RunSpec) -> Iterator[dict[str, Te
 
 
 def _held(recipe: Recipe) -> list[nn.Module]:
-    """Networks a recipe keeps as attributes."""
-    return [value for value in vars(recipe).values() if isinstance(value, nn.Module)]
+    """Networks a recipe keeps as attributes, or in lists of its own."""
+    values = [v for value in vars(recipe).values() for v in (value if isinstance(value, list) else [value])]
+    return [value for value in values if isinstance(value, nn.Module)]
 
 
 def _module(job: StageJob, recipe: Recipe, spec: RunSpec, previous: Artifact | None) -> StageModule:
@@ -144,7 +151,10 @@ def _train(job: StageJob, module: StageModule, spec: RunSpec) -> None:
         x0 = rng.normal("conformance", (digits.channels, digits.input_size, digits.input_size))
         labels = rng.integers("conformance-labels", digits.classes)
         index = torch.arange(BATCH)
-        losses = module(make_batch(x0, labels, index, rng, spec.train.label_drop, digits.classes))
+        shape = (BATCH, *digits.image_shape)
+        images = torch.randint(256, shape, generator=rng.generator("conformance-images"), dtype=torch.uint8)
+        batch = make_batch(x0, labels, index, rng, spec.train.label_drop, digits.classes, {"images": images})
+        losses = module(batch)
         require(bool(losses.total.isfinite()), f"stage '{job.name}': loss not finite at step {step + 1}")
         optimizer.zero_grad()
         losses.total.backward()

@@ -80,12 +80,14 @@ def build(
     status: State = "finished",
     protocol: str = PROTOCOL,
     guided: Mapping[float, float] | None = None,
+    guided_at: Mapping[int, Mapping[float, float]] | None = None,
     options: Mapping[str, Any] | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> RunRecord:
     """Write a run folder with these FIDs in its last stage, after a teacher of `teacher` steps, and read it.
 
-    `guided` maps a scale to the FID at the last of `steps`; `changes` replaces keys of spec.json.
+    `guided` maps a scale to the FID at the last of `steps`, `guided_at` does so for other steps; `changes`
+    replaces keys of spec.json.
     """
     last = 1 if teacher else 0
     content = spec(recipe, seed, steps[-1], options or {}) | {"stage_count": last + 1, **(changes or {})}
@@ -95,7 +97,8 @@ def build(
         folder.add_stage(stage(0, teacher))
         folder.append_points([replace(point(teacher, 1.0), stage="teacher")])
     points = [point(step, fid) for step, fid in zip(steps, fids, strict=False)]
-    points += [point(steps[-1], fid, scale) for scale, fid in (guided or {}).items()]
+    scales = {steps[-1]: guided or {}, **(guided_at or {})}
+    points += [point(step, fid, scale) for step, fids in scales.items() for scale, fid in fids.items()]
     folder.append_points([replace(p, stage_index=last, protocol=protocol) for p in points])
     folder.add_protocol(protocol, {"samples": 1000, "sampler": "euler", "steps": 20})
     if status == "finished":
@@ -112,8 +115,24 @@ def digits(root: Path) -> list[RunRecord]:
         aligned = [10.39 * f, 2.80 * f * f, 0.961 * f, 0.45 * f]
         taught = [7.74 * f, 1.79 * f, 0.75 * f * (1 + 0.02 * seed)]
         runs += [
-            build(root, "vanilla", seed, plain, steps=LONG, guided={1.5: 0.21 * f, 2.0: 0.4 * f}),
-            build(root, "vae-align", seed, aligned, steps=LONG, guided={1.5: 0.23 * f, 2.0: 0.39 * f}),
+            build(
+                root,
+                "vanilla",
+                seed,
+                plain,
+                steps=LONG,
+                guided={1.5: 0.21 * f, 2.0: 0.4 * f},
+                guided_at={800: {1.5: 0.46 * f, 2.0: 0.6 * f}},
+            ),
+            build(
+                root,
+                "vae-align",
+                seed,
+                aligned,
+                steps=LONG,
+                guided={1.5: 0.23 * f, 2.0: 0.39 * f},
+                guided_at={800: {1.5: 0.5 * f, 2.0: 0.7 * f}},
+            ),
             build(
                 root, "self-transcendence", seed, taught, teacher=800, guided={1.5: 0.5 * f, 2.0: 0.48 * f}
             ),

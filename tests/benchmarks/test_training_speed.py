@@ -58,7 +58,9 @@ def training_step(backbone: str, recipe: str) -> Step:
         rng = Rng(spec.seed, seen, train.batch)
         index = dataset.order(spec.seed, seen, train.batch)
         latents = dataset.latents(index, rng.normal("posterior", shape))
-        batch = make_batch(latents, dataset.labels(index), index, rng, train.label_drop, dataset.classes)
+        extras = {"images": dataset.images(index)} if module.recipe.images else {}
+        labels = dataset.labels(index)
+        batch = make_batch(latents, labels, index, rng, train.label_drop, dataset.classes, extras)
         optimizer.zero_grad(set_to_none=True)
         module(batch).total.backward()
         optimizer.step()

@@ -1,0 +1,125 @@
+"""REPA, representation alignment (repository sihyun-yu/REPA): a frozen external encoder teaches one block.
+
+The external reference of the suite: its row names the encoder, whose own training is in no figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from stbench import align, teachers
+from stbench.contracts import BackboneInfo, Recipe, Stage, Step, Term
+from stbench.errors import UserError
+from stbench.registry import RECIPES
+
+
+@dataclass
+class Repa(Recipe):
+    """-weight * cosine(projector_j(h_k), z_j) over channels, averaged over tokens and encoders j, in
+    float32.
+    """
+
+    sources: Sequence[teachers.Source]
+    block: int
+    weight: float
+    hidden: int
+    tokens: int
+    _encoders: list[teachers.ImageEncoder | teachers.CachedTokens] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
+
+    @property
+    def needs(self) -> str:
+        """The encoders."""
+        return ", ".join(source.needs for source in self.sources)
+
+    @property
+    def images(self) -> bool:
+        """Whether an encoder runs on the images; cached tokens need none."""
+        return any(source.kind != "cached" for source in self.sources)
+
+    @property
+    def taps(self) -> Sequence[int]:
+        """The aligned block."""
+        return (self.block,)
+
+    def setup(self, device: torch.device) -> None:
+        """Load the encoders."""
+        self._encoders = [teachers.open_encoder(source, self.tokens, device) for source in self.sources]
+
+    def heads(self, info: BackboneInfo) -> nn.ModuleDict:
+        """A three-layer projector for each encoder."""
+        return nn.ModuleDict(
+            {str(j): align.projector(info.width, self.hidden, s.width) for j, s in enumerate(self.sources)}
+        )
+
+    def targets(self, step: Step) -> list[Tensor]:
+        """Each encoder's tokens (B,N,Dz). Cached ones cost one forward for each image of the data set."""
+        found = []
+        for encoder in self._encoders:
+            if isinstance(encoder, teachers.ImageEncoder):
+                found.append(step.encode(encoder, step.batch.extras["images"]))
+                continue
+            if step.images_seen < step.dataset_size:
+                step.cost.teachers += encoder.flops * len(step.batch.y)
+            tokens = encoder.rows(step.batch.index, step.dataset_size)
+            found.append(tokens.to(step.noised.x_t.device, non_blocking=True))
+        return found
+
+    def terms(self, step: Step) -> Mapping[str, Term]:
+        """The mean negative cosine, in [-1,1]."""
+        tokens = step.features[self.block]
+        values = [
+            -align.cosine(step.project(str(j), tokens), target) for j, target in enumerate(self.targets(step))
+        ]
+        return {"repa": Term(torch.stack(values).mean(0), self.weight)}
+
+
+def published_block(info: BackboneInfo) -> int:
+    """0-based. Published (1-based): 8 of XL's 28 (README) and of L's 24, 4 of B's 12; others follow XL."""
+    named = {24: 8, 12: 4}
+    return named[info.depth] - 1 if info.depth in named else align.relative_block(info.depth, 8, 28)
+
+
+@RECIPES.register_module(name="repa")
+def repa(
+    info: BackboneInfo,
+    *,
+    encoder: str | Sequence[str] | None = None,
+    checkpoint: str | Sequence[str] | None = None,
+    block: int | None = None,
+    weight: NonNegativeFloat = 0.5,
+    hidden: PositiveInt | None = None,
+) -> Sequence[Stage]:
+    """Align one block with a frozen external encoder's tokens of the clean image.
+
+    encoder: a timm model (default vit_base_patch14_dinov2.lvd142m, DINOv2-B, at one token a latent patch),
+    `digits` (the shipped encoder, default on ti), a folder of cached tokens, or a list of these.
+    checkpoint: local weights for each timm model; from the hub without. block: 0-based (published, 1-based:
+    8 for XL and L, 4 for B). weight: 0.5 as published. hidden: projector width, 2048 as published; 4 D on
+    ti.
+    """
+    tiny = info.size.startswith("ti")
+    names = _listed(encoder) or [teachers.DIGITS if tiny else teachers.DINOV2]
+    files: Sequence[str | None] = _listed(checkpoint) or [None] * len(names)
+    if len(files) != len(names):
+        raise UserError(
+            f"recipe.checkpoint wants a file for each of {len(names)} encoders, found {len(files)}; "
+            f"name them all"
+        )
+    sources = tuple(
+        teachers.source(name, Path(file) if file else None) for name, file in zip(names, files, strict=True)
+    )
+    chosen = info.block("recipe.block", published_block(info) if block is None else block)
+    recipe = Repa(sources, chosen, weight, hidden or (4 * info.width if tiny else 2048), info.tokens)
+    return [Stage("repa", lambda earlier: recipe)]
+
+
+def _listed(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or ())

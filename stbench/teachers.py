@@ -1,0 +1,248 @@
+"""Frozen image encoders that teach from outside the model: timm networks, the digits' own, cached tokens.
+
+Each gives one token for each patch of the latent. Nothing is downloaded or read before `open`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stbench.errors import UserError
+from stbench.flops import forward_flops
+from stbench.latents import asset_manifest, load_asset, to_float
+from stbench.results import atomic_write
+
+DIGITS = "digits"
+"""The shipped encoder of the embedded digits."""
+DINOV2 = "vit_base_patch14_dinov2.lvd142m"
+"""timm's name of DINOv2-B/14, REPA's default."""
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where tokens come from, as plain data: what identifies an encoder."""
+
+    kind: Literal["timm", "digits", "cached"]
+    name: str
+    """timm model name, "digits", or the cache's own encoder name."""
+    width: int
+    """Dz."""
+    sha256: str
+    """Of the weights or of the cached tokens; "" for a hub model, which its name identifies."""
+    path: str = field(default="", compare=False)
+    """Local weights, or the cache; "" for none. Where a file lies is no part of what it is."""
+
+    @property
+    def needs(self) -> str:
+        """What a leaderboard row says of it."""
+        cached = "cached tokens of " if self.kind == "cached" else ""
+        return f"{cached}encoder {self.name}"
+
+
+def source(name: str, checkpoint: Path | None = None) -> Source:
+    """What `name` means: "digits", a cache folder made by `cache_tokens`, or a timm model (optionally with
+    local weights). Raises UserError for what is missing or unknown.
+    """
+    if name == DIGITS:
+        asset = asset_manifest()["assets"]["digits_encoder"]
+        return Source("digits", DIGITS, int(asset["config"]["embed_dim"]), asset["sha256"])
+    if (Path(name) / "tokens.json").is_file():
+        return _cached_source(Path(name))
+    if "/" in name:
+        raise UserError(f"no cached tokens at {name}: expected tokens.json and tokens.npy in that folder")
+    if checkpoint is not None and not checkpoint.is_file():
+        raise UserError(f"encoder weights not found: {checkpoint}; {_download(name)}")
+    digest = _file_sha256(checkpoint) if checkpoint else ""
+    return Source("timm", name, _width(name), digest, str(checkpoint) if checkpoint else "")
+
+
+def open_encoder(source: Source, tokens: int, device: torch.device) -> ImageEncoder | CachedTokens:
+    """The encoder on the device, frozen, giving `tokens` tokens an image. Raises UserError if it cannot."""
+    if source.kind == "cached":
+        return CachedTokens(source, tokens)
+    network = _digits_network() if source.kind == "digits" else _timm_network(source, tokens)
+    return ImageEncoder(network, source, tokens).to(device).eval()
+
+
+@final
+class ImageEncoder(nn.Module):
+    """A frozen timm vision transformer on the clean images: REPA's preprocessing, or the digits' own."""
+
+    def __init__(self, network: nn.Module, source: Source, tokens: int) -> None:
+        super().__init__()
+        self.network: Any = network.eval().requires_grad_(False)
+        self.source = source
+        patches: Any = self.network.patch_embed
+        self.size: int = patches.img_size[0]
+        shape = (1, patches.proj.in_channels, self.size, self.size)
+
+        def call(net: Any) -> object:
+            return net.forward_features(torch.empty(shape, device="meta"))
+
+        self.flops = float(forward_flops(network, call, ("encoder",)))
+        if patches.num_patches != tokens:
+            raise UserError(
+                f"encoder '{source.name}' gives {patches.num_patches} tokens, the backbone has {tokens}; "
+                f"choose an encoder or a patch size that agree"
+            )
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Normalised patch tokens (B,N,Dz) of uint8 images (B,c,H,W); class and register tokens left out."""
+        prepared = to_float(images) if self.source.kind == "digits" else imagenet_input(images, self.size)
+        tokens: Tensor = self.network.forward_features(prepared)
+        return tokens[:, self.network.num_prefix_tokens :]
+
+
+def imagenet_input(images: Tensor, size: int) -> Tensor:
+    """uint8 images (B,c,H,W) to float (B,3,size,size): /255, ImageNet mean and std, bicubic (REPA).
+
+    One channel is repeated to three.
+    """
+    x = images.expand(-1, 3, -1, -1).float() / 255.0
+    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return F.interpolate((x - mean) / std, (size, size), mode="bicubic", align_corners=False)
+
+
+@final
+class CachedTokens:
+    """Tokens on disk, one row for each training image, read by row number."""
+
+    def __init__(self, source: Source, tokens: int) -> None:
+        self._tokens = np.load(Path(source.path) / "tokens.npy", mmap_mode="r")
+        self.flops = float(_manifest(Path(source.path))["flops"])
+        """Of one image when the cache was made."""
+        if self._tokens.shape[1] != tokens:
+            raise UserError(
+                f"{source.path} holds {self._tokens.shape[1]} tokens an image, the backbone has {tokens}; "
+                f"cache the tokens of another encoder or image size"
+            )
+
+    def rows(self, index: Tensor, dataset_size: int) -> Tensor:
+        """Tokens (B,N,Dz) float32 on the host. Raises UserError if the cache is of another number of
+        images.
+        """
+        if len(self._tokens) != dataset_size:
+            raise UserError(
+                f"cached tokens are of {len(self._tokens)} images, the data set has {dataset_size}; "
+                f"cache its own tokens"
+            )
+        return torch.from_numpy(self._tokens[index.numpy()].astype(np.float32))
+
+
+def cache_tokens(folder: Path, encoder: ImageEncoder, images: Tensor, batch: int = 64) -> Source:
+    """Write the tokens of all training images, uint8 (M,c,H,W), in row order, to `folder`; returns their
+    source.
+
+    tokens.npy is float16 (M,N,Dz); tokens.json names the encoder, its cost and the file's sha256.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    device = next(encoder.network.parameters()).device
+    with torch.no_grad():
+        parts = [encoder.tokens(part.to(device)).half().cpu() for part in torch.split(images, batch)]
+    draft = folder / "tokens.npy.part"
+    with draft.open("wb") as file:
+        np.save(file, torch.cat(parts).numpy())
+    draft.rename(folder / "tokens.npy")
+    content = {
+        "schema": 1,
+        "encoder": encoder.source.name,
+        "encoder_sha256": encoder.source.sha256,
+        "flops": encoder.flops,
+        "sha256": _file_sha256(folder / "tokens.npy"),
+    }
+    atomic_write(folder / "tokens.json", json.dumps(content, indent=1) + "\n")
+    return _cached_source(folder)
+
+
+def _cached_source(folder: Path) -> Source:
+    content = _manifest(folder)
+    file = folder / "tokens.npy"
+    if not file.is_file():
+        raise UserError(f"{folder} lacks tokens.npy; cache the tokens again")
+    if _file_sha256(file) != content["sha256"]:
+        raise UserError(f"{file} is damaged: its sha256 is not that of tokens.json; cache the tokens again")
+    shape = np.load(file, mmap_mode="r").shape
+    return Source("cached", str(content["encoder"]), int(shape[2]), str(content["sha256"]), str(folder))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((folder / "tokens.json").read_text())
+        if content["schema"] != 1:
+            raise ValueError(f"schema {content['schema']}")
+        return {key: content[key] for key in ("encoder", "flops", "sha256")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/tokens.json is damaged ({error}); cache the tokens again") from error
+
+
+@cache
+def _width(name: str) -> int:
+    import timm
+
+    try:
+        with torch.device("meta"):
+            network: Any = timm.create_model(name, pretrained=False, num_classes=0)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"unknown encoder '{name}': expected 'digits', a folder of cached tokens or a timm model such as "
+            f"{DINOV2}"
+        ) from error
+    return int(network.num_features)
+
+
+def _digits_network() -> nn.Module:
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.device("meta"):
+        network = VisionTransformer(**asset_manifest()["assets"]["digits_encoder"]["config"])
+    network.load_state_dict(load_asset("digits_encoder"), assign=True)
+    return network
+
+
+def _timm_network(source: Source, tokens: int) -> nn.Module:
+    """The timm model at the image size whose patches are the latent's: 224 for DINOv2 and 256 tokens."""
+    import timm
+
+    with torch.device("meta"):
+        plain: Any = timm.create_model(source.name, pretrained=False, num_classes=0)
+    patch: int = plain.patch_embed.patch_size[0]
+    size = patch * math.isqrt(tokens)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            # through timm's own loading of pretrained weights, which fits the position table to the size
+            overlay = {"file": source.path} if source.path else None
+            return timm.create_model(
+                source.name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size
+            )
+        except Exception as error:  # the hub, the file system and timm raise what they like
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"encoder '{source.name}' cannot be loaded ({reason}); {_download(source.name)}"
+            ) from error
+
+
+def _download(name: str) -> str:
+    return (
+        f"download it with `hf download timm/{name} model.safetensors --local-dir encoders/{name}` and type "
+        f"--set recipe.checkpoint=encoders/{name}/model.safetensors"
+    )
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 22), b""):
+            digest.update(block)
+    return digest.hexdigest()
