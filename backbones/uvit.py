@@ -189,7 +189,8 @@ class UViT(Backbone):
         rows = 0 if table is None else table.shape[0]
         conv = "final_layer.weight" in state
         fitting = {name: p for name, p in cls.presets.items() if _fits(p, rows, channels, conv)}
-        size, heads = name_size(fitting or cls.presets, patch, width, depth, heads)
+        _, heads = name_size(cls.presets, patch, width, depth, heads)
+        size, _ = name_size(fitting, patch, width, depth, heads)
         tokens = state["pos_embed"].shape[1] - (2 if rows else 1)
         scale = {"time_scale": cls.presets[size].get("time_scale", 999.0)} if size in cls.presets else {}
         complete = rows == cls.presets.get(size, {}).get("label_rows")  # a table without a null label

@@ -25,9 +25,16 @@ CONTAINER = {"ema": "ema", "raw": "model"}
 """Our word for a set of weights -> the key under which official training checkpoints keep it."""
 
 
-def save_weights(state: State, file: Path) -> str:
+def save_weights(state: State, file: Path, metadata: dict[str, str] | None = None) -> str:
     """Write tensors to a safetensors file, whole or not at all; returns the file's sha256."""
-    data = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in state.items()})
+    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    data = safetensors.torch.save(plain, metadata)
+    write_whole(data, file)
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_whole(data: bytes, file: Path) -> None:
+    """Write a file, whole or not at all."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as stream:
         stream.write(data)
@@ -39,7 +46,6 @@ def save_weights(state: State, file: Path) -> str:
         os.fsync(folder)  # makes the rename itself survive a power cut
     finally:
         os.close(folder)
-    return hashlib.sha256(data).hexdigest()
 
 
 def load_weights(file: Path, sha256: str | None = None) -> dict[str, Tensor]:

@@ -82,17 +82,25 @@ class OfficialModel:
 
 
 def load_official(
-    path: Path, *, weights: Weights = "ema", heads: int | None = None, original: str | None = None
+    path: Path,
+    *,
+    weights: Weights = "ema",
+    heads: int | None = None,
+    original: str | None = None,
+    family: str | None = None,
 ) -> OfficialModel:
     """The network in an official .pt or .safetensors file, configured from its shapes.
 
     `weights` picks "ema" (official samples are made with it) or "raw" from a training checkpoint; a flat file
     has one set. `heads` is needed where neither shapes nor a published width tell it, `original` (a name in
-    ORIGINALS) where the keys fit repositories that mean different things by them. Raises UserError for an
+    ORIGINALS) where the keys fit repositories that mean different things by them; `family` is a backbone that
+    the user has named already. Raises UserError for an
     unreadable file, for keys or shapes that fit no family, and for whichever of the two it needs.
     """
     foreign = read_foreign(path, weights)
-    return from_state(foreign.state, foreign.where, foreign.settings, heads=heads, original=original)
+    return from_state(
+        foreign.state, foreign.where, foreign.settings, heads=heads, original=original, family=family
+    )
 
 
 def from_state(
@@ -102,10 +110,11 @@ def from_state(
     *,
     heads: int | None = None,
     original: str | None = None,
+    family: str | None = None,
 ) -> OfficialModel:
     """As `load_official`, from tensors; `where` names them in messages, `settings` are the stored options."""
     settings = settings or {}
-    found = _identify(state, settings, original, where)
+    found = _identify(state, settings, original, family, where)
     dropped = tuple(sorted(key for key in state if key.startswith(HEADS)))
     trunk = _renamed({key: value for key, value in state.items() if key not in dropped})
     net, options = _build(trunk, found, heads, where)
@@ -132,13 +141,21 @@ def _direction(found: Original) -> str:
     return "trained with noise at t=0, turned round" if found.noise_at_zero else "time as ours"
 
 
-def _identify(state: State, settings: Mapping[str, Any], said: str | None, where: str) -> Original:
+def _identify(
+    state: State, settings: Mapping[str, Any], said: str | None, wanted: str | None, where: str
+) -> Original:
     """Which repository's conventions hold; UserError if keys and the user leave it open or disagree."""
     if said is not None and said not in ORIGINALS:
         raise UserError(f"unknown original '{said}'{suggest(said, ORIGINALS)}")
     names = _candidates(state, where)
-    family = str(settings.get("model", "")).partition("-")[0].lower()
-    names = [name for name in names if ORIGINALS[name].family == family] or names
+    stored = str(settings.get("model", "")).partition("-")[0].lower()
+    names = [name for name in names if ORIGINALS[name].family == stored] or names
+    if wanted is not None and wanted not in {ORIGINALS[name].family for name in names}:
+        raise UserError(
+            f"expected the weights of a {wanted}, found those of {_either(names)} in {where}; "
+            f"type --backbone {ORIGINALS[names[0]].family}"
+        )
+    names = [name for name in names if wanted in (None, ORIGINALS[name].family)]
     if said is None:
         if len({ORIGINALS[name].convention for name in names}) > 1 and names[0] != "uvit":
             raise UserError(

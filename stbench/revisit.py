@@ -57,7 +57,7 @@ def open_run(path: Path) -> PastRun:
         )
     stored = folder.spec()
     load_plugins([Path(file) for file in stored["plugins"] if file.endswith(".py")])
-    spec = revalidate({name: stored[name] for name in RunSpec.model_fields}, path)
+    spec = revalidate({name: stored[name] for name in RunSpec.model_fields if name in stored}, path)
     dataset, jobs, _ = prepare(spec)
     return PastRun(folder, spec, dataset, jobs)
 

@@ -13,13 +13,13 @@ PLUGINS = ("backbones", "recipes", "examples")
 FLOORS = (
     "errors rng flops contracts records assets",
     "layers adaln objectives samplers align teachers latents data checkpoints official registry config "
-    "resolve results schema journal environment",
+    "resolve initial results schema journal environment",
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
     "engine trainer revisit asked board budgets compare groups leaderboard reported standing stats report "
-    "sections summary tables figures specify suite executor sweep monitor",
-    "options cli cli_sweep commands sweeping child __main__",
+    "sections summary tables figures specify suite executor sweep monitor export",
+    "options cli cli_sweep cli_export commands sweeping child __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
 PRINT = {
