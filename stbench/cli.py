@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import typer
 
 from stbench import __version__, cli_data
+from stbench.cli_export import export
 from stbench.cli_sweep import sweep
 from stbench.errors import UserError
-from stbench.options import RUNS, Device, KeepChoice, Output, Plugins
+from stbench.options import RUNS, Device, KeepChoice, Original, Output, Plugins
 
 app = typer.Typer(
     add_completion=True,
@@ -115,6 +116,13 @@ def run(
     eval_guidance: Annotated[
         str | None, typer.Option(help="Guidance scales to evaluate at, such as 1.0,1.5,2.0.")
     ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Official checkpoint that the first stage starts from.")
+    ] = None,
+    original: Original = None,
+    init_weights: Annotated[
+        str | None, typer.Option(help="Which of its weights: ema (default) or raw.")
+    ] = None,
     overrides: Annotated[
         list[str],
         typer.Option(
@@ -157,6 +165,9 @@ def run(
         "seed": seed,
         "precision": precision,
         "eval_guidance": eval_guidance,
+        "init_from": init_from and str(init_from),
+        "original": original,
+        "init_weights": init_weights,
     }
     request = commands.Invocation(
         given={name: value for name, value in given.items() if value is not None},
@@ -173,6 +184,7 @@ def run(
 
 
 app.command()(sweep)
+app.command()(export)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from stbench.contracts import Artifact
 from stbench.environment import pick_device
 from stbench.errors import UserError
 from stbench.hooks import Hook, Tracker, point_line, progress_hook
+from stbench.initial import note
 from stbench.plan import describe, disk_bytes, meta_loader, planned_recipes, rehearse
 from stbench.registry import (
     load_builtins,
@@ -59,6 +60,8 @@ def request_of(call: Invocation) -> tuple[RunSpec, engine.Options]:
 def run(call: Invocation) -> None:
     """Train, or go on with, or leave alone a run; print its curve and where the pictures are."""
     spec, options = request_of(call)
+    if spec.init is not None:
+        print(note(spec.init, engine.prepare(spec)[0].classes))
     hooks: list[Hook] = [progress_hook(spec.train.batch)]
     if call.track:
         _, _, hashed = engine.prepare(spec)
@@ -83,6 +86,8 @@ def dry_run(call: Invocation) -> None:
     """Print the resolved plan: stages, steps, images, tapped blocks, teachers, FLOPs, disk."""
     spec, options = request_of(call)
     dataset, jobs, hashed = engine.prepare(spec)
+    if spec.init is not None:
+        print(note(spec.init, dataset.classes))
     network = build_backbone(spec.backbone, spec.objective, dataset, "meta")
     table = Table(
         "stage", "steps", "images", "taps", "teachers", "evaluated at", "TFLOPs", "disk MiB", title="plan"

@@ -109,6 +109,22 @@ class DataSpec(_Model):
     """Of the data set when the run began; "" for not yet known."""
 
 
+class InitSpec(_Model):
+    """An official checkpoint that the first stage's student starts from; only `sha256` is in a hash."""
+
+    file: str
+    """Absolute."""
+    sha256: str
+    """Of the network's tensors, whatever lies beside them."""
+    weights: Literal["raw", "ema"] = "ema"
+    original: str | None = None
+    """Repository it is from, where the user said so."""
+    heads: int | None = None
+    classes: int
+    source: str
+    """What it was found to be, in words."""
+
+
 class RunSpec(_Model):
     """One run, fully resolved."""
 
@@ -121,6 +137,7 @@ class RunSpec(_Model):
     train: TrainSpec
     eval: EvalSpec
     seed: int = Field(ge=0)
+    init: InitSpec | None = None
 
 
 def build_backbone(
@@ -225,7 +242,8 @@ def hashes(spec: RunSpec, earlier_steps: Sequence[int], dataset_fingerprint: str
 def setting_fields(spec: RunSpec, dataset_fingerprint: str) -> dict[str, Any]:
     """What decides a weight besides the recipe and the seed."""
     train = spec.train.model_dump(exclude={"steps", "save_every"})
-    return {
+    started = {} if spec.init is None else {"init": spec.init.sha256}
+    return started | {
         "dataset": dataset_fingerprint,
         "backbone": spec.backbone.model_dump(),
         "backbone_preset": dict(lookup(BACKBONES, spec.backbone.name).presets[spec.backbone.size]),

@@ -21,4 +21,11 @@ Plugins = Annotated[
     list[Path], typer.Option("--plugin", help="Python file that registers backbones or recipes; repeatable.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Original = Annotated[
+    str | None,
+    typer.Option(
+        help="Repository a checkpoint is from, where its keys leave it open: dit, sit, repa, sra, layersync, "
+        "dispersive, self-transcendence, uvit-discrete, uvit-continuous."
+    ),
+]
 RUNS = Path("results/runs")

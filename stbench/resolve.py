@@ -78,6 +78,9 @@ OPTIONS = (
     "seed",
     "precision",
     "eval_guidance",
+    "init_from",
+    "original",
+    "init_weights",
     "set",
 )
 """What a config file may give."""

@@ -11,6 +11,7 @@ from stbench import engine
 from stbench.config import RunSpec
 from stbench.environment import default_precision
 from stbench.errors import UserError
+from stbench.initial import require_fit, take_up
 from stbench.resolve import Request, resolve
 
 
@@ -37,10 +38,15 @@ def specify(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunSpec:
     for required in ("backbone", "recipe"):
         if required not in values:
             raise UserError(f"expected --{required}, found none; for example --backbone sit --recipe vanilla")
+    values, overrides, start = take_up(values, overrides)
     spec = resolve(_request(values, overrides))
-    jobs = engine.prepare(spec)[1]
-    recipe = spec.recipe.model_copy(update={"needs": engine.recipe_needs(jobs)})
-    return spec.model_copy(update={"recipe": recipe})
+    dataset, jobs, _ = engine.prepare(spec)
+    needs = engine.recipe_needs(jobs)
+    if start is not None:
+        require_fit(start, spec, dataset)
+        needs = ", ".join(filter(None, [needs, "initial weights"]))
+    recipe = spec.recipe.model_copy(update={"needs": needs})
+    return spec.model_copy(update={"recipe": recipe, "init": start and start.spec})
 
 
 def _request(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Request:

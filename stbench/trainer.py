@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from stbench import initial
 from stbench import stage as stages
 from stbench.checkpoints import load_weights, save_weights
 from stbench.config import RunSpec, build_backbone, build_objective
@@ -179,6 +180,8 @@ class StageRun:
         if self.job.stage.init == "previous":
             assert self.previous is not None, "the first stage has no previous one"
             student.load_state_dict(self.previous.load("ema").state_dict())
+        elif spec.init is not None and self.job.index == 0:
+            initial.start_from(student, spec.init)
         objective = build_objective(spec.objective)
         module = stages.StageModule(student, self.recipe, objective, spec.seed, self.dataset.size)
         module.prepare(device, spec.train.compile)

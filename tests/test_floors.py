@@ -12,15 +12,15 @@ ROOT = Path(__file__).parents[1]
 PLUGINS = ("backbones", "recipes", "examples")
 FLOORS = (
     "errors rng flops contracts records assets",
-    "layers adaln objectives samplers align teachers latents data checkpoints registry config resolve "
-    "results schema journal environment images sources vae latent_store store_writer encoding prepare repa "
-    "collection prefetch prepared presets data_options outputs imagesets parts",
+    "layers adaln objectives samplers align teachers latents data checkpoints official registry config resolve "
+    "initial results schema journal environment images sources vae latent_store store_writer encoding prepare "
+    "repa collection prefetch prepared presets data_options outputs imagesets parts",
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
     "engine trainer revisit painter sampling asked board budgets compare groups leaderboard reported "
-    "standing stats report sections summary tables figures specify suite executor sweep monitor",
-    "options cli cli_data cli_sweep commands listing data_commands scoring sweeping child __main__",
+    "standing stats report sections summary tables figures specify suite executor sweep monitor export",
+    "options cli cli_data cli_sweep cli_export commands listing data_commands scoring sweeping child __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
 PRINT = {

@@ -1,0 +1,167 @@
+"""Exported weights: official files come back to the same outputs, and diffusers computes the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stbench import engine
+from stbench.checkpoints import save_weights
+from stbench.config import build_backbone
+from stbench.errors import UserError
+from stbench.export import export_run, final_network, official_state
+from stbench.official import load_official
+from stbench.results import RunFolder
+from stbench.revisit import open_run
+from tests.conftest import tiny_spec
+from tests.test_backbones import batch
+from tests.test_backbones import tiny as network
+from tests.test_cli import Command, stbench
+
+__all__ = ["stbench"]
+PLAIN: dict[str, Any] = {"backbone__qk_norm": False}
+
+
+@pytest.fixture()
+def past(tmp_path: Path) -> Callable[..., Path]:
+    """A run folder as training leaves it, with random weights; returns its path."""
+
+    def make(**more: Any) -> Path:
+        spec = tiny_spec(steps=2, **more)
+        dataset, jobs, hashed = engine.prepare(spec)
+        options = engine.Options(tmp_path / "runs")
+        folder = RunFolder(options.output / engine.run_id(spec, hashed.train))
+        with folder.lock():
+            engine._open(folder, spec, jobs, hashed, options)
+        place = folder.path / "checkpoints" / f"0-{jobs[0].name}"
+        place.mkdir(parents=True)
+        for weights in ("raw", "ema"):
+            net = build_backbone(spec.backbone, spec.objective, dataset)
+            for name, parameter in net.named_parameters():
+                if name != "pos_embed" or spec.backbone.name == "uvit":
+                    torch.nn.init.normal_(parameter, std=0.1)
+            save_weights(net.state_dict(), place / f"{weights}-00000002.safetensors")
+        return folder.path
+
+    return make
+
+
+def original_of(family: str, options: dict[str, Any]) -> str:
+    if family == "sit":
+        return "sit" if options.get("backbone__noise_at_zero") else "repa"
+    return {"dit": "dit", "uvit": "uvit-discrete"}[family]
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+@pytest.mark.parametrize(
+    "family,options",
+    [
+        ("dit", PLAIN),
+        ("sit", {"backbone__qk_norm": True}),
+        ("sit", PLAIN | {"backbone__noise_at_zero": True, "backbone__learn_sigma": True}),
+        ("sit", PLAIN | {"backbone__learn_sigma": True}),
+        ("uvit", {}),
+    ],
+)
+def test_official_exports_come_back_to_the_same_outputs(
+    past: Callable[..., Path], tmp_path: Path, family: str, options: dict[str, Any], weights: Any
+) -> None:
+    path = past(backbone=family, **options)
+    lines = export_run(path, "official", tmp_path / "w.pt", weights)
+    held = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert (held.keys() == {"ema"}) is (family != "uvit") and "for: " in lines[1]
+    model = load_official(tmp_path / "w.pt", heads=2, original=original_of(family, options))
+    expected = final_network(open_run(path), weights)(*batch())
+    assert torch.equal(model.backbone(*batch()), expected) and expected.abs().max() > 0
+
+
+def test_the_learned_variance_is_cut_where_repa_has_none() -> None:
+    net = network("sit", learn_sigma=True, qk_norm=False)
+    state, whose = official_state(net, {"learn_sigma": True})
+    assert state["final_layer.linear.weight"].shape[0] == 16 and "t=0 is data" in whose
+    plain = network("sit", qk_norm=False)
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(*batch()), net(*batch()))
+
+
+def correct_frequencies(model: Any) -> None:
+    for block in model.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+
+
+def test_diffusers_computes_the_same_with_the_frequencies_of_dit(
+    past: Callable[..., Path], tmp_path: Path
+) -> None:
+    """diffusers divides the exponents by 127 instead of 128: as it comes, it is another function of time."""
+    from diffusers import DiTTransformer2DModel
+
+    path = past(backbone="dit", **PLAIN)
+    lines = export_run(path, "diffusers", tmp_path / "dit", "ema")
+    assert "downscale_freq_shift = 0" in lines[1]
+    model = DiTTransformer2DModel.from_pretrained(tmp_path / "dit", local_files_only=True).eval()
+    x, _, y = batch()
+    steps = torch.tensor([0, 7, 999])
+    net = final_network(open_run(path), "ema")
+    expected = net(x, steps.double() / 999, y)
+
+    def apart() -> float:
+        with torch.no_grad():
+            out: Tensor = model(x, timestep=steps, class_labels=y).sample
+        return float((out - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+
+    assert apart() > 1e-4
+    correct_frequencies(model)
+    assert apart() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "family,options,kind,message",
+    [
+        ("dit", {"backbone__qk_norm": True}, "diffusers", "found a DiT with qk_norm; try --format official"),
+        ("dit", {"backbone__qk_norm": True}, "official", "no qk_norm in a dit.*backbone.qk_norm=false"),
+        ("uvit", {}, "diffusers", "found a uvit; try --format official"),
+        ("sit", {}, "diffusers", "found a sit; try --format official"),
+        ("dit", PLAIN | {"objective": "linear"}, "official", "found objective 'linear'"),
+        ("sit", {"backbone__time_scale": 1000.0}, "official", "backbone.time_scale=1, .*found 1000"),
+    ],
+)
+def test_what_other_code_has_no_place_for_is_refused(
+    past: Callable[..., Path], tmp_path: Path, family: str, options: dict[str, Any], kind: Any, message: str
+) -> None:
+    path = past(backbone=family, **options)
+    with pytest.raises(UserError, match=message) as caught:
+        export_run(path, kind, tmp_path / "out.pt", "ema")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out.pt").exists()
+
+
+def test_the_command_writes_a_file_and_overwrites_none(
+    stbench: Command, past: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = past(backbone="sit")
+    code, out, err = stbench("export", path, "--output", tmp_path / "w.pt")
+    assert code == 0, err
+    assert "REPA" in out
+    code, _, err = stbench("export", path, "--output", tmp_path / "w.pt")
+    assert code == 2 and "exists; choose another --output" in err
+    code, _, err = stbench("export", path, "--output", tmp_path / "w.bin")
+    assert code == 2 and "ends in .pt" in err
+    assert [f.name for f in tmp_path.glob("*w.*")] == ["w.pt"]
+    code, _, err = stbench("export", tmp_path, "--output", tmp_path / "v.pt")
+    assert code == 2 and "no run folder" in err
+
+
+def test_the_configuration_names_the_class(past: Callable[..., Path], tmp_path: Path) -> None:
+    path = past(backbone="dit", **PLAIN)
+    export_run(path, "diffusers", tmp_path / "dit", "raw")
+    config = json.loads((tmp_path / "dit" / "config.json").read_text())
+    assert config["_class_name"] == "DiTTransformer2DModel" and config["num_embeds_ada_norm"] == 10
+    assert sorted(f.name for f in (tmp_path / "dit").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
