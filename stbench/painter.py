@@ -132,9 +132,7 @@ def _official(origin: Origin, device: torch.device | str) -> Source:
     from stbench.official import load_official
 
     if origin.vae is None:
-        raise UserError(
-            "official weights want a decoder: give --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder"
-        )
+        raise UserError("official weights want a decoder: add --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder")
     vae = find_vae(origin.vae)
     model = load_official(origin.path, weights="ema", original=origin.original)
     info = model.backbone.info

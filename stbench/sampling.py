@@ -113,18 +113,26 @@ def draw(
     if not missing:
         return settings
     parts = Parts(outputs[0], settings, shard_size(order, devices[0]))
-    parts.open()
+    with parts.lock():
+        parts.open()
+        _fill(origin, source, order, devices, parts)
+        labels = draw_labels(order.labels, order.count, source.backbone.info.classes, order.seed)
+        for output in missing:
+            join(parts, output, settings, labels.numpy())
+        parts.close()
+    return settings
+
+
+def _fill(
+    origin: Origin, source: Source, order: Order, devices: Sequence[torch.device], parts: Parts
+) -> None:
+    """Draw every shard that is missing."""
     todo = parts.missing()
     with _progress(order.count) as report:
-        if len(devices) == 1:
-            _draw_here(origin, source, order, devices[0], parts, todo, report)
-        elif todo:
+        if len(devices) > 1 and todo:
             _draw_apart(origin, order, devices, parts, todo, report)
-    labels = draw_labels(order.labels, order.count, source.backbone.info.classes, order.seed)
-    for output in missing:
-        join(parts, output, settings, labels.numpy())
-    parts.close()
-    return settings
+        elif todo:
+            _draw_here(origin, source, order, devices[0], parts, todo, report)
 
 
 def shard_size(order: Order, device: torch.device) -> int:
@@ -142,8 +150,6 @@ def _draw_here(
     todo: Sequence[tuple[int, int]],
     report: Report,
 ) -> None:
-    if not todo:
-        return
     if source is None or device.type != "cpu":
         source = open_source(origin, device)
     painter = Painter(source, order, device)

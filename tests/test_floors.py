@@ -19,7 +19,7 @@ FLOORS = (
     "stage evaluate store",
     "hooks plan testing bench probe",
     "engine trainer revisit painter sampling compare groups leaderboard stats report sections figures",
-    "cli commands cli_data data_commands scoring __main__",
+    "cli cli_data cli_samples commands data_commands scoring __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
 PRINT = ("compare", "groups", "leaderboard", "stats", "report", "sections", "figures")
@@ -31,7 +31,7 @@ FENCES = {
     "mmengine": {"registry", "resolve", "hooks"},
     "diffusers": {"latents"},
     "torch_fidelity": {"evaluate"},
-    "typer": {"cli", "cli_data"},
+    "typer": {"cli", "cli_data", "cli_samples"},
 }
 """Package -> the rooms that may import it; the longest name that fits decides."""
 HEAVY = ("torch", "torchvision", "timm", "diffusers", "mmengine", "torch_fidelity", "sklearn", "scipy")
