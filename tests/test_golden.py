@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stbench.errors import UserError
+from stbench.layers import frequencies, timestep_sinusoid
 from stbench.testing.__main__ import main
 from stbench.testing.golden import Golden, run
 
@@ -130,3 +131,18 @@ def test_the_command_reports_by_exit_code(tmp_path: Path, capsys: pytest.Capture
     copy(tmp_path, "embeddings")
     assert main(["golden", str(tmp_path)]) == 0
     assert "0 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["dit_256", "uvit_72"])
+def test_time_embeddings_are_the_published_bits_on_every_machine(name: str) -> None:
+    """Far below the golden tolerance: one unit in the last place of a frequency would be 3e-5 at t=999."""
+    golden = load_file(FOLDER / "embeddings.safetensors")
+    actual = timestep_sinusoid(golden["time/t"], int(name.rsplit("_", 1)[1]))
+    assert torch.allclose(actual, golden[f"time/{name}"], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("half", [24, 36, 128, 576])
+def test_frequencies_are_within_a_unit_in_the_last_place(half: int) -> None:
+    exponent = (-9.210340371976184 * torch.arange(half) / half).double()
+    exact = exponent.exp()
+    assert ((frequencies(half).double() - exact).abs() / exact).max() < 0.56 * 2**-23
