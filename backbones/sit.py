@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from stbench.adaln import AdaLNTransformer
+from stbench.contracts import Features
 from stbench.layers import make_info
 from stbench.registry import BACKBONES
 
@@ -17,7 +18,8 @@ class SiT(AdaLNTransformer):
     """Flow transformer: the trunk of DiT, with its time embedded unscaled.
 
     `learn_sigma` computes 2C channels and drops the second half, as upstream's checkpoints do. Those run from
-    noise at 0 to data at 1: `stbench.checkpoints.TimeReversed` turns them round.
+    noise at 0 to data at 1: with `noise_at_zero` the trunk is given 1-t and its velocity changes its sign, so
+    that such weights work in our direction of time.
     """
 
     objective: ClassVar[str] = "linear"
@@ -36,6 +38,7 @@ class SiT(AdaLNTransformer):
         heads: int,
         qk_norm: bool = False,
         learn_sigma: bool = False,
+        noise_at_zero: bool = False,
         time_scale: float = 1.0,
     ) -> None:
         info = make_info("sit", size, channels, input_size, classes, patch, width, depth)
@@ -43,6 +46,18 @@ class SiT(AdaLNTransformer):
         super().__init__(
             info, heads=heads, out_channels=out_channels, rows=rows, qk_norm=qk_norm, time_scale=time_scale
         )
+        self.noise_at_zero = noise_at_zero
+
+    def forward_intermediates(
+        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
+    ) -> tuple[Tensor | None, Features]:
+        """See `Backbone.forward_intermediates`; t=0 is data here, whatever the weights were trained with."""
+        if not self.noise_at_zero:
+            return super().forward_intermediates(x, t, y, indices=indices, stop_early=stop_early)
+        prediction, features = super().forward_intermediates(
+            x, 1.0 - t.double(), y, indices=indices, stop_early=stop_early
+        )
+        return None if prediction is None else -prediction, features
 
     @classmethod
     def infer(cls, state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:

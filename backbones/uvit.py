@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from stbench.layers import (
     make_info,
     name_size,
     scale_time,
+    side,
     timestep_sinusoid,
     unpatchify,
 )
@@ -175,22 +175,31 @@ class UViT(Backbone):
         """
         width, channels, patch, _ = state["patch_embed.proj.weight"].shape
         depth = 2 * count_blocks(state, "in_blocks") + 1
-        size, heads = name_size(cls.presets, patch, width, depth, heads)
         table = state.get("label_emb.weight")
         rows = 0 if table is None else table.shape[0]
+        conv = "final_layer.weight" in state
+        fitting = {name: p for name, p in cls.presets.items() if _fits(p, rows, channels, conv)}
+        size, heads = name_size(fitting or cls.presets, patch, width, depth, heads)
         tokens = state["pos_embed"].shape[1] - (2 if rows else 1)
         scale = {"time_scale": cls.presets[size].get("time_scale", 999.0)} if size in cls.presets else {}
+        complete = rows == cls.presets.get(size, {}).get("label_rows")  # a table without a null label
         return scale | dict(
             channels=channels,
-            input_size=patch * math.isqrt(tokens),
-            classes=max(rows - 1, 0),
+            input_size=patch * side(tokens),
+            classes=rows if complete else max(rows - 1, 0),
             out_channels=state["decoder_pred.weight"].shape[0] // patch**2,
             size=size,
             patch=patch,
             width=width,
             depth=depth,
             heads=heads,
-            conv="final_layer.weight" in state,
+            conv=conv,
             mlp_time_embed="time_embed.0.weight" in state,
             label_rows=rows,
         )
+
+
+def _fits(preset: Mapping[str, Any], rows: int, channels: int, conv: bool) -> bool:
+    """Whether a preset has this label table, convolution, and pixels (3 channels) or latents."""
+    pixels = "label_rows" in preset
+    return preset["conv"] == conv and (preset["label_rows"] == rows and channels == 3 if pixels else rows > 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from stbench.layers import (
     count_blocks,
     name_size,
     scale_time,
+    side,
     sincos_2d,
     unpatchify,
 )
@@ -163,7 +163,7 @@ class AdaLNTransformer(Backbone):
         size, heads = name_size(cls.presets, patch, width, depth, heads)
         options = dict(
             channels=channels,
-            input_size=patch * math.isqrt(state["pos_embed"].shape[1]),
+            input_size=patch * side(state["pos_embed"].shape[1]),
             classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
             size=size,
             patch=patch,

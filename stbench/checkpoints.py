@@ -1,11 +1,13 @@
-"""Weight files: our own (safetensors, atomic, checked by hash), and the official ones of each family."""
+"""Weight files: our own (safetensors, atomic, checked by hash), and those of other programs, read as data."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
-import pickle
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from stbench.contracts import Backbone, Features
+from stbench.contracts import Weights
 from stbench.errors import UserError
-from stbench.registry import BACKBONES, lookup
 
 State = Mapping[str, Tensor]
 
-HEADS = ("projectors.", "projectors_final.", "ap_head.")
-"""Prefixes under which official checkpoints keep the heads of a recipe beside the network (REPA, SRA)."""
+CONTAINER = {"ema": "ema", "raw": "model"}
+"""Our word for a set of weights -> the key under which official training checkpoints keep it."""
 
 
 def save_weights(state: State, file: Path) -> str:
@@ -62,81 +63,94 @@ def load_weights(file: Path, sha256: str | None = None) -> dict[str, Tensor]:
         ) from error
 
 
-class TimeReversed(Backbone):
-    """A velocity network trained with noise at 0 and data at 1 (upstream SiT), in our direction of time.
+@dataclass(frozen=True)
+class Foreign:
+    """What a weight file of another program holds."""
 
-    Time becomes 1-t and the velocity changes its sign; features are those of the network inside.
+    state: State
+    """The chosen tensors by name, still mapped from the file where it allows that."""
+    where: str
+    """The file, and the key inside it, for messages."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The training options stored beside the weights ("args"), if there were any."""
+
+
+def tensors_sha256(state: State) -> str:
+    """Hash of names, types, shapes and values, whatever file they lie in and in whatever order."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_foreign(file: Path, weights: Weights = "ema") -> Foreign:
+    """Read a .pt or .safetensors file: a flat state dict, or one under "ema" and "model" with "args" beside.
+
+    Nothing in the file is run: of all Python objects argparse.Namespace alone is allowed beside tensors.
+    Raises UserError for a file that is missing, truncated, asks for another object, or lacks `weights`.
     """
-
-    def __init__(self, inner: Backbone) -> None:
-        super().__init__()
-        self.inner, self.info, self.time_scale = inner, inner.info, inner.time_scale
-
-    def forward_intermediates(
-        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
-    ) -> tuple[Tensor | None, Features]:
-        """See `Backbone.forward_intermediates`."""
-        prediction, features = self.inner.forward_intermediates(
-            x, 1.0 - t.double(), y, indices=indices, stop_early=stop_early
-        )
-        return None if prediction is None else -prediction, features
-
-
-def load_official(
-    source: Path | Mapping[str, Any], family: str, *, heads: int | None = None, noise_at_zero: bool = False
-) -> tuple[Backbone, dict[str, Tensor]]:
-    """A network with official weights, configured from their shapes, and the heads stored beside it.
-
-    `source` is a .pt or .safetensors file or what it holds: a flat state dict, or one wrapped under "ema"
-    (preferred) or "model". `heads` is needed where neither the shapes nor the published sizes tell it;
-    `noise_at_zero` wraps a network of upstream SiT's direction of time. Raises UserError for an unreadable
-    file and for keys or shapes that are not this family's.
-    """
-    state = _unwrap(_read(source) if isinstance(source, Path) else source)
-    stored_heads = {key: value for key, value in state.items() if key.startswith(HEADS)}
-    state = {key: value for key, value in state.items() if key not in stored_heads}
-    cls = lookup(BACKBONES, family)
-    try:
-        net: Backbone = cls(**cls.infer(state, heads))
-    except KeyError as error:
-        raise UserError(
-            f"expected the weights of a {family}, found none under {error}; name another family"
-        ) from error
-    _require_same_keys(set(net.state_dict()), set(state), family)
-    try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"weights do not fit {family}: {str(error).splitlines()[-1].strip()}") from error
-    return TimeReversed(net) if noise_at_zero else net, stored_heads
-
-
-def _require_same_keys(expected: set[str], found: set[str], family: str) -> None:
-    for what, keys in (("unknown", found - expected), ("missing", expected - found)):
-        if keys:
-            named = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            raise UserError(
-                f"expected the weights of a {family}, found {what} keys: {named}; name another family"
-            )
-
-
-def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    for wrapper in ("ema", "model"):
-        if isinstance(content.get(wrapper), Mapping):
-            return dict(content[wrapper])
-    return dict(content)
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    if file.suffix == ".safetensors":
-        return load_weights(file)
     if not file.is_file():
         raise UserError(f"weights not found: {file}; expected a .pt or .safetensors file")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(
-            f"{file} is truncated or no plain weight file ({str(error).splitlines()[0]})"
-        ) from error
+    content: Any = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
     if not isinstance(content, Mapping):
-        raise UserError(f"expected a state dict in {file}, found {type(content).__name__}; export one first")
-    return content
+        raise UserError(f"expected a state dict in {file}, found {type(content).__name__}; save one first")
+    held = [key for key in CONTAINER.values() if isinstance(content.get(key), Mapping)]
+    if not held:
+        return Foreign(_plain(content, str(file)), str(file))
+    asked = CONTAINER[weights]
+    if asked not in held:
+        other = next(name for name, key in CONTAINER.items() if key == held[0])
+        raise UserError(
+            f"expected '{asked}' weights in {file}, found only '{held[0]}'; ask for {other} weights"
+        )
+    args = content.get("args")
+    settings = vars(args) if isinstance(args, argparse.Namespace) else args
+    where = f"{file} ({asked})"
+    return Foreign(_plain(content[asked], where), where, settings if isinstance(settings, Mapping) else {})
+
+
+def _plain(content: Mapping[Any, Any], where: str) -> State:
+    """Tensors by name, without the prefix that DistributedDataParallel puts before every name."""
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise UserError(
+                f"expected tensors by name in {where}, found {type(value).__name__} under {key!r}; "
+                f"give the file of a state dict"
+            )
+    wrapped = bool(content) and all(key.startswith("module.") for key in content)
+    return {key.removeprefix("module.") if wrapped else key: value for key, value in content.items()}
+
+
+def _safetensors(file: Path) -> State:
+    try:
+        return safetensors.torch.load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
+
+
+def _pickled(file: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            try:
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:  # files of torch before 1.6 cannot be mapped
+                if "mmap can only be used" not in str(error):
+                    raise
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle may raise anything
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise UserError(f"{file} {_refusal(str(error) or type(error).__name__)}") from error
+
+
+def _refusal(message: str) -> str:
+    """What is wrong with a file and what to do, from torch's long message."""
+    if named := re.search(r"GLOBAL ([A-Za-z_]\w*\.[\w.]*\w)", message):
+        return (
+            f"asks for the Python object {named[1]}, which could run code: refused; "
+            f"expected tensors and argparse.Namespace, so save its state dict alone"
+        )
+    reason = message.rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()[0][:120]
+    return f"is truncated or no weight file of torch ({reason}); fetch it again"

@@ -157,6 +157,16 @@ def blocks_to_run(info: BackboneInfo, indices: Sequence[int], stop_early: bool) 
     return max(indices, default=-1) + 1 if stop_early else info.depth
 
 
+def side(tokens: int) -> int:
+    """Tokens in a row of a square latent; UserError if so many make no square."""
+    root = math.isqrt(tokens)
+    if root * root != tokens:
+        raise UserError(
+            f"expected the positions of a square latent, found {tokens} of them; use square images"
+        )
+    return root
+
+
 def count_blocks(state: Mapping[str, Tensor], prefix: str) -> int:
     """Blocks in a state dict whose keys start `prefix`, a dot and the block's number."""
     return len({key.split(".")[1] for key in state if key.startswith(f"{prefix}.")})
@@ -172,7 +182,9 @@ def name_size(
     """
     known = {preset["width"]: preset["heads"] for preset in presets.values()}
     if heads is None and width not in known:
-        raise UserError(f"heads cannot be read from weights of the unpublished width {width}; pass heads=")
+        raise UserError(
+            f"heads cannot be read from weights of the unpublished width {width}; say them, as --heads 6"
+        )
     found = dict(patch=patch, width=width, depth=depth, heads=known[width] if heads is None else heads)
     fits = (name for name, preset in presets.items() if all(preset[k] == v for k, v in found.items()))
     return next(fits, "custom"), found["heads"]

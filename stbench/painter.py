@@ -23,6 +23,7 @@ from stbench.errors import UserError
 from stbench.evaluate import draw_labels, image_noise
 from stbench.evaluate.extractors import tensors_hash
 from stbench.latents import ROUNDING, to_uint8
+from stbench.official import load_official
 from stbench.registry import load_builtins
 from stbench.samplers import Guidance, sample
 from stbench.vae import find_vae
@@ -129,8 +130,6 @@ def _run(origin: Origin, device: torch.device | str) -> Source:
 
 
 def _official(origin: Origin, device: torch.device | str) -> Source:
-    from stbench.official import load_official
-
     if origin.vae is None:
         raise UserError("official weights want a decoder: add --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder")
     vae = find_vae(origin.vae)

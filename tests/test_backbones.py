@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stbench.checkpoints import TimeReversed, load_official, load_weights, save_weights
+from stbench.checkpoints import load_weights, save_weights
 from stbench.contracts import Backbone
 from stbench.errors import UserError
 from stbench.layers import attend
@@ -213,6 +213,13 @@ def test_learned_sigma_returns_the_first_half_of_the_rows() -> None:
     torch.testing.assert_close(net(*batch()), plain(*batch()))
 
 
+def test_a_network_with_noise_at_zero_mirrors_time_and_velocity() -> None:
+    net, turned = tiny("sit"), tiny("sit", noise_at_zero=True)
+    x, t, y = batch()
+    assert torch.equal(turned(x, t, y), -net(x, 1 - t, y))
+    assert torch.equal(turned.features(x, t, y, indices=(2,))[2], net.features(x, 1 - t, y, indices=(2,))[2])
+
+
 def test_uvit_without_a_label_table_ignores_labels() -> None:
     net = tiny("uvit", label_rows=0)
     x, t, y = batch()
@@ -256,78 +263,6 @@ def test_autocast_stays_near_float32(family: str) -> None:
     assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-@pytest.mark.parametrize(
-    "family,options",
-    [
-        ("dit", {"out_channels": 8, "qk_norm": False}),
-        ("sit", {"learn_sigma": True, "patch": 4}),
-        ("sit", {"width": 60, "heads": 5}),
-        ("uvit", {"mlp_time_embed": True, "conv": False, "depth": 5}),
-        ("uvit", {"label_rows": 0, "classes": 0}),
-    ],
-)
-def test_official_weights_tell_their_own_configuration(family: str, options: dict[str, Any]) -> None:
-    net = tiny(family, **options)
-    loaded, heads = load_official({"opt": {}, "ema": net.state_dict(), "model": {}}, family, heads=None)
-    x, t, _ = batch()
-    y = torch.zeros(3, dtype=torch.long)
-    assert heads == {}
-    loaded.time_scale = net.time_scale
-    assert torch.equal(loaded.eval()(x, t, y), net(x, t, y))
-    assert (loaded.info.depth, loaded.info.classes) == (net.info.depth, net.info.classes)
-
-
-def test_published_sizes_are_recognised() -> None:
-    net, _ = load_official(tiny("uvit").state_dict(), "uvit")
-    assert (net.info.size, net.time_scale) == ("ti/2", 1000.0)
-
-
-def test_heads_of_a_recipe_are_split_off() -> None:
-    stored = {"projectors.0.0.weight": torch.ones(2), "ap_head.linear1.bias": torch.zeros(3)}
-    _, heads = load_official(tiny("sit").state_dict() | stored, "sit")
-    assert heads.keys() == stored.keys()
-
-
-@pytest.mark.parametrize("change", ["unknown", "missing"])
-def test_unknown_and_missing_keys_are_named(change: str) -> None:
-    state = tiny("sit").state_dict()
-    if change == "unknown":
-        state["blocks.0.attn.rope"] = torch.zeros(1)
-    else:
-        del state["blocks.3.attn.proj.bias"]
-    with pytest.raises(UserError, match=rf"{change} keys: blocks.*attn"):
-        load_official(state, "sit")
-
-
-def test_weights_of_another_family_are_refused() -> None:
-    with pytest.raises(UserError, match=r"expected the weights of a uvit.*patch_embed"):
-        load_official(tiny("sit").state_dict(), "uvit")
-
-
-def test_unpublished_widths_ask_for_the_heads() -> None:
-    state = tiny("sit", width=60, heads=5, qk_norm=False).state_dict()
-    with pytest.raises(UserError, match="width 60; pass heads="):
-        load_official(state, "sit")
-
-
-def test_a_reversed_network_mirrors_time_and_velocity() -> None:
-    net = tiny("sit")
-    x, t, y = batch()
-    reversed_net = TimeReversed(net)
-    assert torch.equal(reversed_net(x, t, y), -net(x, 1 - t, y))
-    assert torch.equal(
-        reversed_net.features(x, t, y, indices=(2,))[2], net.features(x, 1 - t, y, indices=(2,))[2]
-    )
-
-
-def test_official_weights_load_from_both_kinds_of_file(tmp_path: Any) -> None:
-    net = tiny("sit")
-    torch.save({"ema": net.state_dict()}, tmp_path / "last.pt")
-    save_weights(net.state_dict(), tmp_path / "last.safetensors")
-    for file in ("last.pt", "last.safetensors"):
-        assert torch.equal(load_official(tmp_path / file, "sit")[0].eval()(*batch()), net(*batch()))
-
-
 def test_saved_weights_come_back_under_their_hash(tmp_path: Any) -> None:
     state = {"a": torch.randn(3, 2).T, "b": torch.arange(4)}
     file = tmp_path / "w.safetensors"
@@ -347,11 +282,3 @@ def test_damaged_weights_are_refused(tmp_path: Any) -> None:
         load_weights(file)
     with pytest.raises(UserError, match="not found"):
         load_weights(tmp_path / "none.safetensors")
-
-
-def test_a_truncated_pt_file_is_refused(tmp_path: Any) -> None:
-    file = tmp_path / "last.pt"
-    torch.save({"a": torch.randn(50)}, file)
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(UserError, match="truncated"):
-        load_official(file, "sit")

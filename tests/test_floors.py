@@ -14,7 +14,7 @@ FLOORS = (
     "errors rng flops contracts records assets",
     "layers adaln objectives samplers align teachers latents data checkpoints registry config resolve "
     "results schema journal environment images sources vae latent_store store_writer encoding prepare repa "
-    "collection prefetch prepared presets data_options outputs imagesets parts",
+    "official collection prefetch prepared presets data_options outputs imagesets parts",
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from stbench.align import projector
-from stbench.checkpoints import TimeReversed, load_official
 from stbench.contracts import Backbone
 from stbench.layers import sincos_2d, timestep_sinusoid, unpatchify
+from stbench.official import from_state
 from stbench.registry import BACKBONES, load_builtins, lookup
 from stbench.samplers import guide
 from stbench.testing.golden import Check, Golden, check
@@ -35,12 +35,29 @@ def noise_at_zero(meta: Mapping[str, Any]) -> bool:
     return "willisma/SiT" in meta["reference"]
 
 
+def original(meta: Mapping[str, Any]) -> str:
+    """What a user would type after --original; the files of U-ViT name no size, and are given their times."""
+    if family(meta) == "sit":
+        return "sit" if noise_at_zero(meta) else "repa"
+    return {"dit": "dit", "uvit": "uvit-discrete"}[family(meta)]
+
+
 def load_network(golden: Golden) -> tuple[Backbone, dict[str, Tensor]]:
-    """The file's network in its own direction of time, in eval mode, and the heads stored beside it."""
+    """The file's network in our direction of time, in eval mode, and the heads stored beside it."""
     load_builtins()
-    heads = int(golden.meta["config"]["num_heads"])
-    net, stored = load_official(golden.group("sd/"), family(golden.meta), heads=heads)
-    return net.eval().requires_grad_(False), stored
+    state = golden.group("sd/")
+    model = from_state(
+        state, golden.name, heads=int(golden.meta["config"]["num_heads"]), original=original(golden.meta)
+    )
+    return model.backbone, {key: state[key] for key in model.dropped}
+
+
+def load_unturned(golden: Golden) -> tuple[Backbone, dict[str, Tensor]]:
+    """The same in the file's own direction of time."""
+    net, stored = load_network(golden)
+    if noise_at_zero(golden.meta):
+        net.noise_at_zero = False  # type: ignore[assignment]
+    return net, stored
 
 
 def native_time(net: Backbone, t: Tensor) -> Tensor:
@@ -67,7 +84,7 @@ def captured(net: nn.Module, names: list[str], call: Callable[[], object]) -> di
 @check("backbone_")
 def backbone(golden: Golden) -> Iterator[Check]:
     """Output, every block's tokens, what is computed on the way, guided forward and projectors."""
-    net, stored = load_network(golden)
+    net, stored = load_unturned(golden)
     x, y, t = golden.t["in/x"], golden.t["in/y"], native_time(net, golden.t["in/t"])
     out, features = net.forward_intermediates(x, t, y, indices=range(net.info.depth))
     assert out is not None
@@ -79,7 +96,7 @@ def backbone(golden: Golden) -> Iterator[Check]:
         yield golden.compare(key, features[int(key.rsplit("_", 1)[1]) - 1], expected, TOLERANCE)
     yield from _on_the_way(golden, net)
     if noise_at_zero(golden.meta):
-        reversed_out = TimeReversed(net)(x, 1.0 - t, y)
+        reversed_out = load_network(golden)[0](x, 1.0 - t, y)
         yield golden.compare("time-reversed", reversed_out, -golden.t["out/model"], TOLERANCE)
     if "cfg/out" in golden.t:
         yield from _guided(golden, net)

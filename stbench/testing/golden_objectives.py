@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from stbench.checkpoints import TimeReversed
 from stbench.contracts import Backbone, Noised
 from stbench.objectives import (
     ImprovedDdpm,
@@ -20,7 +19,7 @@ from stbench.objectives import (
     scaled_linear_betas,
 )
 from stbench.testing.golden import Check, Golden, check
-from stbench.testing.golden_backbones import load_network, noise_at_zero
+from stbench.testing.golden_backbones import load_network
 
 TOLERANCE = 2e-5
 SCHEDULE = 1e-10
@@ -30,9 +29,7 @@ GRADIENT = 1e-4
 
 def network(golden: Golden) -> tuple[Backbone, dict[str, Tensor]]:
     """The network whose weights a golden file names, in our direction of time, and the heads beside it."""
-    weights = golden.weights()
-    net, heads = load_network(weights)
-    return TimeReversed(net).eval() if noise_at_zero(weights.meta) else net, heads
+    return load_network(golden.weights())
 
 
 def run(net: Backbone, noised: Noised, y: Tensor, *blocks: int) -> tuple[Tensor, list[Tensor]]:
