@@ -38,6 +38,9 @@ def sample(
     original: Annotated[
         str | None, typer.Option(help="Repository that --checkpoint is from, where its keys leave it open.")
     ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Its attention heads, where its width is no published one.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images in a network call on a GPU, and in a part.")] = 64,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16; the decoder is fp32.")] = "fp32",
@@ -51,7 +54,7 @@ def sample(
     asked = sampling.Asked(
         count, guidance, interval, channels, sampler, steps, labels, seed, batch, precision
     )
-    sampling.sample(sampling.origin(run, checkpoint, vae, original), asked, output, device)
+    sampling.sample(sampling.origin(run, checkpoint, vae, original, heads), asked, output, device)
 
 
 def evaluate(

@@ -48,6 +48,8 @@ class Origin:
     """Decoder of official weights: a diffusers folder, or a published name."""
     original: str | None = None
     """Repository of official weights whose keys leave it open."""
+    heads: int | None = None
+    """Attention heads of official weights of an unpublished width."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _official(origin: Origin, device: torch.device | str) -> Source:
     if origin.vae is None:
         raise UserError("official weights want a decoder: add --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder")
     vae = find_vae(origin.vae)
-    model = load_official(origin.path, weights="ema", original=origin.original)
+    model = load_official(origin.path, weights="ema", heads=origin.heads, original=origin.original)
     info = model.backbone.info
     if info.channels != vae.latent_channels:
         raise UserError(

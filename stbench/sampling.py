@@ -44,15 +44,21 @@ class Asked:
     precision: str = "fp32"
 
 
-def origin(run: Path | None, checkpoint: Path | None, vae: str | None, original: str | None) -> Origin:
+def origin(
+    run: Path | None,
+    checkpoint: Path | None,
+    vae: str | None = None,
+    original: str | None = None,
+    heads: int | None = None,
+) -> Origin:
     """Where the network comes from. Raises UserError unless exactly one of run and checkpoint is given."""
     if (run is None) == (checkpoint is None):
         found = "neither" if run is None else "both"
         raise UserError(f"expected a run folder or --checkpoint FILE, found {found}; give one of them")
     if checkpoint is not None:
-        return Origin(checkpoint, True, vae, original)
-    if vae is not None or original is not None:
-        raise UserError("--vae and --original are for --checkpoint: a run knows its own; leave them out")
+        return Origin(checkpoint, True, vae, original, heads)
+    if (vae, original, heads) != (None, None, None):
+        raise UserError("--vae, --original and --heads are for --checkpoint: a run knows its own; drop them")
     return Origin(run or Path())
 
 
