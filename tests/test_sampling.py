@@ -303,7 +303,7 @@ MISTAKES = {
     "suffix": (("nowhere", "--output", "x.png"), "ends in .npz, or a folder"),
     "twice": (("nowhere", "--output", "x", "--output", "./x"), "names one place twice"),
     "no decoder": (("--checkpoint", "x.pt"), "official weights want a decoder: add --vae"),
-    "guidance": (("nowhere", "--cfg", "0.5"), "0.5 is not in the range"),
+    "guidance": (("nowhere", "--cfg", "0.5"), "Invalid value for '--cfg'"),
 }
 
 
