@@ -23,6 +23,7 @@ from stbench.errors import UserError
 from stbench.evaluate import draw_labels, image_noise
 from stbench.evaluate.extractors import tensors_hash
 from stbench.latents import ROUNDING, to_uint8
+from stbench.official import load_official
 from stbench.registry import load_builtins
 from stbench.samplers import Guidance, sample
 from stbench.vae import find_vae
@@ -47,6 +48,8 @@ class Origin:
     """Decoder of official weights: a diffusers folder, or a published name."""
     original: str | None = None
     """Repository of official weights whose keys leave it open."""
+    heads: int | None = None
+    """Attention heads of official weights of an unpublished width."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +132,10 @@ def _run(origin: Origin, device: torch.device | str) -> Source:
 
 
 def _official(origin: Origin, device: torch.device | str) -> Source:
-    from stbench.official import load_official
-
     if origin.vae is None:
-        raise UserError(
-            "official weights want a decoder: give --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder"
-        )
+        raise UserError("official weights want a decoder: add --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder")
     vae = find_vae(origin.vae)
-    model = load_official(origin.path, weights="ema", original=origin.original)
+    model = load_official(origin.path, weights="ema", heads=origin.heads, original=origin.original)
     info = model.backbone.info
     if info.channels != vae.latent_channels:
         raise UserError(

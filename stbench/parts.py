@@ -5,10 +5,11 @@ The settings that made the images lie beside them, in the parts and in what they
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,21 @@ class Parts:
         self.output, self.settings, self.size = output, settings, size
         count = settings["count"]
         self.shards = [(start, min(start + size, count)) for start in range(0, count, size)]
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Own the folder for a `with` block; UserError if another process does. Leftovers of a kill go."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.folder} is in use by another process; wait for it or choose another --output"
+                ) from None
+            for leftover in self.folder.glob(".*.tmp"):
+                leftover.unlink()
+            yield
 
     def open(self) -> None:
         """Begin, or go on with, these settings. Raises UserError if the folder was begun with others."""

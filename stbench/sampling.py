@@ -44,15 +44,21 @@ class Asked:
     precision: str = "fp32"
 
 
-def origin(run: Path | None, checkpoint: Path | None, vae: str | None, original: str | None) -> Origin:
+def origin(
+    run: Path | None,
+    checkpoint: Path | None,
+    vae: str | None = None,
+    original: str | None = None,
+    heads: int | None = None,
+) -> Origin:
     """Where the network comes from. Raises UserError unless exactly one of run and checkpoint is given."""
     if (run is None) == (checkpoint is None):
         found = "neither" if run is None else "both"
         raise UserError(f"expected a run folder or --checkpoint FILE, found {found}; give one of them")
     if checkpoint is not None:
-        return Origin(checkpoint, True, vae, original)
-    if vae is not None or original is not None:
-        raise UserError("--vae and --original are for --checkpoint: a run knows its own; leave them out")
+        return Origin(checkpoint, True, vae, original, heads)
+    if (vae, original, heads) != (None, None, None):
+        raise UserError("--vae, --original and --heads are for --checkpoint: a run knows its own; drop them")
     return Origin(run or Path())
 
 
@@ -113,18 +119,26 @@ def draw(
     if not missing:
         return settings
     parts = Parts(outputs[0], settings, shard_size(order, devices[0]))
-    parts.open()
+    with parts.lock():
+        parts.open()
+        _fill(origin, source, order, devices, parts)
+        labels = draw_labels(order.labels, order.count, source.backbone.info.classes, order.seed)
+        for output in missing:
+            join(parts, output, settings, labels.numpy())
+        parts.close()
+    return settings
+
+
+def _fill(
+    origin: Origin, source: Source, order: Order, devices: Sequence[torch.device], parts: Parts
+) -> None:
+    """Draw every shard that is missing."""
     todo = parts.missing()
     with _progress(order.count) as report:
-        if len(devices) == 1:
-            _draw_here(origin, source, order, devices[0], parts, todo, report)
-        elif todo:
+        if len(devices) > 1 and todo:
             _draw_apart(origin, order, devices, parts, todo, report)
-    labels = draw_labels(order.labels, order.count, source.backbone.info.classes, order.seed)
-    for output in missing:
-        join(parts, output, settings, labels.numpy())
-    parts.close()
-    return settings
+        elif todo:
+            _draw_here(origin, source, order, devices[0], parts, todo, report)
 
 
 def shard_size(order: Order, device: torch.device) -> int:
@@ -142,8 +156,6 @@ def _draw_here(
     todo: Sequence[tuple[int, int]],
     report: Report,
 ) -> None:
-    if not todo:
-        return
     if source is None or device.type != "cpu":
         source = open_source(origin, device)
     painter = Painter(source, order, device)

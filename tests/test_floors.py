@@ -12,15 +12,16 @@ ROOT = Path(__file__).parents[1]
 PLUGINS = ("backbones", "recipes", "examples")
 FLOORS = (
     "errors rng flops contracts records assets",
-    "layers adaln objectives samplers align teachers latents data checkpoints official registry config resolve "
-    "initial results schema journal environment images sources vae latent_store store_writer encoding prepare "
-    "repa collection prefetch prepared presets data_options outputs imagesets parts",
+    "layers adaln objectives samplers align teachers latents data checkpoints official registry config "
+    "resolve initial results schema journal environment images sources vae latent_store store_writer "
+    "encoding prepare repa collection prefetch prepared presets data_options outputs imagesets parts",
     "backbones recipes examples",
     "stage evaluate store",
     "hooks plan testing bench probe",
     "engine trainer revisit painter sampling asked board budgets compare groups leaderboard reported "
     "standing stats report sections summary tables figures specify suite executor sweep monitor export",
-    "options cli cli_data cli_sweep cli_export commands listing data_commands scoring sweeping child __main__",
+    "options cli cli_data cli_samples cli_sweep cli_export commands listing data_commands scoring sweeping "
+    "child __main__",
 )
 """Rooms by floor, the lowest first; a room is a module of stbench or a folder of that name."""
 PRINT = {
@@ -35,7 +36,7 @@ FENCES = {
     "mmengine": {"registry", "resolve", "hooks"},
     "diffusers": {"latents"},
     "torch_fidelity": {"evaluate"},
-    "typer": {"cli", "cli_data", "cli_sweep", "options"},
+    "typer": {"cli", "cli_data", "cli_export", "cli_samples", "cli_sweep", "options"},
 }
 """Package -> the rooms that may import it; the longest name that fits decides."""
 HEAVY = ("torch", "torchvision", "timm", "diffusers", "mmengine", "torch_fidelity", "sklearn", "scipy")

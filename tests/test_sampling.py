@@ -123,6 +123,17 @@ def test_what_is_made_is_left_alone_and_other_settings_are_refused(run: Origin, 
         drawn(run, tmp_path / "b.npz")
 
 
+def test_two_commands_do_not_fill_one_output(run: Origin, tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    with (
+        Parts(file, {"count": 1}, 1).lock(),
+        pytest.raises(UserError, match="a.npz.parts is in use by another"),
+    ):
+        drawn(run, file)
+    (tmp_path / "a.npz.parts" / ".00000000.npy.1.tmp").write_bytes(b"left by a kill")
+    assert len(drawn(run, file)) == COUNT
+
+
 def full_after(allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the given number of synced files on, the disk is full: what a file system says late, at fsync."""
     sync, calls = os.fsync, iter(range(10**6))
@@ -292,7 +303,7 @@ MISTAKES = {
     "suffix": (("nowhere", "--output", "x.png"), "ends in .npz, or a folder"),
     "twice": (("nowhere", "--output", "x", "--output", "./x"), "names one place twice"),
     "no decoder": (("--checkpoint", "x.pt"), "official weights want a decoder: add --vae"),
-    "guidance": (("nowhere", "--cfg", "0.5"), "0.5 is not in the range"),
+    "guidance": (("nowhere", "--cfg", "0.5"), "Invalid value for '--cfg'"),
 }
 
 

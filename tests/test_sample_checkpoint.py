@@ -1,0 +1,101 @@
+"""`stbench sample --checkpoint`: official weights with a decoder, drawn as a run's are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stbench import sampling
+from stbench.backbones.sit import SiT
+from stbench.errors import UserError
+from stbench.objectives import LinearFlow
+from stbench.painter import Origin, open_source
+from stbench.samplers import Guidance
+from stbench.sampling import Asked
+from tests.datafiles import make_vae
+from tests.test_cli import Command, stbench
+
+__all__ = ["stbench"]
+
+
+def network(channels: int = 4) -> SiT:
+    """A SiT of published width, one block deep, nothing in it zero."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = SiT(
+            channels=channels,
+            input_size=4,
+            classes=10,
+            out_channels=channels,
+            size="custom",
+            width=384,
+            depth=1,
+            heads=6,
+            patch=2,
+        )
+        for parameter in net.parameters():
+            torch.nn.init.normal_(parameter, std=0.03)
+    return net
+
+
+@pytest.fixture()
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """A training checkpoint in REPA's layout, and an autoencoder in diffusers'."""
+    ema = network().state_dict()
+    raw = {key: torch.zeros_like(value) for key, value in ema.items()}
+    torch.save({"model": raw, "ema": ema, "steps": 7}, tmp_path / "last.pt")
+    return tmp_path / "last.pt", make_vae(tmp_path / "vae")
+
+
+def origin(files: tuple[Path, Path], **changes: Any) -> Origin:
+    return Origin(files[0], True, str(files[1]), **({"original": "repa"} | changes))
+
+
+def test_official_weights_are_the_ema_with_published_settings(files: tuple[Path, Path]) -> None:
+    source = open_source(origin(files))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.backbone.parameters(), network().parameters(), strict=True)
+    )
+    assert isinstance(source.objective, LinearFlow)
+    order = sampling.order_of(Asked(5, 1.8), source)
+    assert (order.sampler, order.steps, order.labels) == ("euler-maruyama", 250, "random")
+    assert order.guidance == Guidance(1.8, 0.0, 1.0)
+
+
+def test_latents_are_unscaled_decoded_and_rounded_once(files: tuple[Path, Path]) -> None:
+    from stbench.vae import find_vae
+
+    z, vae = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), find_vae(str(files[1]))
+    with torch.no_grad():
+        decoded = vae.load().vae.decode(z / vae.scale).sample  # type: ignore[operator]
+    expected = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    assert torch.equal(open_source(origin(files)).decode(z), expected)
+
+
+def test_a_checkpoint_is_drawn_by_the_command_alike_by_two_processes(
+    files: tuple[Path, Path], tmp_path: Path, stbench: Command
+) -> None:
+    common = ("sample", "--checkpoint", files[0], "--original", "repa", "--vae", files[1], "-n", 40)
+    common = (*common, "--cfg", 1.8, "--interval", 0, 0.7, "--steps", 2, "--batch", 32)
+    for name, device in {"a": "cpu", "b": "cpu,cpu"}.items():
+        code, _, err = stbench(*common, "--device", device, "--output", tmp_path / f"{name}.npz")
+        assert code == 0, err
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in "ab")
+    assert one["arr_0"].shape == (40, 32, 32, 3) and np.array_equal(one["arr_0"], two["arr_0"])
+    assert 0 <= one["labels"].min() < one["labels"].max() < 10
+
+
+def test_another_decoder_or_none_is_one_line(files: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="official weights want a decoder: add --vae"):
+        open_source(Origin(files[0], True))
+    with pytest.raises(UserError, match="expected an autoencoder"):
+        open_source(Origin(files[0], True, str(files[0].parent / "gone"), "repa"))
+    torch.save(network(16).state_dict(), files[0])
+    with pytest.raises(UserError, match=r"makes latents of 16 channels, .* decodes 4; give the autoencoder"):
+        open_source(origin(files))
+    with pytest.raises(UserError, match="weights not found|not there|expected"):
+        open_source(Origin(files[0].with_name("gone.pt"), True, str(files[1]), "repa"))
