@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stbench.errors import UserError
 
-CHECK_MODULES = ("golden_backbones", "golden_losses", "golden_samplers")
+CHECK_MODULES = ("golden_backbones", "golden_losses", "golden_baselines", "golden_samplers")
 
 
 @dataclass(frozen=True)
