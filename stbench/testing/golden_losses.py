@@ -1,4 +1,4 @@
-"""Golden checks of the two stages of Self-Transcendence, and what checks of losses share. Blocks count from 1."""
+"""Golden checks of Self-Transcendence's two stages, and what checks of losses share. Blocks count from 1."""
 
 from __future__ import annotations
 
