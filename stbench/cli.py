@@ -111,7 +111,7 @@ def run(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of the last stage.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random in training.")] = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, tf32 or bf16; default: bf16 where the hardware has it.")
+        str | None, typer.Option(help="fp32, tf32 or bf16; default: bf16 on a GPU that has it, else fp32.")
     ] = None,
     eval_guidance: Annotated[
         str | None, typer.Option(help="Guidance scales to evaluate at, such as 1.0,1.5,2.0.")

@@ -56,19 +56,14 @@ def pick_devices(names: str) -> list[torch.device]:
 
 
 def default_precision(device: torch.device) -> str:
-    """bf16 where the hardware multiplies it natively, else fp32."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    flags = _cpu_flags()
-    return "bf16" if flags & {"avx512_bf16", "amx_bf16"} else "fp32"
+    """bf16 on a GPU that multiplies it natively, else fp32.
 
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux: nothing known of bf16 there
-        return set()
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+    On a CPU always fp32: with the same avx512_bf16 flag bf16 steps took 0.6 times as long as fp32 on one
+    processor and 1.45 times on another, and runs of two precisions cannot stand in one table.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16"
+    return "fp32"
 
 
 def environment(device: torch.device, plugins: Mapping[str, str]) -> Environment:
