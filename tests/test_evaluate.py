@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -25,7 +26,9 @@ from stbench.evaluate import (
     EXTRAS,
     METRICS,
     draw_labels,
+    drawing,
     extract,
+    fidelity,
     frechet_distance,
     generate,
     get_extractor,
@@ -169,6 +172,23 @@ def test_accuracy_compares_with_the_labels_asked_for(digits: Dataset, cache_dir:
     assert metrics(images, digits, ["accuracy"], cache_dir, labels)["accuracy"] > 0.97
     assert metrics(images, digits, ["accuracy"], cache_dir, (labels + 1) % 10)["accuracy"] < 0.03
     assert metrics(images, digits, ["accuracy", "is"], cache_dir).keys() == {"is"}
+
+
+def test_metrics_that_do_not_fit_a_data_set_are_left_out(
+    digits: Dataset, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = digits.heldout_images()[:50], digits.heldout()[1][:50]
+    monkeypatch.setattr(fidelity, "PIXELS", 32 * 32 - 1)
+    assert "nn_distance" not in metrics(images, digits, ["fid", "nn_distance"], cache_dir)
+    other = copy.copy(digits)
+    other.classes = 1000
+    assert "accuracy" not in metrics(images, other, ["fid", "accuracy"], cache_dir, labels)
+
+
+def test_validation_loss_is_the_same_in_parts(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = validation_loss(Stand(), LinearFlow(), digits, seed=0, device="cpu")
+    monkeypatch.setattr(drawing, "HELDOUT_BATCH", 100)
+    assert validation_loss(Stand(), LinearFlow(), digits, seed=0, device="cpu") == pytest.approx(whole)
 
 
 def test_every_listed_metric_is_computed_and_finite(digits: Dataset, cache_dir: Path) -> None:

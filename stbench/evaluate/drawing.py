@@ -23,6 +23,8 @@ from stbench.samplers import Guidance, Noise, sample
 
 BLOCK = 50
 """Images whose evaluation noise shares one generator."""
+HELDOUT_BATCH = 512
+"""Held-out images of one forward."""
 BINS = 10
 """Equal bins of t in which the held-out loss is recorded."""
 
@@ -109,9 +111,14 @@ def validation_loss(
         draw = generator(seed, "validation", index)
         t = (index + torch.rand(len(x0), generator=draw, dtype=torch.float64)) / BINS
         noise = torch.randn(x0.shape, generator=draw).to(device)
-        noised = objective.at(x0, noise, t)
-        prediction = backbone(noised.x_t, noised.t, y)
-        losses.append(float(objective.loss(prediction, noised).double().mean()))
+        parts = []
+        for clean, eps, time, labels in zip(
+            *(v.split(HELDOUT_BATCH) for v in (x0, noise, t, y)), strict=True
+        ):
+            noised = objective.at(clean, eps, time)
+            prediction = backbone(noised.x_t, noised.t, labels)
+            parts.append(objective.loss(prediction, noised).double())
+        losses.append(float(torch.cat(parts).mean()))
     return losses
 
 

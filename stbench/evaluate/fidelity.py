@@ -32,6 +32,8 @@ BASIC = ("fid", "fid_all", "is", "accuracy")
 EXTRAS = ("kid", "precision", "recall", "nn_distance", "nn_distance_heldout")
 """Metrics that a preset may leave to the last point."""
 
+PIXELS = 3 * 64 * 64
+"""Values of an image up to which nearest neighbours are looked for: beyond, they cost much and say little."""
 FEWEST = 10
 """Images below which the inception score's ten splits are empty."""
 
@@ -43,7 +45,8 @@ METRICS = {
     "kid": "kernel distance: unbiased cubic MMD of features to the training images; lower is better",
     "precision": "share of samples inside the training images' 3-nearest-neighbour balls",
     "recall": "share of training images inside the samples' 3-nearest-neighbour balls",
-    "nn_distance": "mean distance of a sample to its nearest training image, RMS over pixels in [0,1]",
+    "nn_distance": "mean distance of a sample to its nearest training image, RMS over pixels in [0,1]; "
+    "of images up to 64x64",
     "nn_distance_heldout": "the same for held-out images: samples far below it have been memorised",
 }
 """Every metric and what it means."""
@@ -107,7 +110,9 @@ def metrics(
 ) -> dict[str, float]:
     """The metrics `names` of uint8 images (N,c,H,W); `labels` (N,) are what they were asked to show.
 
-    "accuracy" is left out without labels. Raises UserError for an unknown name and for fewer than 10 images.
+    "accuracy" is left out without labels and where the extractor's classes are not the data set's,
+    "nn_distance*" for images of more than 64x64 pixels. Raises UserError for an unknown name and for fewer
+    than 10 images.
     """
     for name in names:
         if name not in METRICS:
@@ -139,10 +144,13 @@ def metrics(
         "kid": lambda: kernel_distance(features, main_features()),
         "precision": lambda: precision_recall()[KEY_METRIC_PRECISION],
         "recall": lambda: precision_recall()[KEY_METRIC_RECALL],
-        "nn_distance": lambda: nearest_distance(images, dataset.train_images()),
-        "nn_distance_heldout": lambda: nearest_distance(dataset.heldout_images(), dataset.train_images()),
     }
-    if labels is not None:
+    if images[0].numel() <= PIXELS:
+        compute["nn_distance"] = lambda: nearest_distance(images, dataset.train_images())
+        compute["nn_distance_heldout"] = lambda: nearest_distance(
+            dataset.heldout_images(), dataset.train_images()
+        )
+    if labels is not None and logits.shape[1] == dataset.classes:
         compute["accuracy"] = lambda: float((logits.argmax(1) == labels.cpu()).double().mean())
     return {name: compute[name]() for name in names if name in compute}
 
