@@ -112,9 +112,8 @@ def validation_loss(
         t = (index + torch.rand(len(x0), generator=draw, dtype=torch.float64)) / BINS
         noise = torch.randn(x0.shape, generator=draw).to(device)
         parts = []
-        for clean, eps, time, labels in zip(
-            *(v.split(HELDOUT_BATCH) for v in (x0, noise, t, y)), strict=True
-        ):
+        columns = [torch.split(values, HELDOUT_BATCH) for values in (x0, noise, t, y)]
+        for clean, eps, time, labels in zip(*columns, strict=True):
             noised = objective.at(clean, eps, time)
             prediction = backbone(noised.x_t, noised.t, labels)
             parts.append(objective.loss(prediction, noised).double())
