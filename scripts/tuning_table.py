@@ -1,7 +1,8 @@
 """The trials of a tuning as CSV: one line a run, its settings, its FID without guidance, and what was chosen.
 
 Usage: python scripts/tuning_table.py FOLDER > results/digits/tuning.csv. Chosen are the learning rate of
-vanilla and each recipe's options with the lowest mean over the seeds, within one backbone and objective.
+vanilla and each recipe's options with the lowest mean over the seeds, within one backbone, objective and
+length; a trial of which a seed is missing or failed is not chosen.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ def table(records: Iterable[RunRecord]) -> list[dict[str, Any]]:
     for one in rows:
         if one["fid"] != "":
             trials.setdefault(trial(one), []).append(one["fid"])
+    most = max(map(len, trials.values()), default=0)
     best: dict[tuple[Any, ...], float] = {}
     for key, fids in trials.items():
-        best[key[:3]] = min(best.get(key[:3], float("inf")), mean(fids))
+        if len(fids) == most:
+            best[key[:4]] = min(best.get(key[:4], float("inf")), mean(fids))
     for one in rows:
-        one["mean_fid"] = mean(trials[trial(one)]) if trial(one) in trials else ""
-        one["chosen"] = one["mean_fid"] == best.get(trial(one)[:3])
+        fids = trials.get(trial(one), [])
+        one["mean_fid"] = mean(fids) if fids else ""
+        one["chosen"] = len(fids) == most and one["mean_fid"] == best[trial(one)[:4]]
     return sorted(
         rows,
         key=lambda one: [str(one[name]) for name in ("backbone", "recipe")] + [one["lr"], one["options"]],
@@ -56,7 +60,7 @@ def table(records: Iterable[RunRecord]) -> list[dict[str, Any]]:
 
 def trial(one: dict[str, Any]) -> tuple[Any, ...]:
     """What the seeds of a trial share: first what it competes within, then what it chose."""
-    return one["backbone"], one["objective"], one["recipe"], one["lr"], one["options"], one["steps"]
+    return one["backbone"], one["objective"], one["recipe"], one["steps"], one["lr"], one["options"]
 
 
 def main(folder: Path) -> None:

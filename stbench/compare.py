@@ -147,9 +147,9 @@ def _unpaired(groups: Sequence[Group], base: Group | None) -> list[str]:
     """The seeds that are in a row's mean and not in its test."""
     if base is None:
         return []
-    alone = {group.label: sorted(group.runs.keys() - base.runs.keys()) for group in groups}
+    alone = [(group.label, sorted(group.runs.keys() - base.runs.keys())) for group in groups]
     return [
         f"{label}: no {BASELINE} of seed {', '.join(map(str, seeds))}; in the means, not in ratio and verdict"
-        for label, seeds in alone.items()
+        for label, seeds in alone
         if seeds
     ]

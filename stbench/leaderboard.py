@@ -34,6 +34,8 @@ class Versus:
     p: float | None
     """Holm-adjusted p-value; None without a test."""
     verdict: str
+    interval: tuple[float, float] | None = None
+    """95 % interval of the ratio from the paired log differences, not adjusted; None without a test."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from stbench.groups import Group
 from stbench.leaderboard import Guided, Interval, Reach, Standing, Versus
-from stbench.stats import Cell, cell, crossing, holm, mean, paired_p
+from stbench.stats import Cell, cell, crossing, holm, mean, paired_interval, paired_p
 
 BASELINE = "vanilla"
 """The recipe, without options, that every other row is measured against."""
@@ -152,13 +152,14 @@ def _versus(
         return Versus(None, None, words[1])
     logs = [math.log(own[seed]) - math.log(theirs[seed]) for seed in own if seed in theirs]
     ratio = math.exp(mean(logs)) if logs else None
-    if any(claim.failed for claim in place.group.unfinished):
+    if any(claim.failed for group in (place.group, anchor.group) for claim in group.unfinished):
         return Versus(ratio, None, "a seed failed")
     if not all(map(math.isfinite, logs)):
         return Versus(ratio, None, "no finite FID")
     if len(logs) < MIN_SEEDS:
         return Versus(ratio, None, "too few seeds")
-    return Versus(ratio, paired_p(logs), "")
+    low, high = paired_interval(logs)
+    return Versus(ratio, paired_p(logs), "", (math.exp(low), math.exp(high)))
 
 
 def _reach(place: Place, anchor: Place | None) -> Reach | None:

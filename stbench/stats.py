@@ -77,6 +77,24 @@ def student_p(t: float, dof: int) -> float:
     return max(0.0, 1.0 - inside)
 
 
+def student_quantile(p: float, dof: int) -> float:
+    """The t whose two-sided p-value is `p`, for whole degrees of freedom, by bisection."""
+    low, high = 0.0, 1.0
+    while student_p(high, dof) > p:
+        high *= 2.0
+    for _ in range(100):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if student_p(middle, dof) > p else (low, middle)
+    return high
+
+
+def paired_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Interval of confidence `level` of the mean of 2 or more differences (Student's t)."""
+    count = len(differences)
+    half = student_quantile(1.0 - level, count - 1) * deviation(differences) / math.sqrt(count)
+    return mean(differences) - half, mean(differences) + half
+
+
 def paired_p(differences: Sequence[float]) -> float:
     """Two-sided p-value of a paired t-test on 2 or more differences; without spread 0, or 1 if all are 0."""
     centre, spread = mean(differences), deviation(differences)

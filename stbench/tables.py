@@ -79,11 +79,11 @@ def sections(table: Table) -> list[Section]:
     same = table.paid_images == table.student_images
     if same:
         title += "; no row has an earlier stage, so this is also everything paid"
-    budgets = [_quality(table, title), _verdicts(table, lambda row: row.student)]
+    budgets = [_quality(table, title), *_verdict_pair(table, lambda row: row.student)]
     races, costs = [_race(table, lambda row: row.student)], [_cost(table)]
     if not same:
         title = f"Everything paid: {count(table.paid_images)} images of all stages together"
-        budgets += [_quality_paid(table, title), _verdicts(table, lambda row: row.paid)]
+        budgets += [_quality_paid(table, title), *_verdict_pair(table, lambda row: row.paid)]
         races += [_race(table, lambda row: row.paid)]
         costs += [_cost_paid(table)]
     return [*budgets, _along(table), *(race for race in races if race), *costs]
@@ -144,22 +144,26 @@ def _quality_paid(table: Table, title: str) -> Section:
     )
 
 
-def _verdicts(table: Table, side: Side) -> Section:
+def _verdict_pair(table: Table, side: Side) -> list[Section]:
+    return [_verdicts(table, side, guided=guided) for guided in (False, True)]
+
+
+def _verdicts(table: Table, side: Side, guided: bool) -> Section:
     lines = []
     for row, name in names(table):
         if isinstance(row, Absent):
-            lines.append((name, NONE, NONE, shorten(row.state, STATE, placeholder=" ..."), *[NONE] * 3))
+            lines.append((name, *[NONE] * 3, shorten(row.state, STATE, placeholder=" ...")))
         else:
-            plain, guided = side(row).plain, side(row).best
-            lines.append((name, *_versus(plain), *_versus(guided)))
-    title = f"Against {BASELINE} at the same budget: without guidance; both at their own best"
-    header = ("recipe", "ratio", "p", "verdict", "best: ratio", "p", "verdict")
-    return Section(title, header, _lines(lines), frozenset({0, 3, 6}))
+            lines.append((name, *_versus(side(row).best if guided else side(row).plain)))
+    how = "both at their own best guidance" if guided else "without guidance"
+    header = ("recipe", "ratio", "95 % interval", "p (Holm)", "verdict")
+    return Section(f"Against {BASELINE} at the same budget, {how}", header, _lines(lines), frozenset({0, 4}))
 
 
-def _versus(versus: Versus) -> tuple[str, str, str]:
+def _versus(versus: Versus) -> tuple[str, ...]:
     p = NONE if versus.p is None else "<0.001" if versus.p < 0.001 else f"{versus.p:.3f}"
-    return ratio(versus), p, versus.verdict
+    interval = NONE if versus.interval is None else "{:.2f} to {:.2f}".format(*versus.interval)
+    return ratio(versus), interval, p, versus.verdict
 
 
 def _along(table: Table) -> Section:

@@ -64,7 +64,7 @@ def test_a_row_without_a_finished_seed_is_shown_with_its_state(tmp_path: Path) -
     assert any(note.startswith("taught seed 1: failed: loss is nan") for note in made.notes)
     text = report.render(leaderboard([run(tmp_path, "vanilla", 0)], entries), "md")
     assert "| taught | (0 1) waiting, failed | - | - | - | - |" in text
-    assert "| taught | - | - | waiting (seed 0); failed: loss is nan (seed 1) | - | - | - |" in text
+    assert "| taught | - | - | - | waiting (seed 0); failed: loss is nan (seed 1) |" in text
 
 
 def test_a_missing_seed_stands_in_brackets_with_a_note(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from stbench.compare import leaderboard
 from stbench.errors import UserError
 from stbench.leaderboard import Row, Table
 from stbench.records import RunRecord
-from stbench.stats import cell, crossing, holm, paired_p, student_p, value_at
+from stbench.stats import cell, crossing, holm, paired_interval, paired_p, student_p, value_at
 from stbench.testing.runs import LONG, STEPS, build, digits
 
 
@@ -93,6 +93,27 @@ def test_paired_p_by_hand() -> None:
     assert paired_p([1.0, 2.0, 3.0]) == pytest.approx(1 - t / math.sqrt(t * t + 2))
     assert paired_p([1.0, 1.0]) == 0
     assert paired_p([0.0, 0.0, 0.0]) == 1
+
+
+def test_paired_interval_by_hand() -> None:
+    # mean 2, standard deviation 1, t = 4.30265 at 2 degrees of freedom
+    half = 4.30265 / math.sqrt(3)
+    assert paired_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - half, 2 + half), rel=1e-5)
+    assert paired_interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+def test_the_interval_of_a_ratio_holds_it_and_excludes_1_only_where_the_test_rejects(tmp_path: Path) -> None:
+    records = seeds(tmp_path, "vanilla", [1.0, 1.1, 0.9]) + seeds(tmp_path, "fast", [0.5, 0.57, 0.44])
+    versus = row(records, "fast").student.plain
+    assert versus.interval is not None and versus.ratio is not None
+    assert versus.interval[0] < versus.ratio < versus.interval[1] < 1.0
+    assert versus.verdict == "better"
+
+
+def test_a_failed_baseline_seed_leaves_no_verdicts(tmp_path: Path) -> None:
+    records = seeds(tmp_path, "vanilla", [1.0, 1.1, 0.9]) + seeds(tmp_path, "fast", [0.5, 0.57, 0.44, 0.5])
+    records.append(build(tmp_path, "vanilla", 3, [16.0], status="failed"))
+    assert row(records, "fast").student.plain.verdict == "a seed failed"
 
 
 def test_holm_by_hand() -> None:

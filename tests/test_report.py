@@ -79,7 +79,7 @@ def test_tex_is_balanced_and_escaped(tmp_path: Path) -> None:
     records = [build(tmp_path, "a_b&c%", 0, [16.0, 4.0, 1.0], options={"x": "{1}"})]
     text = report.render(leaderboard(records), "tex")
     code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
-    assert code.count("\\begin{tabular}") == code.count("\\end{tabular}") == 4
+    assert code.count("\\begin{tabular}") == code.count("\\end{tabular}") == 5
     assert r"a\_b\&c\% (x=\{1\})" in code
     for grid in code.split("\\begin{tabular}{")[1:]:
         columns = grid.index("}")
