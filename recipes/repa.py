@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -17,6 +18,8 @@ from stbench import align, teachers
 from stbench.contracts import BackboneInfo, Recipe, Stage, Step, Term
 from stbench.errors import UserError
 from stbench.registry import RECIPES
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -38,6 +41,14 @@ class Repa(Recipe):
     def needs(self) -> str:
         """The encoders."""
         return ", ".join(source.needs for source in self.sources)
+
+    @property
+    def contents(self) -> Mapping[str, Any]:
+        """Names of networks, and hashes of the files that options name."""
+        return {
+            "encoder": [s.sha256 if s.kind == "cached" else s.name for s in self.sources],
+            "checkpoint": [s.sha256 for s in self.sources],
+        }
 
     @property
     def images(self) -> bool:
@@ -92,7 +103,7 @@ def repa(
     info: BackboneInfo,
     *,
     encoder: str | Sequence[str] | None = None,
-    checkpoint: str | Sequence[str] | None = None,
+    checkpoint: str | Sequence[str | None] | None = None,
     block: int | None = None,
     weight: NonNegativeFloat = 0.5,
     hidden: PositiveInt | None = None,
@@ -107,7 +118,7 @@ def repa(
     """
     tiny = info.size.startswith("ti")
     names = _listed(encoder) or [teachers.DIGITS if tiny else teachers.DINOV2]
-    files: Sequence[str | None] = _listed(checkpoint) or [None] * len(names)
+    files = _listed(checkpoint) or [None] * len(names)
     if len(files) != len(names):
         raise UserError(
             f"recipe.checkpoint wants a file for each of {len(names)} encoders, found {len(files)}; "
@@ -121,5 +132,5 @@ def repa(
     return [Stage("repa", lambda earlier: recipe)]
 
 
-def _listed(value: str | Sequence[str] | None) -> list[str]:
+def _listed(value: str | Sequence[T] | None) -> list[str | T]:
     return [value] if isinstance(value, str) else list(value or ())

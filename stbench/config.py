@@ -223,12 +223,17 @@ class Hashes:
     """`train` without recipe, recipe options, earlier stages and seed: what the rows of one table share."""
 
 
-def hashes(spec: RunSpec, earlier_steps: Sequence[int], dataset_fingerprint: str) -> Hashes:
-    """The run's hashes; `earlier_steps` are the lengths of the stages before the last."""
+def hashes(
+    spec: RunSpec, earlier_steps: Sequence[int], dataset_fingerprint: str, contents: Mapping[str, Any]
+) -> Hashes:
+    """The run's hashes; `earlier_steps` are the lengths of the stages before the last, `contents` what stands
+    for recipe options that name files.
+    """
+    resolved = spec.recipe.resolved
     setting = setting_fields(spec, dataset_fingerprint)
     recipe = {
         "name": spec.recipe.name,
-        "options": spec.recipe.resolved,
+        "options": {k: v if v is None else contents.get(k, v) for k, v in resolved.items()},
         "plugin": plugin_hash(lookup(RECIPES, spec.recipe.name)),
         "earlier_steps": list(earlier_steps),
     }

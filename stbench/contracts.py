@@ -310,6 +310,13 @@ class Recipe(ABC):
         return ""
 
     @property
+    def contents(self) -> Mapping[str, Any]:
+        """For options that name files: what stands for them in hashes, so that a moved file is the same
+        run.
+        """
+        return {}
+
+    @property
     def images(self) -> bool:
         """Whether `step.batch.extras["images"]` must hold the clean images, uint8 (B,c,H,W)."""
         return False

@@ -33,7 +33,8 @@ def prepare(spec: RunSpec) -> tuple[Dataset, list[StageJob], Hashes]:
     dataset = get_dataset(spec.dataset, spec.data)
     info = build_backbone(spec.backbone, spec.objective, dataset, "meta").info
     jobs = plan(spec, info)
-    return dataset, jobs, hashes(spec, [job.steps for job in jobs[:-1]], dataset.fingerprint)
+    contents = {name: value for recipe in planned_recipes(jobs) for name, value in recipe.contents.items()}
+    return dataset, jobs, hashes(spec, [job.steps for job in jobs[:-1]], dataset.fingerprint, contents)
 
 
 def run(spec: RunSpec, options: Options, hooks: Sequence[Hook] = ()) -> tuple[RunRecord, bool]:
@@ -77,20 +78,21 @@ def _open(folder: RunFolder, spec: RunSpec, jobs: list[StageJob], hashed: Hashes
         return True
     known = folder.spec()
     done, asked = int(known["train"]["steps"]), spec.train.steps
+    where = ("points", "extras")  # a continued run has more of them; what a point measures is the rest
+    begun, now = ({k: v for k, v in side["eval"].items() if k not in where} for side in (known, content))
     finished = folder.status().get("state") == "finished"
+    if begun != now:
+        raise UserError(
+            f"run {folder.path} was begun under other evaluation settings; "
+            + ("evaluate it again with `stbench evaluate`" if finished else "use the same ones")
+            + ", or choose another --output"
+        )
     if finished and asked <= done:
         return False
     if asked < done:
         raise UserError(
             f"run {folder.path} was begun with --steps {done}, found --steps {asked}; "
             f"type --steps {done} to finish it"
-        )
-    where = ("points", "extras")  # a continued run has more of them; what a point measures is the rest
-    begun, now = ({k: v for k, v in side["eval"].items() if k not in where} for side in (known, content))
-    if begun != now:
-        raise UserError(
-            f"run {folder.path} was begun under other evaluation settings; "
-            f"use the same ones, another --output, or `stbench evaluate` once it is finished"
         )
     folder.write_status(
         "running", pid=os.getpid()

@@ -152,7 +152,7 @@ def _plain(value: Any) -> Any:
 
 
 def rehearse(job: StageJob, recipe: Recipe, spec: RunSpec, dataset: Any, draws: int = 4) -> Cost:
-    """Expected training FLOPs of a stage: a few steps without data or memory (meta device), averaged.
+    """Expected training FLOPs of a stage: a few steps spread over it, without data or memory, averaged.
 
     `dataset` gives channels, input_size, classes and size. The realised subset sizes vary around this figure.
     """
@@ -162,7 +162,7 @@ def rehearse(job: StageJob, recipe: Recipe, spec: RunSpec, dataset: Any, draws: 
     shape = (dataset.channels, dataset.input_size, dataset.input_size)
     size = spec.train.batch
     for draw in range(draws):
-        rng = Rng(spec.seed, draw * size, size)
+        rng = Rng(spec.seed, draw * job.steps // draws * size, size)
         x0 = torch.empty(size, *shape, device="meta")
         labels = torch.empty(size, dtype=torch.long, device="meta")
         images = torch.empty(size, *dataset.image_shape, dtype=torch.uint8, device="meta")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -27,7 +28,6 @@ DIGITS = "digits"
 """The shipped encoder of the embedded digits."""
 DINOV2 = "vit_base_patch14_dinov2.lvd142m"
 """timm's name of DINOv2-B/14, REPA's default."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,11 @@ def source(name: str, checkpoint: Path | None = None) -> Source:
     """What `name` means: "digits", a cache folder made by `cache_tokens`, or a timm model (optionally with
     local weights). Raises UserError for what is missing or unknown.
     """
+    if checkpoint is not None and (name == DIGITS or (Path(name) / "tokens.json").is_file()):
+        raise UserError(
+            f"recipe.checkpoint={checkpoint} has no meaning for encoder '{name}', which has its own; "
+            f"leave it out (null in a list)"
+        )
     if name == DIGITS:
         asset = asset_manifest()["assets"]["digits_encoder"]
         return Source("digits", DIGITS, int(asset["config"]["embed_dim"]), asset["sha256"])
@@ -72,7 +77,10 @@ def open_encoder(source: Source, tokens: int, device: torch.device) -> ImageEnco
     """The encoder on the device, frozen, giving `tokens` tokens an image. Raises UserError if it cannot."""
     if source.kind == "cached":
         return CachedTokens(source, tokens)
-    network = _digits_network() if source.kind == "digits" else _timm_network(source, tokens)
+    if source.kind == "digits":
+        network = _digits_network()
+    else:
+        network = _timm_network(source, tokens, load=device.type != "meta")
     return ImageEncoder(network, source, tokens).to(device).eval()
 
 
@@ -100,19 +108,23 @@ class ImageEncoder(nn.Module):
 
     def tokens(self, images: Tensor) -> Tensor:
         """Normalised patch tokens (B,N,Dz) of uint8 images (B,c,H,W); class and register tokens left out."""
-        prepared = to_float(images) if self.source.kind == "digits" else imagenet_input(images, self.size)
+        if self.source.kind == "digits":
+            prepared = to_float(images)
+        else:
+            config = self.network.pretrained_cfg
+            prepared = encoder_input(images, self.size, config["mean"], config["std"])
         tokens: Tensor = self.network.forward_features(prepared)
         return tokens[:, self.network.num_prefix_tokens :]
 
 
-def imagenet_input(images: Tensor, size: int) -> Tensor:
-    """uint8 images (B,c,H,W) to float (B,3,size,size): /255, ImageNet mean and std, bicubic (REPA).
+def encoder_input(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """uint8 images (B,c,H,W) to float (B,3,size,size): /255, the encoder's mean and std, bicubic (REPA).
 
-    One channel is repeated to three.
+    DINOv2's mean and std are ImageNet's. One channel is repeated to three.
     """
     x = images.expand(-1, 3, -1, -1).float() / 255.0
-    mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return F.interpolate((x - mean) / std, (size, size), mode="bicubic", align_corners=False)
+    shift, scale = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (mean, std))
+    return F.interpolate((x - shift) / scale, (size, size), mode="bicubic", align_corners=False)
 
 
 @final
@@ -141,38 +153,52 @@ class CachedTokens:
         return torch.from_numpy(self._tokens[index.numpy()].astype(np.float32))
 
 
-def cache_tokens(folder: Path, encoder: ImageEncoder, images: Tensor, batch: int = 64) -> Source:
-    """Write the tokens of all training images, uint8 (M,c,H,W), in row order, to `folder`; returns their
-    source.
+def cache_tokens(folder: Path, encoder: ImageEncoder, images: Iterable[Tensor], count: int) -> Source:
+    """Write the tokens of the `count` training images, in row order and batches of uint8 (b,c,H,W), to
+    `folder`.
 
-    tokens.npy is float16 (M,N,Dz); tokens.json names the encoder, its cost and the file's sha256.
+    tokens.npy is float16 (count,N,Dz), written batch by batch; tokens.json, which names the encoder, its
+    cost, and the file's size and sha256, appears when it is whole. Raises UserError for another number of
+    images.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokens.json").unlink(missing_ok=True)
     device = next(encoder.network.parameters()).device
-    with torch.no_grad():
-        parts = [encoder.tokens(part.to(device)).half().cpu() for part in torch.split(images, batch)]
-    draft = folder / "tokens.npy.part"
-    with draft.open("wb") as file:
-        np.save(file, torch.cat(parts).numpy())
-    draft.rename(folder / "tokens.npy")
+    shape = (count, encoder.network.patch_embed.num_patches, encoder.source.width)
+    tokens, done = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.float16, shape), 0
+    for batch in images:
+        if done + len(batch) > count:
+            raise UserError(f"expected {count} images to cache tokens of, found more; give their number")
+        with torch.no_grad():
+            tokens[done : done + len(batch)] = encoder.tokens(batch.to(device)).half().cpu().numpy()
+        done += len(batch)
+    if done < count:
+        raise UserError(f"expected {count} images to cache tokens of, found {done}; give their number")
+    tokens.flush()
+    file = folder / "tokens.npy"
     content = {
         "schema": 1,
         "encoder": encoder.source.name,
         "encoder_sha256": encoder.source.sha256,
         "flops": encoder.flops,
-        "sha256": _file_sha256(folder / "tokens.npy"),
+        "bytes": file.stat().st_size,
+        "sha256": _file_sha256(file),
     }
     atomic_write(folder / "tokens.json", json.dumps(content, indent=1) + "\n")
     return _cached_source(folder)
 
 
 def _cached_source(folder: Path) -> Source:
+    """What tokens.json says; of tokens.npy only the size is checked: reading it all can take minutes."""
     content = _manifest(folder)
     file = folder / "tokens.npy"
     if not file.is_file():
         raise UserError(f"{folder} lacks tokens.npy; cache the tokens again")
-    if _file_sha256(file) != content["sha256"]:
-        raise UserError(f"{file} is damaged: its sha256 is not that of tokens.json; cache the tokens again")
+    if file.stat().st_size != content["bytes"]:
+        raise UserError(
+            f"{file} is damaged: expected {content['bytes']} bytes, found {file.stat().st_size}; "
+            f"cache the tokens again"
+        )
     shape = np.load(file, mmap_mode="r").shape
     return Source("cached", str(content["encoder"]), int(shape[2]), str(content["sha256"]), str(folder))
 
@@ -182,7 +208,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / "tokens.json").read_text())
         if content["schema"] != 1:
             raise ValueError(f"schema {content['schema']}")
-        return {key: content[key] for key in ("encoder", "flops", "sha256")}
+        return {key: content[key] for key in ("encoder", "flops", "bytes", "sha256")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/tokens.json is damaged ({error}); cache the tokens again") from error
 
@@ -199,6 +225,10 @@ def _width(name: str) -> int:
             f"unknown encoder '{name}': expected 'digits', a folder of cached tokens or a timm model such as "
             f"{DINOV2}"
         ) from error
+    if not hasattr(network, "num_prefix_tokens") or not hasattr(network, "patch_embed"):
+        raise UserError(
+            f"encoder '{name}' gives no patch tokens; expected a plain vision transformer such as {DINOV2}"
+        )
     return int(network.num_features)
 
 
@@ -211,7 +241,7 @@ def _digits_network() -> nn.Module:
     return network
 
 
-def _timm_network(source: Source, tokens: int) -> nn.Module:
+def _timm_network(source: Source, tokens: int, load: bool) -> nn.Module:
     """The timm model at the image size whose patches are the latent's: 224 for DINOv2 and 256 tokens."""
     import timm
 
@@ -224,7 +254,7 @@ def _timm_network(source: Source, tokens: int) -> nn.Module:
             # through timm's own loading of pretrained weights, which fits the position table to the size
             overlay = {"file": source.path} if source.path else None
             return timm.create_model(
-                source.name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size
+                source.name, pretrained=load, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size
             )
         except Exception as error:  # the hub, the file system and timm raise what they like
             reason = " ".join(str(error).split())[:160]

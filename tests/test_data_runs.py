@@ -121,7 +121,7 @@ def test_repa_looks_at_images_where_there_are_any_and_else_takes_cached_tokens(
     looked_at = get_dataset("custom", DataSpec(path=str(folder), vae=vae, flip=False))
     pixels = looked_at.images(torch.arange(looked_at.size))
     assert torch.equal(looked_at.images(torch.arange(3) + looked_at.size), pixels[:3].flip(-1))
-    teachers.cache_tokens(tmp_path / "tokens", encoder, pixels)
+    teachers.cache_tokens(tmp_path / "tokens", encoder, torch.split(pixels, 16), len(pixels))
     cached = {"recipe.encoder": str(tmp_path / "tokens"), "recipe.checkpoint": None}
     assert run("cached", tmp_path / "set", **cached).status == "finished"
 

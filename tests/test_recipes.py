@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stbench import align, teachers
+from stbench import align, engine, teachers
 from stbench.config import build_backbone
 from stbench.contracts import Backbone, BackboneInfo, Batch, Cost, Objective, Recipe, Step
 from stbench.data import get_dataset
 from stbench.errors import UserError
 from stbench.objectives import ImprovedDdpm, LinearFlow, VpContinuous, VpDiscrete
+from stbench.plan import rehearse
 from stbench.recipes.dispersive import Dispersive, dispersive
 from stbench.recipes.layersync import LayerSync, layersync
 from stbench.recipes.repa import Repa, repa
@@ -145,7 +146,9 @@ def test_sra_teacher_is_the_ema_at_less_noise_with_the_same_noise_and_labels() -
     student = step.heads["head"](step.features[1])
     expected = align.smooth_l1(student, target, 0.05)
     torch.testing.assert_close(value(recipe, step), expected)
-    assert not target.requires_grad or value(recipe, step).requires_grad
+    value(recipe, step).mean().backward()
+    assert all(p.grad is None for p in step.ema.parameters())
+    assert any(p.grad is not None for p in net.parameters())
 
 
 def test_sra_distances_differ_and_the_released_cosine_is_over_tokens() -> None:
@@ -307,11 +310,17 @@ def test_repa_takes_timm_networks_from_local_weights(vit: Path) -> None:
     torch.testing.assert_close(value(recipe, step), expected)
 
 
-def test_imagenet_input_normalises_and_enlarges() -> None:
-    white = teachers.imagenet_input(torch.full((1, 1, 32, 32), 255, dtype=torch.uint8), 64)
+def test_encoder_input_normalises_and_enlarges() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    white = teachers.encoder_input(torch.full((1, 1, 32, 32), 255, dtype=torch.uint8), 64, mean, std)
     assert white.shape == (1, 3, 64, 64)
-    expected = (1 - torch.tensor(teachers.IMAGENET_MEAN)) / torch.tensor(teachers.IMAGENET_STD)
+    expected = (1 - torch.tensor(mean)) / torch.tensor(std)
     torch.testing.assert_close(white.mean((0, 2, 3)), expected)
+
+
+def test_dinov2_is_normalised_as_imagenet() -> None:
+    config = timm.create_model(teachers.DINOV2.replace("base", "small"), pretrained=False).pretrained_cfg
+    assert (config["mean"], config["std"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def test_the_path_of_weights_is_no_part_of_a_source(vit: Path) -> None:
@@ -324,7 +333,8 @@ def test_the_path_of_weights_is_no_part_of_a_source(vit: Path) -> None:
 def cache(tmp_path: Path) -> Path:
     encoder = teachers.open_encoder(teachers.source("digits"), 16, torch.device("cpu"))
     assert isinstance(encoder, teachers.ImageEncoder)
-    teachers.cache_tokens(tmp_path / "tokens", encoder, get_dataset("digits").train_images())
+    images = torch.split(get_dataset("digits").train_images(), 400)
+    teachers.cache_tokens(tmp_path / "tokens", encoder, images, 1500)
     return tmp_path / "tokens"
 
 
@@ -369,6 +379,8 @@ def test_damaged_and_foreign_caches_are_refused(cache: Path) -> None:
         ({"encoder": "no/such/folder"}, "no cached tokens at no/such/folder"),
         ({"encoder": "vit_tiny_patch16_224", "checkpoint": "none.safetensors"}, "hf download timm/vit_tiny"),
         ({"encoder": ["digits", "digits"], "checkpoint": "x"}, "a file for each of 2 encoders, found 1"),
+        ({"checkpoint": "x"}, "has no meaning for encoder 'digits', which has its own; leave it out"),
+        ({"encoder": "resnet18"}, "encoder 'resnet18' gives no patch tokens"),
     ],
 )
 def test_repa_errors_say_what_to_type(options: dict[str, Any], message: str) -> None:
@@ -380,6 +392,34 @@ def test_weights_that_are_not_here_name_the_download() -> None:
     missing = teachers.source("vit_tiny_patch16_224.augreg_in21k")
     with pytest.raises(UserError, match=r"cannot be loaded.*hf download timm/vit_tiny_patch16_224\.augreg"):
         teachers.open_encoder(missing, 16, torch.device("cpu"))
+
+
+def test_a_cache_of_another_number_of_images_is_not_made(tmp_path: Path) -> None:
+    encoder = teachers.open_encoder(teachers.source("digits"), 16, torch.device("cpu"))
+    assert isinstance(encoder, teachers.ImageEncoder)
+    images = get_dataset("digits").train_images()[:6]
+    for count in (5, 7):
+        with pytest.raises(UserError, match=f"expected {count} images to cache tokens of"):
+            teachers.cache_tokens(tmp_path, encoder, torch.split(images, 4), count)
+        assert not (tmp_path / "tokens.json").exists()
+
+
+def test_a_moved_file_is_the_same_run_and_another_file_another(vit: Path, tmp_path: Path) -> None:
+    def train_hash(file: Path) -> str:
+        options = {"recipe.encoder": "vit_tiny_patch16_224", "recipe.checkpoint": str(file)}
+        return engine.prepare(resolve(Request("sit", "repa", overrides=options)))[2].train
+
+    moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
+    moved.write_bytes(vit.read_bytes())
+    other.write_bytes(vit.read_bytes() + b" ")
+    assert train_hash(vit) == train_hash(moved) != train_hash(other)
+
+
+def test_a_dry_run_needs_no_weights() -> None:
+    digits = get_dataset("digits")
+    recipe = only(repa(info("sit", "ti/2", 6), encoder="vit_tiny_patch16_224.augreg_in21k"))
+    job = engine.prepare(resolve(Request("sit", "repa")))[1][0]
+    assert rehearse(job, recipe, resolve(Request("sit", "repa")), digits, draws=1).teachers > 0
 
 
 def test_an_encoder_of_another_grid_is_refused() -> None:
