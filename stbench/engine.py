@@ -78,15 +78,8 @@ def _open(folder: RunFolder, spec: RunSpec, jobs: list[StageJob], hashed: Hashes
         return True
     known = folder.spec()
     done, asked = int(known["train"]["steps"]), spec.train.steps
-    where = ("points", "extras")  # a continued run has more of them; what a point measures is the rest
-    begun, now = ({k: v for k, v in side["eval"].items() if k not in where} for side in (known, content))
     finished = folder.status().get("state") == "finished"
-    if begun != now:
-        raise UserError(
-            f"run {folder.path} was begun under other evaluation settings; "
-            + ("evaluate it again with `stbench evaluate`" if finished else "use the same ones")
-            + ", or choose another --output"
-        )
+    check_evaluation(folder, spec)
     if finished and asked <= done:
         return False
     if asked < done:
@@ -99,6 +92,20 @@ def _open(folder: RunFolder, spec: RunSpec, jobs: list[StageJob], hashed: Hashes
     )  # before the longer --steps, or a kill here would look finished
     folder.create(content, asdict(environment(options.device, options.plugins)))
     return True
+
+
+def check_evaluation(folder: RunFolder, spec: RunSpec) -> None:
+    """UserError if the run in `folder` was begun under other evaluation settings than `spec` asks for.
+
+    Its points may differ: a continued run has more of them, and what a point measures is the rest.
+    """
+    where = {"points", "extras"}
+    begun = {k: v for k, v in folder.spec().get("eval", {}).items() if k not in where}
+    if begun != spec.eval.model_dump(mode="json", exclude=where):
+        raise UserError(
+            f"run {folder.path} was begun under other evaluation settings; use the same ones, choose another "
+            f"--output, or evaluate it again with `stbench evaluate` once it is finished"
+        )
 
 
 def _spec_file(

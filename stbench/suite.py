@@ -44,6 +44,7 @@ class Expanded:
     entry: Entry
     stages: tuple[str, ...]
     """Fingerprints of its stages, in order."""
+    spec: RunSpec
 
 
 def find_suite(name: str, shipped: Path = SHIPPED) -> Path:
@@ -112,7 +113,7 @@ def _expand(run: Wanted) -> Expanded:
     spec = specify(run.values, run.overrides)
     dataset, jobs, hashed = engine.prepare(spec)
     entry = _entry(spec, engine.run_id(spec, hashed.train), hashed.setting, hashed.row)
-    return Expanded(run, entry, tuple(stage_fingerprints(jobs, spec, dataset.fingerprint)))
+    return Expanded(run, entry, tuple(stage_fingerprints(jobs, spec, dataset.fingerprint)), spec)
 
 
 def _entry(spec: RunSpec, run_id: str, setting_hash: str, row_hash: str) -> Entry:

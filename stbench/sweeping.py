@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from stbench import monitor, suite, sweep
+from stbench import engine, monitor, suite, sweep
 from stbench.environment import pick_device
 from stbench.errors import UserError
 from stbench.executor import Job, LocalExecutor, log_file
 from stbench.journal import Entry
 from stbench.registry import BACKBONES, RECIPES, load_builtins, load_plugins, names
 from stbench.resolve import parse_set
-from stbench.results import atomic_write
+from stbench.results import RunFolder, atomic_write
 from stbench.specify import completed
 
 
@@ -46,6 +46,10 @@ class Invocation:
 def sweep_runs(call: Invocation) -> int:
     """Make every run asked for that is not finished; returns the exit code, 1 if any failed."""
     expanded, device = _expanded(call)
+    for run in expanded:  # a finished run is not started again, so nobody else would say it
+        folder = RunFolder(call.output / run.entry.run_id)
+        if folder.exists():
+            engine.check_evaluation(folder, run.spec)
     jobs = [_job(call, run, device) for run in expanded]
     executor = LocalExecutor(call.output, slots(device, call.jobs))
     with sweep.alone(call.output), _terminable():

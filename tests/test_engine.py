@@ -229,6 +229,9 @@ def test_other_evaluation_settings_do_not_mix_into_a_run(tiny: Runner, tmp_path:
         tiny(hooks=[StopAt(2)])
     with pytest.raises(UserError, match="begun under other evaluation settings"):
         tiny(eval__samples=50)
+    tiny()
+    with pytest.raises(UserError, match=r"other evaluation settings.*`stbench evaluate` once it is finished"):
+        tiny(eval__guidance=[1.0, 3.0])
 
 
 def _damaged(tiny: Runner, tmp_path: Path) -> Path:

@@ -180,6 +180,11 @@ def test_a_sweep_with_a_run_that_fails(stbench: Command, tmp_path: Path) -> None
     assert failed.state == "failed" and "loss is not finite at step 2" in failed.error
     assert finished.state == "finished" and len(list(output.glob("*/spec.json"))) == 2
     assert f"failed: {failed.run_id}: {failed.error}" in out and "running: " + finished.run_id in err
+    text = suite.read_text()
+    suite.write_text(text.replace('"eval.samples": 40', '"eval.samples": 50'))
+    code, out, err = stbench("sweep", "--suite", suite, "--output", output, "--only", finished.run_id)
+    assert code == 2 and "was begun under other evaluation settings" in err
+    suite.write_text(text)
     code, out, err = stbench("sweep", "--suite", suite, "--output", output, "--only", finished.run_id)
     assert code == 0 and "1 finished, 0 failed\n" in out and "running" not in err.partition("\n")[2]
 
