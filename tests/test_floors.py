@@ -34,7 +34,7 @@ FENCES = {
     "mmengine": {"registry", "resolve", "hooks"},
     "diffusers": {"latents"},
     "torch_fidelity": {"evaluate"},
-    "typer": {"cli", "cli_sweep", "options"},
+    "typer": {"cli", "cli_sweep", "cli_export", "options"},
 }
 """Package -> the rooms that may import it; the longest name that fits decides."""
 HEAVY = ("torch", "torchvision", "timm", "diffusers", "mmengine", "torch_fidelity", "sklearn", "scipy")
