@@ -183,7 +183,8 @@ def name_size(
     known = {preset["width"]: preset["heads"] for preset in presets.values()}
     if heads is None and width not in known:
         raise UserError(
-            f"heads cannot be read from weights of the unpublished width {width}; say them, as --heads 6"
+            f"heads cannot be read from weights of the unpublished width {width}; "
+            f"say them, as --heads 6, or in a run as --set backbone.heads=6"
         )
     found = dict(patch=patch, width=width, depth=depth, heads=known[width] if heads is None else heads)
     fits = (name for name, preset in presets.items() if all(preset[k] == v for k, v in found.items()))

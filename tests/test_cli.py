@@ -206,6 +206,7 @@ def test_a_broken_method_is_one_line(stbench: Command, tmp_path: Path) -> None:
     for recipe, message in {"raises": "ZeroDivisionError", "none": "at least one Stage"}.items():
         code, _, err = stbench("run", "--plugin", plugin, "--backbone", "sit", "--recipe", recipe)
         assert code == 2 and err.count("\n") == 1 and message in err
+        del RECIPES.module_dict[recipe]
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(tmp_path: Path) -> None:

@@ -318,7 +318,7 @@ def test_wrong_shapes_are_named() -> None:
 
 
 def test_unpublished_widths_ask_for_the_heads() -> None:
-    with pytest.raises(UserError, match="width 64; say them, as --heads"):
+    with pytest.raises(UserError, match="width 64; say them, as --heads 6, or in a run"):
         from_state(key_table(64, 2, out=4), original="repa")
 
 
