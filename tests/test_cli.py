@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from stbench import cli
+from stbench.registry import RECIPES
 from stbench.results import RunFolder
 from tests.conftest import BLOCKS, TINY, Runner
 
