@@ -61,9 +61,12 @@ def layersync(
         if weak == strong:
             raise UserError(
                 f"recipe.pairs wants two different blocks, got [{weak},{strong}], which would train vanilla; "
-                f"for example [[1,3]]"
+                f"for example [[0,{info.depth - 1}]]"
             )
-        info.block("recipe.pairs", weak)
-        info.block("recipe.pairs", strong)
+        if not (0 <= weak < info.depth and 0 <= strong < info.depth):
+            raise UserError(
+                f"recipe.pairs holds [{weak},{strong}], {info.name}-{info.size} has blocks "
+                f"0..{info.depth - 1}; try --set recipe.pairs=[[0,{info.depth - 1}]]"
+            )
     recipe = LayerSync(tuple(tuple(pair) for pair in pairs), weight, several)  # type: ignore[misc]
     return [Stage("layersync", lambda earlier: recipe)]

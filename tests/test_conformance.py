@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stbench import layers
 from stbench.contracts import Artifact, Backbone, BackboneInfo, Features, Recipe, Stage, Step, Term
-from stbench.registry import BACKBONES, RECIPES, load_builtins, names
+from stbench.registry import BACKBONES, OBJECTIVES, RECIPES, load_builtins, names
 from stbench.testing import check_backbone, check_recipe
 
 load_builtins()
@@ -24,21 +24,35 @@ def test_every_backbone_keeps_its_promises(name: str) -> None:
     check_backbone(name)
 
 
-PROCESSES = [
-    ("dit", "iddpm"),
-    ("dit", "linear"),
-    ("sit", "linear"),
-    ("sit", "vp-continuous"),
-    ("uvit", "vp-discrete"),
-    ("uvit", "cosine"),
-]
-"""Each backbone under its published objective and under another kind of process; every objective once."""
-
-
 @pytest.mark.parametrize("recipe", names(RECIPES))
-@pytest.mark.parametrize(("backbone", "objective"), PROCESSES)
-def test_every_recipe_trains_on_every_backbone(recipe: str, backbone: str, objective: str) -> None:
+@pytest.mark.parametrize("objective", names(OBJECTIVES))
+@pytest.mark.parametrize("backbone", names(BACKBONES))
+def test_every_recipe_trains_on_every_backbone_under_every_objective(
+    recipe: str, objective: str, backbone: str
+) -> None:
     check_recipe(recipe, backbone=backbone, objective=objective)
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("sra", {"distance": "cosine"}),
+    ("sra", {"distance": "cosine-released"}),
+    ("sra", {"time": "native"}),
+    ("layersync", {"pairs": [[0, 2], [1, 3]]}),
+    ("layersync", {"pairs": [[0, 2], [1, 3]], "several": "released"}),
+    ("dispersive", {"setting": "pytorch"}),
+    ("dispersive", {"scope": "gathered"}),
+    ("repa", {"encoder": ["digits", "digits"]}),
+    ("vae-align", {"mask": "released"}),
+    ("vae-align", {"time": "native"}),
+    ("self-transcendence", {"teacher": "vanilla"}),
+    ("self-transcendence", {"mask": "released", "teacher_weights": "raw"}),
+    ("self-transcendence", {"guidance": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("recipe", "options"), VARIANTS)
+def test_every_variant_trains(recipe: str, options: dict[str, Any]) -> None:
+    check_recipe(recipe, backbone="dit", options=options)
 
 
 class Small(Backbone):

@@ -195,7 +195,11 @@ def test_layersync_default_is_the_published_pair() -> None:
 
 @pytest.mark.parametrize(
     ("pairs", "message"),
-    [([[2, 2]], "two different blocks"), ([], "at least one pair"), ([[1, 9]], "out of range")],
+    [
+        ([[2, 2]], "two different blocks"),
+        ([], "at least one pair"),
+        ([[1, 9]], r"has blocks 0\.\.5; try --set recipe\.pairs=\[\[0,5\]\]"),
+    ],
 )
 def test_layersync_refuses_pairs_that_would_train_something_else(pairs: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,15 +23,22 @@ from stbench.testing.conformance import require
 BATCH, STEPS = 16, 3
 
 
-def check_recipe(name: str, *, backbone: str = "sit", objective: str | None = None) -> None:
+def check_recipe(
+    name: str,
+    *,
+    backbone: str = "sit",
+    objective: str | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """Check a registered recipe by training each of its stages for a few steps on random latents.
 
     Later stages are built on what the earlier ones leave, as in a run. `objective`: the backbone's published
-    one unless named. Raises AssertionError for the first
+    one unless named. `options`: the recipe's, by name. Raises AssertionError for the first
     promise of `Recipe` that is broken, UserError for an unknown name or an option that does not fit.
     """
     load_builtins()
-    overrides = {"train.batch": BATCH, "train.precision": "fp32"}
+    overrides: dict[str, Any] = {"train.batch": BATCH, "train.precision": "fp32"}
+    overrides |= {f"recipe.{option}": value for option, value in options.items()}
     spec = resolve(Request(backbone, name, objective=objective, steps=STEPS, overrides=overrides))
     digits = lookup(DATASETS, spec.dataset)
     jobs = plan(spec, build_backbone(spec.backbone, spec.objective, digits, "meta").info)
