@@ -165,6 +165,31 @@ def test_a_folder_with_other_files_is_refused(job: Job) -> None:
     assert content(job.target).keys() <= {"thesis.txt", ".lock"}
 
 
+@pytest.mark.parametrize("plan", [None, '{"goal": "graduate"}', "[1]", "not JSON"])
+def test_a_folder_that_is_refused_keeps_every_file(job: Job, plan: str | None) -> None:
+    job.target.mkdir()
+    for name in (".notes.tmp", "00000-labels.npy", "2024-results.npy"):
+        (job.target / name).write_text("mine")
+    if plan is not None:
+        (job.target / "plan.json").write_text(plan)
+    before = content(job.target)
+    with pytest.raises(UserError, match="holds other files"):
+        run(job)
+    assert content(job.target) == before
+
+
+def test_other_files_beside_a_set_of_ours_are_never_deleted(job: Job) -> None:
+    command = [sys.executable, "-c", KILLED, str(job.source), str(job.target), job.vae, "5"]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    mine = {".notes.tmp": b"a", "2024-results.npy": b"b", "shard-notes.json": b"c"}
+    for name, data in mine.items():
+        (job.target / name).write_bytes(data)
+    run(replace(job, shards=2))
+    run(replace(job, shards=2))
+    assert mine.items() <= content(job.target).items()
+    assert verify(job.target)[1] == []
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
