@@ -152,7 +152,7 @@ def _batches(
 
     def load(number: int) -> np.ndarray | str:
         try:
-            return decode_image(listed.source.read(number), channels, size)
+            return decode_image(listed.source.content(number), channels, size)
         except UNREADABLE as error:
             return reason(error)
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, final
 
 from stbench.errors import UserError
-from stbench.images import SUFFIXES
+from stbench.images import SUFFIXES, reason
 
 
 class Source(ABC):
@@ -32,7 +32,20 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded image; safe to call from several threads. Raises OSError."""
+        """The encoded image; safe to call from several threads.
+
+        Raises OSError where the bytes cannot be had, ValueError where there are none by design.
+        """
+
+    def content(self, index: int) -> bytes:
+        """The encoded image. Raises UserError for a disk or a network that fails, which is no image's fault."""
+        try:
+            return self.read(index)
+        except OSError as error:
+            raise UserError(
+                f"expected the bytes of '{self.ids[index]}', found none ({reason(error)}); make the source "
+                f"readable again and type the same command: finished shards are kept"
+            ) from error
 
     def digest(self) -> str:
         """Hash of names and labels in order."""
@@ -213,5 +226,5 @@ class Saved(Source):
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
         if value.get("path") is None:
-            raise OSError("the row holds no image")
+            raise ValueError("the row holds no image")
         return Path(value["path"]).read_bytes()

@@ -151,8 +151,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _known_plan(folder: Path) -> Mapping[str, Any] | None:
     """The plan of the set that was begun in a folder, None in an empty one; touches nothing.
 
-    Raises UserError for a folder that is not ours: without manifest, and without a plan of our keys though not
-    empty.
+    Raises UserError for a folder that is not ours: not empty, and without manifest or a plan of our keys.
     """
     if (folder / MANIFEST).is_file():
         return read_manifest(folder).plan

@@ -61,6 +61,13 @@ def test_what_is_no_image_is_told(content: bytes) -> None:
         decode_image(content, 3, 32)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_deeper_than_eight_bits_is_refused(dtype: type) -> None:
+    deep = Image.fromarray(np.full((8, 8), 300, dtype))
+    with pytest.raises(ValueError, match="expected 8 bits a channel, found mode [IF]"):
+        decode_image(encoded(deep, "TIFF"), 3, 8)
+
+
 def test_a_folder_and_a_tar_of_it_list_the_same(tmp_path: Path) -> None:
     folder = make_images(tmp_path / "images", 25)
     (folder / "class3" / "notes.txt").write_text("not an image")

@@ -21,6 +21,7 @@ from stbench.errors import UserError
 from stbench.images import decode_image
 from stbench.latent_store import HELDOUT, MANIFEST, REFERENCE, TRAIN, Manifest, Shards, read_manifest, verify
 from stbench.prepare import Job, open_job, prepare
+from stbench.sources import Folder
 from stbench.store_writer import shard_bounds, split_of
 from stbench.vae import find_vae
 from tests.datafiles import make_images, make_tar, make_vae
@@ -135,6 +136,26 @@ def test_unreadable_images_are_named_and_left_out(
     told = capsys.readouterr().err
     assert all(f"left out: {name}: " in told for name in names)
     assert verify(job.target)[1] == []
+
+
+def test_a_source_that_vanishes_midway_makes_no_set_and_the_same_command_goes_on(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, real = open_job(job), Folder.read
+
+    def read(source: Folder, index: int) -> bytes:
+        if index >= 30:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(source, index)
+
+    monkeypatch.setattr(Folder, "read", read)
+    with pytest.raises(UserError, match=r"found none .*Input/output error.*the same command") as caught:
+        prepare(job, listed, lambda count: None)
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in job.target.glob("shard-*.json")] == ["shard-00000.json"]
+    monkeypatch.setattr(Folder, "read", real)
+    manifest, _ = run(job)
+    assert (manifest.count, manifest.unreadable) == (COUNT, [])
 
 
 def test_a_source_without_a_readable_image_makes_no_set(job: Job, tmp_path: Path) -> None:
