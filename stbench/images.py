@@ -31,7 +31,7 @@ UNREADABLE = (
     struct.error,
     zlib.error,
 )
-"""What Pillow raises for content that is cut off or no image; an error of the disk is none of these cases."""
+"""What Pillow raises for content that is cut off or no image; reading comes before."""
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

@@ -28,7 +28,7 @@ class Source(ABC):
     classes: Sequence[str]
     """Names of the classes, by label."""
     ignored: Mapping[str, int]
-    """Suffix -> files that were not taken for images."""
+    """Suffix, or kind (links in a tar) -> files that were not taken for images."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -38,7 +38,7 @@ class Source(ABC):
         """
 
     def content(self, index: int) -> bytes:
-        """The encoded image. Raises UserError for a disk or a network that fails, which is no image's fault."""
+        """The encoded image. Raises UserError for a disk or a network that fails."""
         try:
             return self.read(index)
         except OSError as error:
@@ -173,14 +173,23 @@ class Tar(_Named):
         self._path = path
         try:
             with tarfile.open(path, "r:") as archive:
-                members = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in archive if m.isfile()}
+                listed = list(archive)
+                end = archive.offset
         except (tarfile.TarError, OSError, EOFError) as error:
             raise UserError(
                 f"expected an uncompressed tar of images, found {path} ({error}); unpack or decompress it"
             ) from error
+        members = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in listed if _plain(m)}
         self._label(list(members), mapping, path)
+        links = Counter(_kind(m) for m in listed if not _plain(m) and not m.isdir())
+        self.ignored = {**self.ignored, **links}
         self._places = [members[name] for name in self.ids]
         self._file = os.open(path, os.O_RDONLY)
+        if os.pread(self._file, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+            raise UserError(
+                f"{path} is cut off or damaged: expected its end, {tarfile.BLOCKSIZE} zero bytes, at byte {end} "
+                f"after {len(listed)} members, found something else; copy or pack it again"
+            )
 
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
@@ -189,6 +198,17 @@ class Tar(_Named):
         if len(content) != size:
             raise OSError(f"the tar is cut off: {size} bytes expected, {len(content)} found")
         return content
+
+
+def _plain(member: tarfile.TarInfo) -> bool:
+    """Whether its bytes lie in the archive as they are."""
+    return member.isreg() and not member.issparse()
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    if member.islnk() or member.issym():
+        return "hard links" if member.islnk() else "symbolic links"
+    return "special files"
 
 
 @final

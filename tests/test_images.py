@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,29 @@ def test_a_folder_and_a_tar_of_it_list_the_same(tmp_path: Path) -> None:
     assert plain.ignored == packed.ignored == {".txt": 1, "README": 1}
     assert [plain.read(k) for k in range(25)] == [packed.read(k) for k in range(25)]
     assert plain.digest() == packed.digest()
+
+
+@pytest.mark.parametrize("how", ["cut between members", "damaged header"])
+def test_a_tar_without_its_end_is_refused(how: str, tmp_path: Path) -> None:
+    packed = make_tar(make_images(tmp_path / "images", 12), tmp_path / "images.tar")
+    with tarfile.open(packed) as archive:
+        place = [m for m in archive if m.isfile()][6].offset
+    data = bytearray(packed.read_bytes())
+    if how == "damaged header":
+        data[place + 100] ^= 0xFF
+    packed.write_bytes(data[:place] if how == "cut between members" else data)
+    with pytest.raises(UserError, match="is cut off or damaged: expected its end"):
+        open_source(packed)
+
+
+def test_links_in_a_tar_are_counted(tmp_path: Path) -> None:
+    packed = make_tar(make_images(tmp_path / "images", 12), tmp_path / "images.tar")
+    with tarfile.open(packed, "a") as archive:
+        for name, kind in (("class0/a.png", tarfile.LNKTYPE), ("class0/b.png", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "class0/img00000.png"
+            archive.addfile(link)
+    assert open_source(packed).ignored == {"hard links": 1, "symbolic links": 1}
 
 
 @pytest.mark.parametrize("name", ["map.json", "map.txt"])
