@@ -147,6 +147,13 @@ def _class_names(mapping: Mapping[str, int]) -> list[str]:
     return [found[k][0] if len(found[k]) == 1 else str(k) for k in range(len(found))]
 
 
+def _unlisted(error: OSError) -> None:
+    raise UserError(
+        f"expected to list the folder {error.filename}, found an error ({error.strerror}); "
+        f"make it readable, or give another folder"
+    ) from error
+
+
 @final
 class Folder(_Named):
     """Image files under a folder; links to folders are followed."""
@@ -155,7 +162,7 @@ class Folder(_Named):
         self._path = path
         names = [
             os.path.relpath(os.path.join(root, file), path).replace(os.sep, "/")
-            for root, _, files in os.walk(path, followlinks=True)
+            for root, _, files in os.walk(path, onerror=_unlisted, followlinks=True)
             for file in files
         ]
         self._label(names, mapping, path)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -80,6 +82,19 @@ def test_a_folder_and_a_tar_of_it_list_the_same(tmp_path: Path) -> None:
     assert plain.ignored == packed.ignored == {".txt": 1, "README": 1}
     assert [plain.read(k) for k in range(25)] == [packed.read(k) for k in range(25)]
     assert plain.digest() == packed.digest()
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, real = make_images(tmp_path / "images", 12), os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("class1"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="list the folder .*class1, found an error .Input/output error"):
+        open_source(folder)
 
 
 @pytest.mark.parametrize("how", ["cut between members", "damaged header"])
