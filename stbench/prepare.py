@@ -110,6 +110,7 @@ def _plan(job: Job, listed: Listed) -> dict[str, object]:
         "precision": job.precision,
         "batch": job.batch,
         "references": job.references,
+        "device": job.device.type if listed.encoder.vae else None,
     }
 
 

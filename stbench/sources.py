@@ -30,6 +30,9 @@ class Source(ABC):
     ignored: Mapping[str, int]
     """Suffix, or kind (links in a tar) -> files that were not taken for images."""
 
+    stamp: str = ""
+    """What identifies the content, where the source keeps such a thing."""
+
     @abstractmethod
     def read(self, index: int) -> bytes:
         """The encoded image; safe to call from several threads.
@@ -48,9 +51,10 @@ class Source(ABC):
             ) from error
 
     def digest(self) -> str:
-        """Hash of names and labels in order."""
+        """Hash of names and labels in order, and of the stamp where there is one."""
         rows = [[name, label] for name, label in zip(self.ids, self.labels, strict=True)]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        known = [self.stamp, rows] if self.stamp else rows
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def open_source(path: Path, classes: Path | None = None) -> Source:
@@ -194,8 +198,8 @@ class Tar(_Named):
         self._file = os.open(path, os.O_RDONLY)
         if os.pread(self._file, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
             raise UserError(
-                f"{path} is cut off or damaged: expected its end, {tarfile.BLOCKSIZE} zero bytes, at byte {end} "
-                f"after {len(listed)} members, found something else; copy or pack it again"
+                f"{path} is cut off or damaged: expected {tarfile.BLOCKSIZE} zero bytes at its end, byte "
+                f"{end} after {len(listed)} members, found something else; copy or pack it again"
             )
 
     def read(self, index: int) -> bytes:
@@ -240,6 +244,7 @@ class Saved(Source):
         label = label or ("label" if "label" in kinds else None)
         if image is None or label is None:
             raise UserError(f"{path}: expected an Image and a ClassLabel column, found {kinds}; cast them")
+        self.stamp = str(rows._fingerprint)
         self._image, self._rows = image, rows.cast_column(image, datasets.Image(decode=False))
         self.labels = [int(value) for value in rows[label][:]]
         named = getattr(rows.features[label], "names", None)

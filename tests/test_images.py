@@ -106,7 +106,7 @@ def test_a_tar_without_its_end_is_refused(how: str, tmp_path: Path) -> None:
     if how == "damaged header":
         data[place + 100] ^= 0xFF
     packed.write_bytes(data[:place] if how == "cut between members" else data)
-    with pytest.raises(UserError, match="is cut off or damaged: expected its end"):
+    with pytest.raises(UserError, match="is cut off or damaged: expected 512 zero bytes at its end"):
         open_source(packed)
 
 
@@ -183,6 +183,10 @@ def test_a_saved_dataset_lists_its_rows(tmp_path: Path) -> None:
     source = open_source(tmp_path / "saved")
     assert (list(source.labels), list(source.classes), len(source.ids)) == ([0, 1, 1, 0], ["a", "b"], 4)
     assert np.array_equal(decode_image(source.read(2), 3, 16), np.asarray(images[2]).transpose(2, 0, 1))
+    others = datasets.Dataset.from_dict({"image": images[::-1], "label": [0, 1, 1, 0]}, features=features)
+    others.save_to_disk(str(tmp_path / "others"))
+    assert open_source(tmp_path / "saved").digest() == source.digest()
+    assert open_source(tmp_path / "others").digest() != source.digest()
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(UserError, match=r"several splits \(train\)"):
         open_source(tmp_path / "splits")

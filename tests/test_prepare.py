@@ -20,7 +20,7 @@ from stbench.encoding import make_encoder
 from stbench.errors import UserError
 from stbench.images import decode_image
 from stbench.latent_store import HELDOUT, MANIFEST, REFERENCE, TRAIN, Manifest, Shards, read_manifest, verify
-from stbench.prepare import Job, open_job, prepare
+from stbench.prepare import Job, _plan, open_job, prepare
 from stbench.sources import Folder
 from stbench.store_writer import shard_bounds, split_of
 from stbench.vae import find_vae
@@ -184,6 +184,16 @@ def test_a_folder_with_other_files_is_refused(job: Job) -> None:
     with pytest.raises(UserError, match=r"holds other files \(thesis.txt\)"):
         run(job)
     assert content(job.target).keys() <= {"thesis.txt", ".lock"}
+
+
+def test_a_set_begun_on_another_device_is_refused(job: Job) -> None:
+    listed, plan = open_job(job), store_writer.PLAN
+    job.target.mkdir()
+    begun = {**_plan(job, listed), "device": "cuda"}
+    (job.target / plan).write_text(json.dumps(begun))
+    (job.target / "shard-00000.json").write_text("{}")
+    with pytest.raises(UserError, match="was begun with device 'cuda', found 'cpu'; use the same"):
+        prepare(job, listed, lambda count: None)
 
 
 @pytest.mark.parametrize("plan", [None, '{"goal": "graduate"}', "[1]", "not JSON"])
