@@ -70,12 +70,21 @@ def open_source(path: Path, classes: Path | None = None) -> Source:
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         return Saved(path)
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text()).get("splits", [])
+        splits = _splits(path / "dataset_dict.json")
         raise UserError(
             f"{path} holds several splits ({', '.join(splits)}); give one of them, "
             f"for example {path / (splits[0] if splits else 'train')}"
         )
     return Folder(path, mapping)
+
+
+def _splits(file: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads(file.read_bytes())["splits"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'{file}: expected {{"splits": [...]}}, found something else ({reason(error)}); save it again'
+        ) from error
 
 
 def read_classes(file: Path) -> dict[str, int]:
@@ -222,6 +231,19 @@ def _kind(member: tarfile.TarInfo) -> str:
     return "special files"
 
 
+def _checked(values: Sequence[Any], path: Path, column: str, classes: int | None) -> list[int]:
+    """The labels of a column. Raises UserError unless they are 0..K-1; without names each must occur."""
+    wrong = [v for v in values if not isinstance(v, int) or v < 0 or (classes is not None and v >= classes)]
+    gaps = [] if classes is not None or wrong else sorted(set(range(max(values, default=-1) + 1)) - {*values})
+    if wrong or gaps:
+        found = f"{wrong[0]!r} in {len(wrong)} rows" if wrong else f"no row of {gaps[0]}"
+        raise UserError(
+            f"{path}: labels in '{column}' want to be 0..{'K' if classes is None else classes}-1, found {found}; "
+            f"number them anew"
+        )
+    return list(values)
+
+
 @final
 class Saved(Source):
     """A Hugging Face dataset that `save_to_disk` wrote: the first Image column and the first ClassLabel one.
@@ -237,7 +259,12 @@ class Saved(Source):
                 f"{path} is a Hugging Face dataset: reading it wants the package datasets; "
                 f"pip install datasets"
             ) from error
-        rows: Any = datasets.load_from_disk(str(path))
+        try:
+            rows: Any = datasets.load_from_disk(str(path))
+        except Exception as error:  # a damaged dataset may raise anything
+            raise UserError(
+                f"{path} does not load as a saved dataset ({reason(error)}); save or copy it again"
+            ) from error
         kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
         image = next((name for name, kind in kinds.items() if kind == "Image"), None)
         label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), None)
@@ -246,8 +273,8 @@ class Saved(Source):
             raise UserError(f"{path}: expected an Image and a ClassLabel column, found {kinds}; cast them")
         self.stamp = str(rows._fingerprint)
         self._image, self._rows = image, rows.cast_column(image, datasets.Image(decode=False))
-        self.labels = [int(value) for value in rows[label][:]]
         named = getattr(rows.features[label], "names", None)
+        self.labels = _checked(rows[label][:], path, label, len(named) if named else None)
         self.classes = list(named or map(str, range(max(self.labels, default=-1) + 1)))
         self.ids = [f"row {number}" for number in range(len(self.labels))]
         self.ignored = {}

@@ -9,6 +9,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from PIL import Image
 
 from stbench.errors import UserError
 from stbench.images import UNREADABLE, centre_crop, decode_image
-from stbench.sources import open_source
+from stbench.sources import _checked, open_source
 from tests.datafiles import make_images, make_tar, picture
 
 
@@ -171,6 +172,32 @@ def test_a_saved_dataset_without_the_package_is_told_in_one_line(tmp_path: Path)
     for name in ("dataset_info.json", "state.json"):
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match="wants the package datasets; pip install datasets"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "found"),
+    [([0, -1, 1], 2, "0..2-1, found -1 in 1 rows"), ([0, None], 2, "None"), ([0, 2], 2, "found 2 in")]
+    + [([1, 2], None, "0..K-1, found no row of 0"), ([0.5], None, "found 0.5")],
+)
+def test_labels_of_a_saved_dataset_are_checked(values: list[Any], classes: int | None, found: str) -> None:
+    with pytest.raises(UserError, match=f"labels in 'label' want to be .*{found}"):
+        _checked(values, Path("saved"), "label", classes)
+    assert _checked([1, 0], Path("saved"), "label", None) == [1, 0]
+
+
+def test_a_damaged_saved_dataset_is_told_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="reads saved datasets with the package datasets")
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{")
+    with pytest.raises(UserError, match="does not load as a saved dataset") as caught:
+        open_source(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_splits_are_told(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text("[]")
+    with pytest.raises(UserError, match="expected ..splits"):
         open_source(tmp_path)
 
 
