@@ -21,7 +21,7 @@ from stbench.errors import UserError
 from stbench.images import SUFFIXES, UNREADABLE, decode_image, reason, same_size
 from stbench.latent_store import TRAIN, Manifest
 from stbench.store_writer import Rows, build, shard_bounds, split_of
-from stbench.vae import PUBLISHED, PUBLISHED_SCALE, VAE, find_vae
+from stbench.vae import PUBLISHED_SCALE, VAE, find_vae, is_published
 
 FEATURES, IMAGES, LABELS = "vae-sd", "images", "dataset.json"
 DEFAULT_VAE = "sd-vae-ft-mse"
@@ -178,7 +178,7 @@ def decoder_of(repa: Repa, vae: str) -> Decoder:
     try:
         found = find_vae(vae)
     except UserError:
-        if vae not in PUBLISHED:
+        if not is_published(vae):
             raise
     channels = found.latent_channels if found else 4
     if channels != repa.latent_channels:

@@ -259,6 +259,17 @@ def test_an_autoencoder_that_is_damaged_or_another_class_is_told(vae: Path, tmp_
         find_vae(str(tmp_path / "other"))
 
 
+def test_a_folder_goes_before_the_published_name(
+    tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd-vae-ft-ema").symlink_to(vae)
+    find_vae.cache_clear()
+    found = find_vae("sd-vae-ft-ema")
+    find_vae.cache_clear()
+    assert (found.name, found.folder) == (str(vae), vae)
+
+
 def damage(folder: Path, how: str) -> str:
     """Spoil one file of a set; returns what must be told."""
     file = folder / "00001-moments.npy"
