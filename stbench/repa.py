@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, final
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -82,7 +83,9 @@ class Repa:
         path = self._features / self.ids[index]
         try:
             moments = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            if not isinstance(moments, np.ndarray):
+                raise ValueError("an archive, no array")
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
             raise UserError(
                 f"{path} is truncated or no .npy file ({reason(error)}); copy it again"
             ) from error

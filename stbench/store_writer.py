@@ -79,7 +79,7 @@ def split_of(ids: Sequence[str], references: int) -> np.ndarray:
     """
     if len(ids) < 2:
         raise UserError(f"expected at least 2 images, one to train on and one held out, found {len(ids)}")
-    keys = [hashlib.sha256(f"stbench-split/{name}".encode()).digest() for name in ids]
+    keys = [hashlib.sha256(b"stbench-split/" + os.fsencode(name)).digest() for name in ids]
     order = sorted(range(len(ids)), key=keys.__getitem__)
     heldout = max(1, min(HELDOUT_MOST, round(HELDOUT_SHARE * len(ids))))
     split = np.full(len(ids), TRAIN, np.uint8)
@@ -228,7 +228,7 @@ def _finished(folder: Path, number: int) -> Shard | None:
 
 
 def _write_shard(folder: Path, number: int, kind: str, rows: Rows) -> Shard:
-    ids = np.array([name.encode() for name in rows.ids] or [b""])[: len(rows.ids)]
+    ids = np.array([os.fsencode(name) for name in rows.ids] or [b""])[: len(rows.ids)]
     arrays = {
         kind: rows.data,
         "labels": np.asarray(rows.labels, np.int64),

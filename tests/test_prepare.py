@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from stbench import data_commands, store_writer
+from stbench.checkpoints import write_whole
 from stbench.encoding import make_encoder
 from stbench.errors import UserError
 from stbench.images import decode_image
@@ -295,6 +296,17 @@ def damage(folder: Path, how: str) -> str:
     return "manifest.json is damaged"
 
 
+def test_names_that_are_no_text_and_a_manifest_that_is_no_object(job: Job, tmp_path: Path) -> None:
+    source = make_images(tmp_path / "some", 12, SIZE)
+    os.rename(source / "class0" / "img00000.jpg", os.fsencode(source / "class0") + b"/caf\xe9.jpg")
+    (source / "class1" / "img00001.png").write_bytes(b"no image")
+    data_commands.prepare(replace(job, source=source, vae="none"))
+    assert b"class0/caf\xe9.jpg" in column(job.target, "ids").tolist()
+    (job.target / MANIFEST).write_text("[1, 2]")
+    with pytest.raises(UserError, match="is damaged .*no object"):
+        read_manifest(job.target)
+
+
 @pytest.mark.parametrize(
     "how", ["truncated", "flipped byte", "missing", "manifest", "schema", "cut manifest"]
 )
@@ -355,6 +367,19 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     monkeypatch.setattr(os, "fsync", real)
     run(job)
     assert verify(job.target)[1] == []
+
+
+def test_weights_that_do_not_fit_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "ema.safetensors").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(b"new", tmp_path / "ema.safetensors")
+    assert content(tmp_path) == {"ema.safetensors": b"old"}
 
 
 def test_a_disk_without_room_for_the_whole_set_is_told_first(
