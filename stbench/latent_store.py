@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 Kind = Literal["moments", "pixels"]
 DTYPES = {"moments": "float16", "pixels": "uint8", "labels": "int64", "split": "uint8", "images": "uint8"}
-"""Array of a shard -> its type; "ids" are bytes as in the source, UTF-8 as a rule, of whatever length is needed."""
+"""Array of a shard -> its type; "ids" are the bytes of names, UTF-8 as a rule, as long as needed."""
 
 TRAIN, HELDOUT, REFERENCE = 0, 1, 2
 """`split`: trained on; never trained on, pixels kept; trained on, pixels kept as evaluation reference."""

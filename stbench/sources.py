@@ -238,8 +238,8 @@ def _checked(values: Sequence[Any], path: Path, column: str, classes: int | None
     if wrong or gaps:
         found = f"{wrong[0]!r} in {len(wrong)} rows" if wrong else f"no row of {gaps[0]}"
         raise UserError(
-            f"{path}: labels in '{column}' want to be 0..{'K' if classes is None else classes}-1, found {found}; "
-            f"number them anew"
+            f"{path}: labels in '{column}' want to be 0..{'K' if classes is None else classes}-1, "
+            f"found {found}; number them anew"
         )
     return list(values)
 

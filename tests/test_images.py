@@ -177,8 +177,13 @@ def test_a_saved_dataset_without_the_package_is_told_in_one_line(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("values", "classes", "found"),
-    [([0, -1, 1], 2, "0..2-1, found -1 in 1 rows"), ([0, None], 2, "None"), ([0, 2], 2, "found 2 in")]
-    + [([1, 2], None, "0..K-1, found no row of 0"), ([0.5], None, "found 0.5")],
+    [
+        ([0, -1, 1], 2, "0..2-1, found -1 in 1 rows"),
+        ([0, None], 2, "None"),
+        ([0, 2], 2, "found 2 in"),
+        ([1, 2], None, "0..K-1, found no row of 0"),
+        ([0.5], None, "found 0.5"),
+    ],
 )
 def test_labels_of_a_saved_dataset_are_checked(values: list[Any], classes: int | None, found: str) -> None:
     with pytest.raises(UserError, match=f"labels in 'label' want to be .*{found}"):
