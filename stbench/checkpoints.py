@@ -34,13 +34,17 @@ def save_weights(state: State, file: Path, metadata: dict[str, str] | None = Non
 
 
 def write_whole(data: bytes, file: Path) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all; nothing is left behind when the disk is full."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # makes the rename itself survive a power cut

@@ -260,7 +260,7 @@ def _common_size(source: Source) -> int:
     images, names = [], []
     for number, name in enumerate(source.ids):
         try:
-            images.append(decode_image(source.read(number), 3, None))
+            images.append(decode_image(source.content(number), 3, None))
             names.append(name)
         except UNREADABLE as error:
             print(f"cannot be read: {name}: {reason(error)}", file=sys.stderr)

@@ -31,7 +31,7 @@ UNREADABLE = (
     struct.error,
     zlib.error,
 )
-"""What Pillow raises for files that are cut off or no images."""
+"""What Pillow raises for content that is cut off or no image; reading comes before."""
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
@@ -55,6 +55,8 @@ def decode_image(content: bytes, channels: int, size: int | None) -> np.ndarray:
     Raises one of UNREADABLE for content that is damaged or no image.
     """
     with Image.open(io.BytesIO(content)) as opened:
+        if opened.mode.startswith(("I", "F")):  # Pillow's conversion would clip them to white
+            raise ValueError(f"expected 8 bits a channel, found mode {opened.mode}")
         image = opened.convert(MODES[channels])
     if size is not None:
         image = centre_crop(image, size)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -24,7 +25,7 @@ MANIFEST = "manifest.json"
 
 Kind = Literal["moments", "pixels"]
 DTYPES = {"moments": "float16", "pixels": "uint8", "labels": "int64", "split": "uint8", "images": "uint8"}
-"""Array of a shard -> its type; "ids" are UTF-8 bytes of whatever length is needed."""
+"""Array of a shard -> its type; "ids" are the bytes of names, UTF-8 as a rule, as long as needed."""
 
 TRAIN, HELDOUT, REFERENCE = 0, 1, 2
 """`split`: trained on; never trained on, pixels kept; trained on, pixels kept as evaluation reference."""
@@ -116,6 +117,8 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     try:
         content = json.loads(file.read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError(f"a JSON {type(content).__name__}, no object")
         found, expected = _digest(content), content["sha256"]
         if (content["format"], content["schema"]) != (FORMAT, SCHEMA):
             raise UserError(
@@ -177,7 +180,9 @@ def open_array(manifest: Manifest, folder: Path, shard: Shard, array: str) -> np
     try:
         # Nothing can be mapped in a file without rows.
         found = np.load(path, mmap_mode="r" if wanted[0] else None, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        if not isinstance(found, np.ndarray):
+            raise ValueError("an archive, no array")
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}); {remedy}") from error
     dtype = DTYPES.get(array, found.dtype.name)
     if found.shape != wanted or found.dtype.name != dtype or (array == "ids" and found.dtype.kind != "S"):

@@ -110,6 +110,7 @@ def _plan(job: Job, listed: Listed) -> dict[str, object]:
         "precision": job.precision,
         "batch": job.batch,
         "references": job.references,
+        "device": job.device.type if listed.encoder.vae else None,
     }
 
 
@@ -152,7 +153,7 @@ def _batches(
 
     def load(number: int) -> np.ndarray | str:
         try:
-            return decode_image(listed.source.read(number), channels, size)
+            return decode_image(listed.source.content(number), channels, size)
         except UNREADABLE as error:
             return reason(error)
 

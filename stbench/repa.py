@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, final
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from stbench.errors import UserError
 from stbench.images import SUFFIXES, UNREADABLE, decode_image, reason, same_size
 from stbench.latent_store import TRAIN, Manifest
 from stbench.store_writer import Rows, build, shard_bounds, split_of
-from stbench.vae import PUBLISHED, PUBLISHED_SCALE, VAE, find_vae
+from stbench.vae import PUBLISHED_SCALE, VAE, find_vae, is_published
 
 FEATURES, IMAGES, LABELS = "vae-sd", "images", "dataset.json"
 DEFAULT_VAE = "sd-vae-ft-mse"
@@ -82,7 +83,9 @@ class Repa:
         path = self._features / self.ids[index]
         try:
             moments = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            if not isinstance(moments, np.ndarray):
+                raise ValueError("an archive, no array")
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
             raise UserError(
                 f"{path} is truncated or no .npy file ({reason(error)}); copy it again"
             ) from error
@@ -178,7 +181,7 @@ def decoder_of(repa: Repa, vae: str) -> Decoder:
     try:
         found = find_vae(vae)
     except UserError:
-        if vae not in PUBLISHED:
+        if not is_published(vae):
             raise
     channels = found.latent_channels if found else 4
     if channels != repa.latent_channels:

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, final
 
 from stbench.errors import UserError
-from stbench.images import SUFFIXES
+from stbench.images import SUFFIXES, reason
 
 
 class Source(ABC):
@@ -28,16 +28,33 @@ class Source(ABC):
     classes: Sequence[str]
     """Names of the classes, by label."""
     ignored: Mapping[str, int]
-    """Suffix -> files that were not taken for images."""
+    """Suffix, or kind (links in a tar) -> files that were not taken for images."""
+
+    stamp: str = ""
+    """What identifies the content, where the source keeps such a thing."""
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded image; safe to call from several threads. Raises OSError."""
+        """The encoded image; safe to call from several threads.
+
+        Raises OSError where the bytes cannot be had, ValueError where there are none by design.
+        """
+
+    def content(self, index: int) -> bytes:
+        """The encoded image. Raises UserError for a disk or a network that fails."""
+        try:
+            return self.read(index)
+        except OSError as error:
+            raise UserError(
+                f"expected the bytes of '{self.ids[index]}', found none ({reason(error)}); make the source "
+                f"readable again and type the same command: finished shards are kept"
+            ) from error
 
     def digest(self) -> str:
-        """Hash of names and labels in order."""
+        """Hash of names and labels in order, and of the stamp where there is one."""
         rows = [[name, label] for name, label in zip(self.ids, self.labels, strict=True)]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        known = [self.stamp, rows] if self.stamp else rows
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def open_source(path: Path, classes: Path | None = None) -> Source:
@@ -53,12 +70,21 @@ def open_source(path: Path, classes: Path | None = None) -> Source:
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         return Saved(path)
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text()).get("splits", [])
+        splits = _splits(path / "dataset_dict.json")
         raise UserError(
             f"{path} holds several splits ({', '.join(splits)}); give one of them, "
             f"for example {path / (splits[0] if splits else 'train')}"
         )
     return Folder(path, mapping)
+
+
+def _splits(file: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads(file.read_bytes())["splits"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'{file}: expected {{"splits": [...]}}, found something else ({reason(error)}); save it again'
+        ) from error
 
 
 def read_classes(file: Path) -> dict[str, int]:
@@ -134,6 +160,13 @@ def _class_names(mapping: Mapping[str, int]) -> list[str]:
     return [found[k][0] if len(found[k]) == 1 else str(k) for k in range(len(found))]
 
 
+def _unlisted(error: OSError) -> None:
+    raise UserError(
+        f"expected to list the folder {error.filename}, found an error ({error.strerror}); "
+        f"make it readable, or give another folder"
+    ) from error
+
+
 @final
 class Folder(_Named):
     """Image files under a folder; links to folders are followed."""
@@ -142,7 +175,7 @@ class Folder(_Named):
         self._path = path
         names = [
             os.path.relpath(os.path.join(root, file), path).replace(os.sep, "/")
-            for root, _, files in os.walk(path, followlinks=True)
+            for root, _, files in os.walk(path, onerror=_unlisted, followlinks=True)
             for file in files
         ]
         self._label(names, mapping, path)
@@ -160,14 +193,23 @@ class Tar(_Named):
         self._path = path
         try:
             with tarfile.open(path, "r:") as archive:
-                members = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in archive if m.isfile()}
+                listed = list(archive)
+                end = archive.offset
         except (tarfile.TarError, OSError, EOFError) as error:
             raise UserError(
                 f"expected an uncompressed tar of images, found {path} ({error}); unpack or decompress it"
             ) from error
+        members = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in listed if _plain(m)}
         self._label(list(members), mapping, path)
+        links = Counter(_kind(m) for m in listed if not _plain(m) and not m.isdir())
+        self.ignored = {**self.ignored, **links}
         self._places = [members[name] for name in self.ids]
         self._file = os.open(path, os.O_RDONLY)
+        if os.pread(self._file, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+            raise UserError(
+                f"{path} is cut off or damaged: expected {tarfile.BLOCKSIZE} zero bytes at its end, byte "
+                f"{end} after {len(listed)} members, found something else; copy or pack it again"
+            )
 
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
@@ -176,6 +218,30 @@ class Tar(_Named):
         if len(content) != size:
             raise OSError(f"the tar is cut off: {size} bytes expected, {len(content)} found")
         return content
+
+
+def _plain(member: tarfile.TarInfo) -> bool:
+    """Whether its bytes lie in the archive as they are."""
+    return member.isreg() and not member.issparse()
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    if member.islnk() or member.issym():
+        return "hard links" if member.islnk() else "symbolic links"
+    return "special files"
+
+
+def _checked(values: Sequence[Any], path: Path, column: str, classes: int | None) -> list[int]:
+    """The labels of a column. Raises UserError unless they are 0..K-1; without names each must occur."""
+    wrong = [v for v in values if not isinstance(v, int) or v < 0 or (classes is not None and v >= classes)]
+    gaps = [] if classes is not None or wrong else sorted(set(range(max(values, default=-1) + 1)) - {*values})
+    if wrong or gaps:
+        found = f"{wrong[0]!r} in {len(wrong)} rows" if wrong else f"no row of {gaps[0]}"
+        raise UserError(
+            f"{path}: labels in '{column}' want to be 0..{'K' if classes is None else classes}-1, "
+            f"found {found}; number them anew"
+        )
+    return list(values)
 
 
 @final
@@ -193,16 +259,22 @@ class Saved(Source):
                 f"{path} is a Hugging Face dataset: reading it wants the package datasets; "
                 f"pip install datasets"
             ) from error
-        rows: Any = datasets.load_from_disk(str(path))
+        try:
+            rows: Any = datasets.load_from_disk(str(path))
+        except Exception as error:  # a damaged dataset may raise anything
+            raise UserError(
+                f"{path} does not load as a saved dataset ({reason(error)}); save or copy it again"
+            ) from error
         kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
         image = next((name for name, kind in kinds.items() if kind == "Image"), None)
         label = next((name for name, kind in kinds.items() if kind == "ClassLabel"), None)
         label = label or ("label" if "label" in kinds else None)
         if image is None or label is None:
             raise UserError(f"{path}: expected an Image and a ClassLabel column, found {kinds}; cast them")
+        self.stamp = str(rows._fingerprint)
         self._image, self._rows = image, rows.cast_column(image, datasets.Image(decode=False))
-        self.labels = [int(value) for value in rows[label][:]]
         named = getattr(rows.features[label], "names", None)
+        self.labels = _checked(rows[label][:], path, label, len(named) if named else None)
         self.classes = list(named or map(str, range(max(self.labels, default=-1) + 1)))
         self.ids = [f"row {number}" for number in range(len(self.labels))]
         self.ignored = {}
@@ -213,5 +285,5 @@ class Saved(Source):
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
         if value.get("path") is None:
-            raise OSError("the row holds no image")
+            raise ValueError("the row holds no image")
         return Path(value["path"]).read_bytes()

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,15 @@ from stbench.latent_store import (
 from stbench.results import atomic_write
 
 PLAN = "plan.json"
+PLAN_KEYS = frozenset({"source", "images", "listing", "autoencoder", "shards", "references"})
+"""What every plan of ours holds, whatever command began it."""
+OWN_ARRAY = re.compile(r"\d{5,}-(moments|pixels|labels|split|ids|images)\.npy$")
+OWN_RECORD = re.compile(r"shard-\d{5,}\.json$")
+OWN_TMP = re.compile(
+    r"\.(\d{5,}-(moments|pixels|labels|split|ids|images)\.npy|shard-\d{5,}\.json|(plan|manifest)\.json)"
+    r"\.\d+\.tmp$"
+)
+"""Names of our files: nothing else is ever deleted."""
 ROWS_PER_SHARD = 10_000
 """Images a shard, unless a number of shards is asked for."""
 HELDOUT_MOST, HELDOUT_SHARE = 1000, 0.05
@@ -69,7 +79,7 @@ def split_of(ids: Sequence[str], references: int) -> np.ndarray:
     """
     if len(ids) < 2:
         raise UserError(f"expected at least 2 images, one to train on and one held out, found {len(ids)}")
-    keys = [hashlib.sha256(f"stbench-split/{name}".encode()).digest() for name in ids]
+    keys = [hashlib.sha256(b"stbench-split/" + os.fsencode(name)).digest() for name in ids]
     order = sorted(range(len(ids)), key=keys.__getitem__)
     heldout = max(1, min(HELDOUT_MOST, round(HELDOUT_SHARE * len(ids))))
     split = np.full(len(ids), TRAIN, np.uint8)
@@ -102,6 +112,7 @@ def build(
     for a folder that holds something else, is in use, or has no room.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _known_plan(folder)
     with _lock(folder):
         if (folder / MANIFEST).is_file():
             found = read_manifest(folder)
@@ -137,22 +148,45 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
-    file = folder / PLAN
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink()
-    if file.is_file() and any(folder.glob("shard-*.json")):
-        _same_plan(folder, json.loads(file.read_text()), plan)
-        return
-    if file.is_file():  # begun, but no shard was finished: nothing is lost by other arguments
-        for unfinished in folder.glob("[0-9]*-*.npy"):
-            unfinished.unlink()
-        file.unlink()
-    others = [path.name for path in folder.iterdir() if path.name != ".lock"]
+def _known_plan(folder: Path) -> Mapping[str, Any] | None:
+    """The plan of the set that was begun in a folder, None in an empty one; touches nothing.
+
+    Raises UserError for a folder that is not ours: not empty, and without manifest or a plan of our keys.
+    """
+    if (folder / MANIFEST).is_file():
+        return read_manifest(folder).plan
+    if (plan := _own_plan(folder)) is not None:
+        return plan
+    others = [path.name for path in folder.iterdir() if path.name != ".lock" and not OWN_TMP.match(path.name)]
     if others:
         raise UserError(f"{folder} holds other files ({sorted(others)[0]}); give a new or an empty folder")
+    return None
+
+
+def _own_plan(folder: Path) -> Mapping[str, Any] | None:
+    try:
+        plan = json.loads((folder / PLAN).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and plan.keys() >= PLAN_KEYS else None
+
+
+def _remove(folder: Path, *patterns: re.Pattern[str]) -> None:
+    for path in list(folder.iterdir()):
+        if any(pattern.match(path.name) for pattern in patterns) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
+    known = _known_plan(folder)
+    _remove(folder, OWN_TMP)
+    if known is not None and any(OWN_RECORD.match(path.name) for path in folder.iterdir()):
+        _same_plan(folder, known, plan)
+        return
+    if known is not None:  # begun, but no shard was finished: nothing is lost by other arguments
+        _remove(folder, OWN_ARRAY)
     with full_disk(folder):
-        atomic_write(file, json.dumps(plan, indent=1) + "\n")
+        atomic_write(folder / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
 def _same_plan(folder: Path, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -167,8 +201,10 @@ def _same_plan(folder: Path, known: Mapping[str, Any], asked: Mapping[str, Any])
 
 def _clean(folder: Path) -> None:
     """Take away what only an unfinished set needs."""
-    for leftover in [*folder.glob("shard-*.json"), *folder.glob(".*.tmp"), folder / PLAN, folder / ".lock"]:
-        leftover.unlink(missing_ok=True)
+    _remove(folder, OWN_TMP, OWN_RECORD)
+    if _own_plan(folder) is not None:
+        (folder / PLAN).unlink()
+    (folder / ".lock").unlink(missing_ok=True)
 
 
 def _room(folder: Path, needed: int) -> None:
@@ -192,7 +228,7 @@ def _finished(folder: Path, number: int) -> Shard | None:
 
 
 def _write_shard(folder: Path, number: int, kind: str, rows: Rows) -> Shard:
-    ids = np.array([name.encode() for name in rows.ids] or [b""])[: len(rows.ids)]
+    ids = np.array([os.fsencode(name) for name in rows.ids] or [b""])[: len(rows.ids)]
     arrays = {
         kind: rows.data,
         "labels": np.asarray(rows.labels, np.int64),

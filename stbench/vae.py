@@ -54,7 +54,8 @@ def find_vae(name: str) -> VAE:
     Raises UserError for a name that is not cached, a folder that is missing or holds no diffusers
     AutoencoderKL.
     """
-    folder = _cached(name) if name in PUBLISHED else Path(name).expanduser().resolve()
+    published = is_published(name)
+    folder = _cached(name) if published else Path(name).expanduser().resolve()
     if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(
             f"expected an autoencoder (config.json and {WEIGHTS}) in {folder}, found none; "
@@ -62,7 +63,7 @@ def find_vae(name: str) -> VAE:
         )
     config = _config(folder)
     return VAE(
-        name=name if name in PUBLISHED else str(folder),
+        name=name if published else str(folder),
         folder=folder,
         sha256=_sha256(folder),
         channels=int(config["in_channels"]),
@@ -71,6 +72,11 @@ def find_vae(name: str) -> VAE:
         scale=float(config.get("scaling_factor") or PUBLISHED_SCALE),
         shift=float(config.get("shift_factor") or 0.0),
     )
+
+
+def is_published(name: str) -> bool:
+    """Whether a name stands for a published autoencoder; a folder of that name goes before it."""
+    return name in PUBLISHED and not Path(name).is_dir()
 
 
 def download(name: str) -> str:

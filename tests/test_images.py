@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
+import os
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +17,7 @@ from PIL import Image
 
 from stbench.errors import UserError
 from stbench.images import UNREADABLE, centre_crop, decode_image
-from stbench.sources import open_source
+from stbench.sources import _checked, open_source
 from tests.datafiles import make_images, make_tar, picture
 
 
@@ -61,6 +65,13 @@ def test_what_is_no_image_is_told(content: bytes) -> None:
         decode_image(content, 3, 32)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_deeper_than_eight_bits_is_refused(dtype: type) -> None:
+    deep = Image.fromarray(np.full((8, 8), 300, dtype))
+    with pytest.raises(ValueError, match="expected 8 bits a channel, found mode [IF]"):
+        decode_image(encoded(deep, "TIFF"), 3, 8)
+
+
 def test_a_folder_and_a_tar_of_it_list_the_same(tmp_path: Path) -> None:
     folder = make_images(tmp_path / "images", 25)
     (folder / "class3" / "notes.txt").write_text("not an image")
@@ -72,6 +83,42 @@ def test_a_folder_and_a_tar_of_it_list_the_same(tmp_path: Path) -> None:
     assert plain.ignored == packed.ignored == {".txt": 1, "README": 1}
     assert [plain.read(k) for k in range(25)] == [packed.read(k) for k in range(25)]
     assert plain.digest() == packed.digest()
+
+
+def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, real = make_images(tmp_path / "images", 12), os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("class1"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="list the folder .*class1, found an error .Input/output error"):
+        open_source(folder)
+
+
+@pytest.mark.parametrize("how", ["cut between members", "damaged header"])
+def test_a_tar_without_its_end_is_refused(how: str, tmp_path: Path) -> None:
+    packed = make_tar(make_images(tmp_path / "images", 12), tmp_path / "images.tar")
+    with tarfile.open(packed) as archive:
+        place = [m for m in archive if m.isfile()][6].offset
+    data = bytearray(packed.read_bytes())
+    if how == "damaged header":
+        data[place + 100] ^= 0xFF
+    packed.write_bytes(data[:place] if how == "cut between members" else data)
+    with pytest.raises(UserError, match="is cut off or damaged: expected 512 zero bytes at its end"):
+        open_source(packed)
+
+
+def test_links_in_a_tar_are_counted(tmp_path: Path) -> None:
+    packed = make_tar(make_images(tmp_path / "images", 12), tmp_path / "images.tar")
+    with tarfile.open(packed, "a") as archive:
+        for name, kind in (("class0/a.png", tarfile.LNKTYPE), ("class0/b.png", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "class0/img00000.png"
+            archive.addfile(link)
+    assert open_source(packed).ignored == {"hard links": 1, "symbolic links": 1}
 
 
 @pytest.mark.parametrize("name", ["map.json", "map.txt"])
@@ -128,6 +175,37 @@ def test_a_saved_dataset_without_the_package_is_told_in_one_line(tmp_path: Path)
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "classes", "found"),
+    [
+        ([0, -1, 1], 2, "0..2-1, found -1 in 1 rows"),
+        ([0, None], 2, "None"),
+        ([0, 2], 2, "found 2 in"),
+        ([1, 2], None, "0..K-1, found no row of 0"),
+        ([0.5], None, "found 0.5"),
+    ],
+)
+def test_labels_of_a_saved_dataset_are_checked(values: list[Any], classes: int | None, found: str) -> None:
+    with pytest.raises(UserError, match=f"labels in 'label' want to be .*{found}"):
+        _checked(values, Path("saved"), "label", classes)
+    assert _checked([1, 0], Path("saved"), "label", None) == [1, 0]
+
+
+def test_a_damaged_saved_dataset_is_told_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="reads saved datasets with the package datasets")
+    for name in ("dataset_info.json", "state.json"):
+        (tmp_path / name).write_text("{")
+    with pytest.raises(UserError, match="does not load as a saved dataset") as caught:
+        open_source(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_splits_are_told(tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text("[]")
+    with pytest.raises(UserError, match="expected ..splits"):
+        open_source(tmp_path)
+
+
 def test_a_saved_dataset_lists_its_rows(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="reads saved datasets with the package datasets")
     images = [picture(k, 16, 16) for k in range(4)]
@@ -137,6 +215,10 @@ def test_a_saved_dataset_lists_its_rows(tmp_path: Path) -> None:
     source = open_source(tmp_path / "saved")
     assert (list(source.labels), list(source.classes), len(source.ids)) == ([0, 1, 1, 0], ["a", "b"], 4)
     assert np.array_equal(decode_image(source.read(2), 3, 16), np.asarray(images[2]).transpose(2, 0, 1))
+    others = datasets.Dataset.from_dict({"image": images[::-1], "label": [0, 1, 1, 0]}, features=features)
+    others.save_to_disk(str(tmp_path / "others"))
+    assert open_source(tmp_path / "saved").digest() == source.digest()
+    assert open_source(tmp_path / "others").digest() != source.digest()
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(UserError, match=r"several splits \(train\)"):
         open_source(tmp_path / "splits")

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from stbench import data_commands, store_writer
+from stbench.checkpoints import write_whole
 from stbench.encoding import make_encoder
 from stbench.errors import UserError
 from stbench.images import decode_image
 from stbench.latent_store import HELDOUT, MANIFEST, REFERENCE, TRAIN, Manifest, Shards, read_manifest, verify
-from stbench.prepare import Job, open_job, prepare
+from stbench.prepare import Job, _plan, open_job, prepare
+from stbench.sources import Folder
 from stbench.store_writer import shard_bounds, split_of
 from stbench.vae import find_vae
 from tests.datafiles import make_images, make_tar, make_vae
@@ -137,6 +139,26 @@ def test_unreadable_images_are_named_and_left_out(
     assert verify(job.target)[1] == []
 
 
+def test_a_source_that_vanishes_midway_makes_no_set_and_the_same_command_goes_on(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, real = open_job(job), Folder.read
+
+    def read(source: Folder, index: int) -> bytes:
+        if index >= 30:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(source, index)
+
+    monkeypatch.setattr(Folder, "read", read)
+    with pytest.raises(UserError, match=r"found none .*Input/output error.*the same command") as caught:
+        prepare(job, listed, lambda count: None)
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in job.target.glob("shard-*.json")] == ["shard-00000.json"]
+    monkeypatch.setattr(Folder, "read", real)
+    manifest, _ = run(job)
+    assert (manifest.count, manifest.unreadable) == (COUNT, [])
+
+
 def test_a_source_without_a_readable_image_makes_no_set(job: Job, tmp_path: Path) -> None:
     source = make_images(tmp_path / "some", 4, SIZE)
     for file in source.rglob("*.*g"):
@@ -163,6 +185,41 @@ def test_a_folder_with_other_files_is_refused(job: Job) -> None:
     with pytest.raises(UserError, match=r"holds other files \(thesis.txt\)"):
         run(job)
     assert content(job.target).keys() <= {"thesis.txt", ".lock"}
+
+
+def test_a_set_begun_on_another_device_is_refused(job: Job) -> None:
+    listed, plan = open_job(job), store_writer.PLAN
+    job.target.mkdir()
+    begun = {**_plan(job, listed), "device": "cuda"}
+    (job.target / plan).write_text(json.dumps(begun))
+    (job.target / "shard-00000.json").write_text("{}")
+    with pytest.raises(UserError, match="was begun with device 'cuda', found 'cpu'; use the same"):
+        prepare(job, listed, lambda count: None)
+
+
+@pytest.mark.parametrize("plan", [None, '{"goal": "graduate"}', "[1]", "not JSON"])
+def test_a_folder_that_is_refused_keeps_every_file(job: Job, plan: str | None) -> None:
+    job.target.mkdir()
+    for name in (".notes.tmp", "00000-labels.npy", "2024-results.npy"):
+        (job.target / name).write_text("mine")
+    if plan is not None:
+        (job.target / "plan.json").write_text(plan)
+    before = content(job.target)
+    with pytest.raises(UserError, match="holds other files"):
+        run(job)
+    assert content(job.target) == before
+
+
+def test_other_files_beside_a_set_of_ours_are_never_deleted(job: Job) -> None:
+    command = [sys.executable, "-c", KILLED, str(job.source), str(job.target), job.vae, "5"]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    mine = {".notes.tmp": b"a", "2024-results.npy": b"b", "shard-notes.json": b"c"}
+    for name, data in mine.items():
+        (job.target / name).write_bytes(data)
+    run(replace(job, shards=2))
+    run(replace(job, shards=2))
+    assert mine.items() <= content(job.target).items()
+    assert verify(job.target)[1] == []
 
 
 @pytest.mark.parametrize(
@@ -203,6 +260,17 @@ def test_an_autoencoder_that_is_damaged_or_another_class_is_told(vae: Path, tmp_
         find_vae(str(tmp_path / "other"))
 
 
+def test_a_folder_goes_before_the_published_name(
+    tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sd-vae-ft-ema").symlink_to(vae)
+    find_vae.cache_clear()
+    found = find_vae("sd-vae-ft-ema")
+    find_vae.cache_clear()
+    assert (found.name, found.folder) == (str(vae), vae)
+
+
 def damage(folder: Path, how: str) -> str:
     """Spoil one file of a set; returns what must be told."""
     file = folder / "00001-moments.npy"
@@ -226,6 +294,17 @@ def damage(folder: Path, how: str) -> str:
         return "expected stbench-latents of schema 1, found stbench-latents 99"
     (folder / MANIFEST).write_text(text[:200])
     return "manifest.json is damaged"
+
+
+def test_names_that_are_no_text_and_a_manifest_that_is_no_object(job: Job, tmp_path: Path) -> None:
+    source = make_images(tmp_path / "some", 12, SIZE)
+    os.rename(source / "class0" / "img00000.jpg", os.fsencode(source / "class0") + b"/caf\xe9.jpg")
+    (source / "class1" / "img00001.png").write_bytes(b"no image")
+    data_commands.prepare(replace(job, source=source, vae="none"))
+    assert b"class0/caf\xe9.jpg" in column(job.target, "ids").tolist()
+    (job.target / MANIFEST).write_text("[1, 2]")
+    with pytest.raises(UserError, match="is damaged .*no object"):
+        read_manifest(job.target)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +367,19 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     monkeypatch.setattr(os, "fsync", real)
     run(job)
     assert verify(job.target)[1] == []
+
+
+def test_weights_that_do_not_fit_leave_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "ema.safetensors").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(b"new", tmp_path / "ema.safetensors")
+    assert content(tmp_path) == {"ema.safetensors": b"old"}
 
 
 def test_a_disk_without_room_for_the_whole_set_is_told_first(

@@ -128,3 +128,14 @@ def test_other_folders_are_not_taken_for_it(tmp_path: Path, vae: str) -> None:
     assert not is_repa(images)
     with pytest.raises(UserError, match="expected REPA's layout .*encoded with `stbench data prepare`"):
         data_commands.import_repa(images, tmp_path / "set", vae, "std", None, 10)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_zip_under_the_name_of_an_array_is_told(folder: Path, cut: bool) -> None:
+    repa = Repa(folder)
+    path = folder / "vae-sd" / repa.ids[3]
+    np.savez(path.with_suffix(".npz"), a=np.zeros(3))
+    path.write_bytes(path.with_suffix(".npz").read_bytes()[: 50 if cut else None])
+    with pytest.raises(UserError, match="is truncated or no .npy file") as caught:
+        repa.moments(3)
+    assert "\n" not in str(caught.value)
