@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from stbench import scoring
 from stbench.errors import UserError
+from stbench.evaluate.extractors import get_extractor
 from stbench.evaluate.fidelity import frechet_distance
 from stbench.evaluate.networks import INCEPTION_FILE, Inception, Network, load_dino, load_inception
 from stbench.evaluate.reference import load_reference, of_survey, write_statistics
@@ -119,6 +121,36 @@ def test_the_graph_gives_what_hooks_on_the_original_see(inception: Inception) ->
     assert seen["input"].shape == (2, 3, 299, 299) and -1.0 <= seen["input"].min() < seen["input"].max() < 1.0
 
 
+class StandIn(nn.Module):
+    """The part of torch-fidelity's Inception that ours reads, in small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Mixed_6d = nn.Identity()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        seen = self.Mixed_6d(images.float())
+        return seen.mean((2, 3)), seen.amax((2, 3))
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+
+def test_nothing_is_kept_of_images_that_passed() -> None:
+    whole = Inception(StandIn(), "stand-in")  # type: ignore[arg-type]
+    images = torch.arange(2 * 9 * 2 * 2).view(2, 9, 2, 2)
+    before = tensors_alive()
+    for _ in range(3):
+        whole.net(images)  # as a training run's evaluations do, by `get_extractor`
+        found = whole(images)
+    expected = images[:, :7].permute(0, 2, 3, 1).flatten(1).float()
+    assert torch.equal(found["spatial"], expected)
+    del found, expected
+    assert tensors_alive() == before and not whole.net.Mixed_6d._forward_hooks
+
+
 def test_building_inception_leaves_the_random_state_alone(weights: tuple[Path, str]) -> None:
     before = torch.get_rng_state()
     load_inception(*weights)
@@ -141,6 +173,9 @@ def test_missing_inception_names_file_place_url_and_hash(
             f"put https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}" in err
         )
     assert not (tmp_path / "a.json").exists()
+    with pytest.raises(UserError) as told:  # `stbench run` has no --inception
+        get_extractor("inception-v3-compat")
+    assert f"expected them at {place}; put https" in str(told.value) and "--inception" not in str(told.value)
 
 
 def test_a_wrong_hash_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ register_feature_extractor("stbench-digits", DigitsExtractor)
 def get_extractor(name: str) -> FeatureExtractorBase:
     """A registered torch-fidelity extractor that returns (FID features, IS logits), on the host."""
     if name == INCEPTION:
-        return load_inception().net  # local weights, their hash checked; torch-fidelity would download
+        return load_inception(
+            by_option=False
+        ).net  # local weights, their hash checked; torch-fidelity would download
     known = FEATURE_EXTRACTORS_REGISTRY
     if name not in known:
         raise UserError(f"unknown feature extractor '{name}'{suggest(name, known)}")
