@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -96,10 +96,12 @@ class Source:
     """Hash of the decoder's weights."""
     defaults: dict[str, Any]
     """Order fields that are taken where the user gives none."""
+    reading: dict[str, Any] = field(default_factory=dict)
+    """How official weights were read, which their bytes do not tell."""
 
     def facts(self) -> dict[str, Any]:
         """What the settings beside the images say of it."""
-        return {"weights": self.weights, "decoder": self.decoder, "rounding": ROUNDING}
+        return {"weights": self.weights, "decoder": self.decoder, "rounding": ROUNDING, **self.reading}
 
 
 def open_source(origin: Origin, device: torch.device | str = "cpu") -> Source:
@@ -156,6 +158,11 @@ def _official(origin: Origin, device: torch.device | str) -> Source:
             "labels": "random",
             "interval": (0.0, 1.0),
             "channels": None,
+        },
+        reading={
+            "network": f"{model.family}-{model.size}",
+            "objective": model.objective,
+            **{name: model.options.get(name) for name in ("heads", "noise_at_zero", "time_scale")},
         },
     )
 
