@@ -6,8 +6,7 @@ filled up. So no image depends on how many are asked for, how they are split, or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -24,6 +23,7 @@ from stbench.evaluate import draw_labels, image_noise
 from stbench.evaluate.extractors import tensors_hash
 from stbench.latents import ROUNDING, to_uint8
 from stbench.official import load_official
+from stbench.precision import arithmetic
 from stbench.registry import load_builtins
 from stbench.samplers import Guidance, sample
 from stbench.vae import find_vae
@@ -167,21 +167,6 @@ def _official(origin: Origin, device: torch.device | str) -> Source:
     )
 
 
-@contextmanager
-def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Runs a block in "fp32", "tf32" or "bf16", and puts torch's switches back."""
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = precision == "tf32"
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
-
-
 @final
 class Painter:
     """Draws any range of an order's images on one device."""
@@ -216,7 +201,8 @@ class Painter:
                 guidance=order.guidance,
                 noise=lambda draw: image_noise(order.seed, f"sample-step-{draw}", first, last, shape),
             )
-        images = source.decode(latents)
+        with arithmetic("fp32", self._device):
+            images = source.decode(latents)
         return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 

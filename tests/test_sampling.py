@@ -22,8 +22,9 @@ from stbench.environment import pick_devices
 from stbench.errors import UserError
 from stbench.evaluate import image_noise
 from stbench.objectives import LinearFlow
-from stbench.painter import ROWS, Order, Origin, Painter, Source, arithmetic
+from stbench.painter import ROWS, Order, Origin, Painter, Source
 from stbench.parts import Parts, settings_of
+from stbench.precision import arithmetic
 from stbench.samplers import Guidance, sample
 from stbench.sampling import Asked
 from tests.conftest import Runner
@@ -288,6 +289,25 @@ def test_arithmetic_puts_the_switches_back() -> None:
     assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
     with arithmetic("bf16", CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+def switches() -> tuple[bool, ...]:
+    cudnn = torch.backends.cudnn
+    return cudnn.enabled, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+def test_the_decoder_is_in_fp32_whatever_the_network_is_in() -> None:
+    seen: dict[str, tuple[bool, ...]] = {}
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        seen["decoder"] = switches()
+        return torch.zeros(len(z), 3, 4, 4, dtype=torch.uint8)
+
+    source = Source(**(_source() | {"decode": decode}))
+    before = switches()
+    order = sampling.order_of(Asked(2, steps=1, precision="tf32"), source)
+    Painter(source, order, CPU).paint(0, 2)
+    assert seen["decoder"] == (True, False, False) and switches() == before
 
 
 def test_devices_are_of_one_kind() -> None:

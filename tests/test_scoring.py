@@ -240,6 +240,21 @@ def test_a_survey_does_not_depend_on_the_batch(tmp_path: Path, batch: int) -> No
     assert again.digest == found.digest
 
 
+def test_a_survey_is_in_fp32_with_cudnn_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, matmul, seen = torch.backends.cudnn, torch.backends.cuda.matmul, set()
+    forward = Cheap.forward
+
+    def watched(self: Cheap, images: Tensor) -> dict[str, Tensor]:
+        seen.add((cudnn.enabled, cudnn.allow_tf32, matmul.allow_tf32))
+        return forward(self, images)
+
+    monkeypatch.setattr(Cheap, "forward", watched)
+    before = cudnn.enabled, cudnn.allow_tf32, matmul.allow_tf32
+    measured(pictures(0, 12), tmp_path, "a", Cheap())
+    assert seen == {(True, False, False)}
+    assert before == (cudnn.enabled, cudnn.allow_tf32, matmul.allow_tf32)
+
+
 def test_kept_rows_are_evenly_spaced() -> None:
     assert evenly_spaced(10, 4).tolist() == [0, 2, 5, 7]
     assert evenly_spaced(3, 10).tolist() == evenly_spaced(3, None).tolist() == [0, 1, 2]
