@@ -18,12 +18,14 @@ from torch import Tensor
 from stbench import revisit
 from stbench.config import build_objective
 from stbench.contracts import Backbone, Objective
+from stbench.data import Dataset
 from stbench.errors import UserError
 from stbench.evaluate import draw_labels, image_noise
 from stbench.evaluate.extractors import tensors_hash
 from stbench.latents import ROUNDING, to_uint8
 from stbench.official import load_official
 from stbench.precision import arithmetic
+from stbench.prepared import Prepared
 from stbench.registry import load_builtins
 from stbench.samplers import Guidance, sample
 from stbench.vae import find_vae
@@ -45,7 +47,7 @@ class Origin:
     """A run folder, or a file of official weights."""
     official: bool = False
     vae: str | None = None
-    """Decoder of official weights: a diffusers folder, or a published name."""
+    """Decoder: a diffusers folder, or a published name; None for a run's own."""
     original: str | None = None
     """Repository of official weights whose keys leave it open."""
     heads: int | None = None
@@ -116,7 +118,7 @@ def _run(origin: Origin, device: torch.device | str) -> Source:
     if not files:
         raise UserError(f"{origin.path} has no weights yet; finish it with `stbench run` first")
     network, settings = run.network(files[max(files)]), run.spec.eval
-    dataset = run.dataset.to(device)
+    dataset = _decoded_by(run.dataset, origin.vae).to(device)
     return Source(
         backbone=network.to(device),
         objective=build_objective(run.spec.objective),
@@ -131,6 +133,14 @@ def _run(origin: Origin, device: torch.device | str) -> Source:
             "channels": settings.channels,
         },
     )
+
+
+def _decoded_by(dataset: Dataset, vae: str | None) -> Dataset:
+    if vae is None:
+        return dataset
+    if not isinstance(dataset, Prepared):
+        raise UserError(f"--vae is for runs on prepared data: {dataset.name} has its own decoder; drop it")
+    return dataset.decoded_by(vae)
 
 
 def _official(origin: Origin, device: torch.device | str) -> Source:

@@ -262,6 +262,20 @@ def test_another_autoencoder_is_noticed_and_can_be_chosen(root: Path, tmp_path: 
     assert chosen.fingerprint == before
 
 
+def test_a_run_can_be_decoded_by_another_autoencoder(root: Path, tmp_path: Path) -> None:
+    data, vae = opened(root / "plain"), make_vae(tmp_path / "vae", seed=1)
+    other = data.decoded_by(str(vae)).to("cpu")
+    z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(other.decode(z), opened(root / "plain", vae=str(vae)).decode(z))
+    assert not torch.equal(other.decode(z), data.decode(z))
+    assert other.decoder == find_vae(str(vae)).sha256 != data.decoder
+    assert other.fingerprint == data.fingerprint
+    with pytest.raises(UserError, match="expected an autoencoder"):
+        _ = data.decoded_by(str(tmp_path / "gone")).decoder
+    with pytest.raises(UserError, match="holds pixels, which no autoencoder decodes"):
+        opened(root / "pixels").decoded_by(str(vae))
+
+
 def test_imagenet_wants_its_classes_and_size(root: Path) -> None:
     for name, size in (("imagenet256", 256), ("imagenet512", 512)):
         with pytest.raises(UserError, match=f"{name} wants 1000 classes at {size} pixels, .* holds 10 at 32"):

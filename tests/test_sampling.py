@@ -22,7 +22,7 @@ from stbench.environment import pick_devices
 from stbench.errors import UserError
 from stbench.evaluate import image_noise
 from stbench.objectives import LinearFlow
-from stbench.painter import ROWS, Order, Origin, Painter, Source
+from stbench.painter import ROWS, Order, Origin, Painter, Source, open_source
 from stbench.parts import Parts, settings_of
 from stbench.precision import arithmetic
 from stbench.samplers import Guidance, sample
@@ -258,6 +258,11 @@ def test_guidance_outside_its_interval_costs_nothing(sampler: str) -> None:
     assert {rows for _, rows in plain.seen} == {5} and len(plain.seen) == len(network.seen)
 
 
+def test_the_digits_have_a_decoder_of_their_own(run: Origin) -> None:
+    with pytest.raises(UserError, match="--vae is for runs on prepared data: digits has its own decoder"):
+        open_source(replace(run, vae="sd-vae-ft-ema"))
+
+
 def test_every_call_has_the_same_number_of_rows() -> None:
     network = Counting()
     source = Source(**_source(network))
@@ -319,7 +324,7 @@ def test_devices_are_of_one_kind() -> None:
 MISTAKES = {
     "nothing": ((), "expected a run folder or --checkpoint FILE, found neither"),
     "both": (("nowhere", "--checkpoint", "x.pt"), "found both"),
-    "vae of a run": (("nowhere", "--vae", "sd-vae-ft-ema"), "are for --checkpoint"),
+    "original of a run": (("nowhere", "--original", "repa"), "are for --checkpoint"),
     "suffix": (("nowhere", "--output", "x.png"), "ends in .npz, or a folder"),
     "twice": (("nowhere", "--output", "x", "--output", "./x"), "names one place twice"),
     "no decoder": (("--checkpoint", "x.pt"), "official weights want a decoder: add --vae"),
