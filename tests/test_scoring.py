@@ -363,9 +363,32 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 def test_fewer_images_than_features_is_a_warning(tmp_path: Path) -> None:
     few = measured(pictures(0, 12), tmp_path, "few", Cheap())
     told = score(few, of_survey(few)).warnings
-    assert len(told) == 4 and "fid: 12 images in" in told[0] and "fewer than the 48 features" in told[0]
+    assert len(told) == 4 and "fid: 12 images in" in told[0] and "no more than the 48 features" in told[0]
+    as_many = measured(pictures(0, 48), tmp_path, "as-many", Cheap())
+    assert "48 images in" in score(as_many, of_survey(as_many)).warnings[0]
+    enough = measured(pictures(0, 49), tmp_path, "enough", Cheap())
+    assert not [told for told in score(enough, of_survey(enough)).warnings if told.startswith("fid:")]
     with pytest.raises(UserError, match="holds 4 images; an inception score wants 10"):
         score(measured(pictures(0, 4), tmp_path, "four", Cheap()), of_survey(few))
+
+
+def test_scores_of_two_references_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from inside a folder of samples, which then has no name of its own."""
+    monkeypatch.setattr(scoring.Measuring, "open", lambda self: [Cheap()])
+    measuring = scoring.Measuring(device="cpu")
+    samples = folder(tmp_path / "samples", pictures(0, 12))
+    for seed in (1, 2):
+        np.savez(tmp_path / f"{seed}.npz", pictures(seed, 12))
+    monkeypatch.chdir(samples)
+    for reference in ("1.npz", "2.npz", "2.npz", "1.npz"):
+        scoring.evaluate_images(Path("."), tmp_path / reference, None, measuring)
+    files = sorted(tmp_path.glob("samples*.json"), key=lambda file: -len(file.name))
+    held = [json.loads(file.read_text())["protocol"] for file in files]
+    assert [Path(one["reference"]).name for one in held] == ["2.npz", "1.npz"]
+    assert [file.name for file in files] == [
+        f"samples-{held[0]['reference_sha256'][:8]}.json",
+        "samples.json",
+    ]
 
 
 def test_from_images_to_scores_by_commands(
