@@ -33,7 +33,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, help="Its steps; default as for --sampler.")] = None,
     labels: Annotated[str | None, typer.Option(help="balanced or random; default as for --sampler.")] = None,
     vae: Annotated[
-        str | None, typer.Option(help="Decoder of --checkpoint: a diffusers folder, or a published name.")
+        str | None, typer.Option(help="Decoder: a diffusers folder, or a published name; a run has its own.")
     ] = None,
     original: Annotated[
         str | None, typer.Option(help="Repository that --checkpoint is from, where its keys leave it open.")

@@ -11,6 +11,7 @@ import torch
 from stbench.errors import UserError
 from stbench.latent_store import Kind
 from stbench.latents import Autoencoder, to_float
+from stbench.precision import arithmetic
 from stbench.vae import VAE, find_vae
 
 PIXELS = "none"
@@ -66,7 +67,8 @@ class Moments(Encoder):
         x = to_float(torch.from_numpy(images).to(self._device)).to(self._dtype)
         views = [x, x.flip(-1)][: self.views]
         try:
-            stored = [_mean_and_std(self._network.moments(view)) for view in views]
+            with arithmetic("fp32", self._device):  # not TF32, which is no matter to bf16 weights
+                stored = [_mean_and_std(self._network.moments(view)) for view in views]
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU has no room to encode {len(images)} images at a time; "

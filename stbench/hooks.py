@@ -283,7 +283,7 @@ class Evaluation:
         columns = self._dataset.classes if settings.labels == "balanced" else 10
         evaluate.grid(images[: 10 * columns], self._folder.path / "samples" / name, columns)
         names = evaluate.BASIC + (evaluate.EXTRAS if full else ())
-        metrics = evaluate.metrics(images, self._dataset, names, self._cache, labels)
+        metrics = evaluate.metrics(images, self._dataset, names, self._cache, labels, self._device)
         return CurvePoint(
             stage=self._job.name,
             stage_index=self._job.index,

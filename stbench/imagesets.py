@@ -24,6 +24,8 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 WANTED = "arr_0 uint8 (N,H,W,3)"
 DAMAGED = (zipfile.BadZipFile, EOFError, OSError, ValueError)
 """What reading a damaged npz raises."""
+UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
+"""What reading a damaged or oversized image raises."""
 
 
 class ImageSet(ABC):
@@ -163,7 +165,7 @@ def read_image(file: Path, crop: int | None = None) -> np.ndarray:
                 )
             colours = image.convert("RGB")
             return np.array(colours if crop is None else centre_crop(colours, crop))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise UserError(f"cannot read image {file} ({error}); delete or replace it") from error
 
 

@@ -183,14 +183,20 @@ def _candidates(state: State, where: str) -> list[str]:
     """The repositories that write such keys, the likeliest first."""
     if "patch_embed.proj.weight" in state and "in_blocks.0.norm1.weight" in state:
         return ["uvit", "uvit-discrete", "uvit-continuous"]
-    needed = ("x_embedder.proj.weight", "final_layer.linear.weight")
-    if not all(key in state and state[key].ndim >= 2 for key in needed):
+    embedder, last = "x_embedder.proj.weight", "final_layer.linear.weight"
+    if embedder not in state or last not in state:
         raise UserError(
-            f"expected keys of DiT, SiT or U-ViT in {where}, such as {needed[0]}, found {_named(state)}; "
+            f"expected keys of DiT, SiT or U-ViT in {where}, such as {embedder}, found {_named(state)}; "
             f"give an official checkpoint"
         )
-    _, channels, patch, _ = state[needed[0]].shape
-    doubled = state[needed[1]].shape[0] == 2 * channels * patch**2
+    for key, axes in ((embedder, 4), (last, 2)):
+        if state[key].ndim != axes:
+            raise UserError(
+                f"expected {axes} axes of {key} in {where}, found shape {tuple(state[key].shape)}; "
+                f"give an official checkpoint"
+            )
+    _, channels, patch, _ = state[embedder].shape
+    doubled = state[last].shape[0] == 2 * channels * patch**2
     if "ap_head.linear1.weight" in state:
         return ["sra-dit"] if doubled else ["sra"]
     if any(re.match(r"projectors\.\d+\.\d+\.|decoder_blocks\.", key) for key in state):

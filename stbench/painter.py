@@ -6,9 +6,8 @@ filled up. So no image depends on how many are asked for, how they are split, or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -19,11 +18,14 @@ from torch import Tensor
 from stbench import revisit
 from stbench.config import build_objective
 from stbench.contracts import Backbone, Objective
+from stbench.data import Dataset
 from stbench.errors import UserError
 from stbench.evaluate import draw_labels, image_noise
 from stbench.evaluate.extractors import tensors_hash
 from stbench.latents import ROUNDING, to_uint8
 from stbench.official import load_official
+from stbench.precision import arithmetic
+from stbench.prepared import Prepared
 from stbench.registry import load_builtins
 from stbench.samplers import Guidance, sample
 from stbench.vae import find_vae
@@ -45,7 +47,7 @@ class Origin:
     """A run folder, or a file of official weights."""
     official: bool = False
     vae: str | None = None
-    """Decoder of official weights: a diffusers folder, or a published name."""
+    """Decoder: a diffusers folder, or a published name; None for a run's own."""
     original: str | None = None
     """Repository of official weights whose keys leave it open."""
     heads: int | None = None
@@ -96,10 +98,12 @@ class Source:
     """Hash of the decoder's weights."""
     defaults: dict[str, Any]
     """Order fields that are taken where the user gives none."""
+    reading: dict[str, Any] = field(default_factory=dict)
+    """How official weights were read, which their bytes do not tell."""
 
     def facts(self) -> dict[str, Any]:
         """What the settings beside the images say of it."""
-        return {"weights": self.weights, "decoder": self.decoder, "rounding": ROUNDING}
+        return {"weights": self.weights, "decoder": self.decoder, "rounding": ROUNDING, **self.reading}
 
 
 def open_source(origin: Origin, device: torch.device | str = "cpu") -> Source:
@@ -114,7 +118,7 @@ def _run(origin: Origin, device: torch.device | str) -> Source:
     if not files:
         raise UserError(f"{origin.path} has no weights yet; finish it with `stbench run` first")
     network, settings = run.network(files[max(files)]), run.spec.eval
-    dataset = run.dataset.to(device)
+    dataset = _decoded_by(run.dataset, origin.vae).to(device)
     return Source(
         backbone=network.to(device),
         objective=build_objective(run.spec.objective),
@@ -129,6 +133,14 @@ def _run(origin: Origin, device: torch.device | str) -> Source:
             "channels": settings.channels,
         },
     )
+
+
+def _decoded_by(dataset: Dataset, vae: str | None) -> Dataset:
+    if vae is None:
+        return dataset
+    if not isinstance(dataset, Prepared):
+        raise UserError(f"--vae is for runs on prepared data: {dataset.name} has its own decoder; drop it")
+    return dataset.decoded_by(vae)
 
 
 def _official(origin: Origin, device: torch.device | str) -> Source:
@@ -157,22 +169,12 @@ def _official(origin: Origin, device: torch.device | str) -> Source:
             "interval": (0.0, 1.0),
             "channels": None,
         },
+        reading={
+            "network": f"{model.family}-{model.size}",
+            "objective": model.objective,
+            **{name: model.options.get(name) for name in ("heads", "noise_at_zero", "time_scale")},
+        },
     )
-
-
-@contextmanager
-def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
-    """Runs a block in "fp32", "tf32" or "bf16", and puts torch's switches back."""
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    try:
-        for switch in switches:
-            switch.allow_tf32 = precision == "tf32"
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
 
 
 @final
@@ -209,7 +211,8 @@ class Painter:
                 guidance=order.guidance,
                 noise=lambda draw: image_noise(order.seed, f"sample-step-{draw}", first, last, shape),
             )
-        images = source.decode(latents)
+        with arithmetic("fp32", self._device):
+            images = source.decode(latents)
         return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 

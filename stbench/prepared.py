@@ -111,6 +111,14 @@ class Prepared(Dataset):
             )
         return vae
 
+    def decoded_by(self, vae: str) -> Prepared:
+        """A copy that decodes with another autoencoder. Raises UserError for pixels, which need none."""
+        if self._found.kind == "pixels":
+            raise UserError(f"{self._data.path} holds pixels, which no autoencoder decodes; leave --vae out")
+        other = copy.copy(self)
+        other._data = self._data.model_copy(update={"vae": vae})
+        return other
+
     def latents(self, index: Tensor, posterior_noise: Tensor) -> Tensor:
         """Normalised posterior samples (mean + std * noise - shift) * scale (B,C,h,w); pixels in [-1,1]."""
         if self._resident is not None:

@@ -52,7 +52,10 @@ def open_run(path: Path) -> PastRun:
     stored = folder.spec()
     load_plugins([Path(file) for file in stored["plugins"] if file.endswith(".py")])
     spec = revalidate({name: stored[name] for name in RunSpec.model_fields if name in stored}, path)
-    dataset, jobs, _ = prepare(spec)
+    opened = spec
+    if spec.data is not None:  # nobody trains here, so the training set is not loaded onto the device
+        opened = spec.model_copy(update={"data": spec.data.model_copy(update={"resident": "no"})})
+    dataset, jobs, _ = prepare(opened)
     return PastRun(folder, spec, dataset, jobs)
 
 

@@ -57,9 +57,9 @@ def origin(
         raise UserError(f"expected a run folder or --checkpoint FILE, found {found}; give one of them")
     if checkpoint is not None:
         return Origin(checkpoint, True, vae, original, heads)
-    if (vae, original, heads) != (None, None, None):
-        raise UserError("--vae, --original and --heads are for --checkpoint: a run knows its own; drop them")
-    return Origin(run or Path())
+    if (original, heads) != (None, None):
+        raise UserError("--original and --heads are for --checkpoint: a run knows its own; drop them")
+    return Origin(run or Path(), vae=vae)
 
 
 def sample(where: Origin, asked: Asked, outputs: Sequence[Path], device: str) -> None:

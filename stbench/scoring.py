@@ -91,8 +91,12 @@ def evaluate(
 def evaluate_images(samples: Path, reference: Path, output: Path | None, measuring: Measuring) -> Verdict:
     """Measure a finished set of samples against a reference; prints the scores and writes them as JSON.
 
+    Without `output` they go beside the samples; scores against another reference stay.
+
     Raises UserError for whatever is missing, before the first image is measured where that can be.
     """
+    if samples.name in ("", ".."):  # such as `stbench evaluate .`
+        samples = samples.resolve()
     images = open_images(samples)
     _require_reference(reference)
     networks = measuring.open()
@@ -111,10 +115,23 @@ def evaluate_images(samples: Path, reference: Path, output: Path | None, measuri
         "sampling": settings,
     }
     verdict = Verdict(verdict.metrics, protocol, verdict.warnings)
-    target = output or samples.with_name(f"{samples.name.removesuffix('.npz')}.json")
+    target = output or _beside(samples, real.digest)
     _write(target, verdict)
     _print(verdict, target)
     return verdict
+
+
+def _beside(samples: Path, digest: str) -> Path:
+    """`<samples>.json`; where that holds scores against another reference, the digest is in the name."""
+    name = samples.name.removesuffix(".npz")
+    first = samples.parent / f"{name}.json"
+    if not first.exists():
+        return first
+    try:
+        same = json.loads(first.read_text())["protocol"]["reference_sha256"] == digest
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    return first if same else samples.parent / f"{name}-{digest[:8]}.json"
 
 
 def _evaluate_run(run: Path, reference: Path, measuring: Measuring, protocol: Protocol) -> None:

@@ -69,7 +69,8 @@ def final_weights(record: RunRecord) -> dict[str, str]:
 def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
     root: Path, tmp_path: Path
 ) -> None:
-    records = [train(tmp_path, root / "set", recipe) for recipe in ("vanilla", "self-transcendence")]
+    recipes = ("vanilla", "self-transcendence")
+    records = [train(tmp_path, root / "set", recipe, resident="yes") for recipe in recipes]
     assert len({record.setting_hash for record in records}) == 1
     for record in records:
         assert record.status == "finished"
@@ -78,6 +79,8 @@ def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
         assert all(np.isfinite(value) for value in last.val_loss)
     run = revisit.open_run(Path(records[1].path))
     device, wanted = engine.Options(tmp_path).device, Asked(5, 1.5)
+    again: Any = run.dataset.to(device)
+    assert run.spec.data is not None and run.spec.data.resident == "yes" and again._resident is None
     draw(Origin(Path(records[1].path)), wanted, [tmp_path / "five.npz"], [device])
     with np.load(tmp_path / "five.npz") as found:
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((5, 64, 64, 3), np.uint8)

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
-from torch import Tensor
+from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from stbench.contracts import Backbone, BackboneInfo, Features
@@ -28,6 +29,7 @@ from stbench.evaluate import (
     draw_labels,
     drawing,
     extract,
+    extractors,
     fidelity,
     frechet_distance,
     generate,
@@ -206,6 +208,58 @@ def test_unknown_names_and_too_few_images_are_user_errors(digits: Dataset, cache
         metrics(digits.heldout_images()[:9], digits, ["is"], cache_dir)
     with pytest.raises(UserError, match="unknown feature extractor 'stbench-digit'"):
         get_extractor("stbench-digit")
+
+
+class Watched(nn.Module):
+    """An extractor of three-channel images that keeps where it was sent and what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[str] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def to(self, device: Any) -> Self:  # type: ignore[override]
+        self.sent.append(str(device))
+        return self
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        self.shapes.append(tuple(images.shape))
+        if len(images) == 1:
+            raise RuntimeError("a full device")
+        return images.float().mean((2, 3)), images.float().amax((2, 3))
+
+
+def test_the_extractor_goes_to_the_device_and_comes_back(
+    digits: Dataset, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: Any = Watched()
+    extract(watched, digits.heldout_images()[:4], device="cpu:0")
+    assert watched.sent == ["cpu:0", "cpu"]
+    with pytest.raises(RuntimeError, match="a full device"):
+        extract(watched, digits.heldout_images()[:1], device="cpu:0")
+    assert watched.sent[2:] == ["cpu:0", "cpu"]
+    asked: list[Any] = []
+
+    def recorded(*args: Any, device: Any) -> tuple[Tensor, Tensor]:
+        asked.append(device)
+        return extract(*args, device="cpu")
+
+    monkeypatch.setattr(fidelity, "extract", recorded)
+    images = digits.heldout_images()
+    found = metrics(images, digits, ["fid"], cache_dir / "elsewhere", device="cuda:3")
+    assert asked == ["cuda:3", "cuda:3"] and found == metrics(images, digits, ["fid"], cache_dir)
+
+
+def test_inception_sees_grey_images_as_three_channels(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: Any = Watched()
+    images = digits.heldout_images()[:5]
+    extract(watched, images)
+    monkeypatch.setattr(extractors, "FeatureExtractorInceptionV3", Watched)
+    features, _ = extract(watched, images)
+    assert watched.shapes == [(5, 1, 32, 32), (5, 3, 32, 32)]
+    assert torch.equal(features, images.float().mean((2, 3)).double().expand(-1, 3))
 
 
 def test_cached_reference_is_used(digits: Dataset, tmp_path: Path) -> None:

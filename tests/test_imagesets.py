@@ -116,6 +116,13 @@ def test_an_unreadable_image_is_named(tmp_path: Path, suffix: str) -> None:
         read(open_images(place))
 
 
+def test_an_oversized_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = folder(tmp_path / "big", pixels(1))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with pytest.raises(UserError, match="cannot read image .*big.* exceeds limit"):
+        open_images(place)
+
+
 def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 900).save(tmp_path / "deep.png")
     with pytest.raises(UserError, match="expected 8 bits a channel, found mode I"):

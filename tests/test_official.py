@@ -317,6 +317,14 @@ def test_wrong_shapes_are_named() -> None:
         from_state(state, heads=4, original="repa")
 
 
+@pytest.mark.parametrize("key", ["x_embedder.proj.weight", "final_layer.linear.weight"])
+def test_weights_without_their_axes_are_named(key: str) -> None:
+    state = key_table(64, 2, out=4)
+    state[key] = torch.zeros(64)
+    with pytest.raises(UserError, match=rf"expected [42] axes of {key} in .*, found shape \(64,\)"):
+        from_state(state, heads=4, original="repa")
+
+
 def test_unpublished_widths_ask_for_the_heads() -> None:
     with pytest.raises(UserError, match="width 64; say them, as --heads 6, or in a run"):
         from_state(key_table(64, 2, out=4), original="repa")

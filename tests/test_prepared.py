@@ -12,9 +12,10 @@ from torch import Tensor
 
 from stbench.config import DataSpec
 from stbench.data import Dataset, get_dataset
+from stbench.encoding import make_encoder
 from stbench.errors import UserError
 from stbench.images import decode_image
-from stbench.latents import to_uint8
+from stbench.latents import Autoencoder, to_uint8
 from stbench.prefetch import Prefetch
 from stbench.prepare import Job, open_job, prepare
 from stbench.prepared import Custom, ImageNet256, ImageNet512
@@ -260,6 +261,35 @@ def test_another_autoencoder_is_noticed_and_can_be_chosen(root: Path, tmp_path: 
     chosen = Custom(DataSpec(path=str(tmp_path / "set"), vae=str(root / "vae")))
     assert chosen.decoder == find_vae(str(root / "vae")).sha256
     assert chosen.fingerprint == before
+
+
+def test_encoding_is_in_fp32_and_puts_the_switches_back(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, seen, moments = torch.backends.cudnn, [], Autoencoder.moments
+
+    def watched(self: Autoencoder, images: Tensor) -> Tensor:
+        seen.append((cudnn.enabled, cudnn.allow_tf32))
+        return moments(self, images)
+
+    monkeypatch.setattr(Autoencoder, "moments", watched)
+    before = cudnn.enabled, cudnn.allow_tf32
+    make_encoder(str(root / "vae"), SIZE, False, "fp32", torch.device("cpu"))(
+        np.zeros((1, 3, SIZE, SIZE), np.uint8)
+    )
+    assert seen == [(True, False)] and before == (cudnn.enabled, cudnn.allow_tf32)
+
+
+def test_a_run_can_be_decoded_by_another_autoencoder(root: Path, tmp_path: Path) -> None:
+    data, vae = opened(root / "plain"), make_vae(tmp_path / "vae", seed=1)
+    other = data.decoded_by(str(vae)).to("cpu")
+    z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(other.decode(z), opened(root / "plain", vae=str(vae)).decode(z))
+    assert not torch.equal(other.decode(z), data.decode(z))
+    assert other.decoder == find_vae(str(vae)).sha256 != data.decoder
+    assert other.fingerprint == data.fingerprint
+    with pytest.raises(UserError, match="expected an autoencoder"):
+        _ = data.decoded_by(str(tmp_path / "gone")).decoder
+    with pytest.raises(UserError, match="holds pixels, which no autoencoder decodes"):
+        opened(root / "pixels").decoded_by(str(vae))
 
 
 def test_imagenet_wants_its_classes_and_size(root: Path) -> None:

@@ -89,6 +89,22 @@ def test_a_checkpoint_is_drawn_by_the_command_alike_by_two_processes(
     assert 0 <= one["labels"].min() < one["labels"].max() < 10
 
 
+def test_weights_read_in_another_way_are_other_images(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """The file is the same, and so is the hash of its weights."""
+    asked, output, cpu = Asked(2, steps=1, sampler="euler"), tmp_path / "a.npz", [torch.device("cpu")]
+    made = sampling.draw(origin(files), asked, [output], cpu)
+    assert (made["objective"], made["heads"], made["noise_at_zero"]) == ("linear", 6, None)
+    assert sampling.draw(origin(files, original="sra"), asked, [output], cpu) == made  # means the same
+    before = output.read_bytes()
+    for other, name in (
+        ({"original": "sit"}, "noise_at_zero None, not True"),
+        ({"heads": 12}, "heads 6, not 12"),
+    ):
+        with pytest.raises(UserError, match=f"was made with {name}"):
+            sampling.draw(origin(files, **other), asked, [output], cpu)
+    assert output.read_bytes() == before
+
+
 def test_another_decoder_or_none_is_one_line(files: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="official weights want a decoder: add --vae"):
         open_source(Origin(files[0], True))

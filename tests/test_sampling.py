@@ -22,8 +22,9 @@ from stbench.environment import pick_devices
 from stbench.errors import UserError
 from stbench.evaluate import image_noise
 from stbench.objectives import LinearFlow
-from stbench.painter import ROWS, Order, Origin, Painter, Source, arithmetic
+from stbench.painter import ROWS, Order, Origin, Painter, Source, open_source
 from stbench.parts import Parts, settings_of
+from stbench.precision import arithmetic
 from stbench.samplers import Guidance, sample
 from stbench.sampling import Asked
 from tests.conftest import Runner
@@ -257,6 +258,11 @@ def test_guidance_outside_its_interval_costs_nothing(sampler: str) -> None:
     assert {rows for _, rows in plain.seen} == {5} and len(plain.seen) == len(network.seen)
 
 
+def test_the_digits_have_a_decoder_of_their_own(run: Origin) -> None:
+    with pytest.raises(UserError, match="--vae is for runs on prepared data: digits has its own decoder"):
+        open_source(replace(run, vae="sd-vae-ft-ema"))
+
+
 def test_every_call_has_the_same_number_of_rows() -> None:
     network = Counting()
     source = Source(**_source(network))
@@ -290,6 +296,25 @@ def test_arithmetic_puts_the_switches_back() -> None:
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
+def switches() -> tuple[bool, ...]:
+    cudnn = torch.backends.cudnn
+    return cudnn.enabled, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+def test_the_decoder_is_in_fp32_whatever_the_network_is_in() -> None:
+    seen: dict[str, tuple[bool, ...]] = {}
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        seen["decoder"] = switches()
+        return torch.zeros(len(z), 3, 4, 4, dtype=torch.uint8)
+
+    source = Source(**(_source() | {"decode": decode}))
+    before = switches()
+    order = sampling.order_of(Asked(2, steps=1, precision="tf32"), source)
+    Painter(source, order, CPU).paint(0, 2)
+    assert seen["decoder"] == (True, False, False) and switches() == before
+
+
 def test_devices_are_of_one_kind() -> None:
     assert pick_devices("cpu, cpu") == [CPU, CPU]
     with pytest.raises(UserError, match="is not here|devices of one kind"):
@@ -299,7 +324,7 @@ def test_devices_are_of_one_kind() -> None:
 MISTAKES = {
     "nothing": ((), "expected a run folder or --checkpoint FILE, found neither"),
     "both": (("nowhere", "--checkpoint", "x.pt"), "found both"),
-    "vae of a run": (("nowhere", "--vae", "sd-vae-ft-ema"), "are for --checkpoint"),
+    "original of a run": (("nowhere", "--original", "repa"), "are for --checkpoint"),
     "suffix": (("nowhere", "--output", "x.png"), "ends in .npz, or a folder"),
     "twice": (("nowhere", "--output", "x", "--output", "./x"), "names one place twice"),
     "no decoder": (("--checkpoint", "x.pt"), "official weights want a decoder: add --vae"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from stbench import scoring
 from stbench.errors import UserError
+from stbench.evaluate.extractors import get_extractor
 from stbench.evaluate.fidelity import frechet_distance
 from stbench.evaluate.networks import INCEPTION_FILE, Inception, Network, load_dino, load_inception
 from stbench.evaluate.reference import load_reference, of_survey, write_statistics
@@ -119,6 +121,36 @@ def test_the_graph_gives_what_hooks_on_the_original_see(inception: Inception) ->
     assert seen["input"].shape == (2, 3, 299, 299) and -1.0 <= seen["input"].min() < seen["input"].max() < 1.0
 
 
+class StandIn(nn.Module):
+    """The part of torch-fidelity's Inception that ours reads, in small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Mixed_6d = nn.Identity()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        seen = self.Mixed_6d(images.float())
+        return seen.mean((2, 3)), seen.amax((2, 3))
+
+
+def tensors_alive() -> int:
+    gc.collect()
+    return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+
+def test_nothing_is_kept_of_images_that_passed() -> None:
+    whole = Inception(StandIn(), "stand-in")  # type: ignore[arg-type]
+    images = torch.arange(2 * 9 * 2 * 2).view(2, 9, 2, 2)
+    before = tensors_alive()
+    for _ in range(3):
+        whole.net(images)  # as a training run's evaluations do, by `get_extractor`
+        found = whole(images)
+    expected = images[:, :7].permute(0, 2, 3, 1).flatten(1).float()
+    assert torch.equal(found["spatial"], expected)
+    del found, expected
+    assert tensors_alive() == before and not whole.net.Mixed_6d._forward_hooks
+
+
 def test_building_inception_leaves_the_random_state_alone(weights: tuple[Path, str]) -> None:
     before = torch.get_rng_state()
     load_inception(*weights)
@@ -141,6 +173,9 @@ def test_missing_inception_names_file_place_url_and_hash(
             f"put https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}" in err
         )
     assert not (tmp_path / "a.json").exists()
+    with pytest.raises(UserError) as told:  # `stbench run` has no --inception
+        get_extractor("inception-v3-compat")
+    assert f"expected them at {place}; put https" in str(told.value) and "--inception" not in str(told.value)
 
 
 def test_a_wrong_hash_is_refused_before_anything_is_read(tmp_path: Path) -> None:
@@ -203,6 +238,21 @@ def test_a_survey_does_not_depend_on_the_batch(tmp_path: Path, batch: int) -> No
     assert np.allclose(found.fits["pool"][1], np.cov(rows.double().numpy(), rowvar=False))
     again = survey(open_images(folder(tmp_path / "png", images)), [Cheap()])
     assert again.digest == found.digest
+
+
+def test_a_survey_is_in_fp32_with_cudnn_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cudnn, matmul, seen = torch.backends.cudnn, torch.backends.cuda.matmul, set()
+    forward = Cheap.forward
+
+    def watched(self: Cheap, images: Tensor) -> dict[str, Tensor]:
+        seen.add((cudnn.enabled, cudnn.allow_tf32, matmul.allow_tf32))
+        return forward(self, images)
+
+    monkeypatch.setattr(Cheap, "forward", watched)
+    before = cudnn.enabled, cudnn.allow_tf32, matmul.allow_tf32
+    measured(pictures(0, 12), tmp_path, "a", Cheap())
+    assert seen == {(True, False, False)}
+    assert before == (cudnn.enabled, cudnn.allow_tf32, matmul.allow_tf32)
 
 
 def test_kept_rows_are_evenly_spaced() -> None:
@@ -313,9 +363,32 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
 def test_fewer_images_than_features_is_a_warning(tmp_path: Path) -> None:
     few = measured(pictures(0, 12), tmp_path, "few", Cheap())
     told = score(few, of_survey(few)).warnings
-    assert len(told) == 4 and "fid: 12 images in" in told[0] and "fewer than the 48 features" in told[0]
+    assert len(told) == 4 and "fid: 12 images in" in told[0] and "no more than the 48 features" in told[0]
+    as_many = measured(pictures(0, 48), tmp_path, "as-many", Cheap())
+    assert "48 images in" in score(as_many, of_survey(as_many)).warnings[0]
+    enough = measured(pictures(0, 49), tmp_path, "enough", Cheap())
+    assert not [told for told in score(enough, of_survey(enough)).warnings if told.startswith("fid:")]
     with pytest.raises(UserError, match="holds 4 images; an inception score wants 10"):
         score(measured(pictures(0, 4), tmp_path, "four", Cheap()), of_survey(few))
+
+
+def test_scores_of_two_references_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also from inside a folder of samples, which then has no name of its own."""
+    monkeypatch.setattr(scoring.Measuring, "open", lambda self: [Cheap()])
+    measuring = scoring.Measuring(device="cpu")
+    samples = folder(tmp_path / "samples", pictures(0, 12))
+    for seed in (1, 2):
+        np.savez(tmp_path / f"{seed}.npz", pictures(seed, 12))
+    monkeypatch.chdir(samples)
+    for reference in ("1.npz", "2.npz", "2.npz", "1.npz"):
+        scoring.evaluate_images(Path("."), tmp_path / reference, None, measuring)
+    files = sorted(tmp_path.glob("samples*.json"), key=lambda file: -len(file.name))
+    held = [json.loads(file.read_text())["protocol"] for file in files]
+    assert [Path(one["reference"]).name for one in held] == ["2.npz", "1.npz"]
+    assert [file.name for file in files] == [
+        f"samples-{held[0]['reference_sha256'][:8]}.json",
+        "samples.json",
+    ]
 
 
 def test_from_images_to_scores_by_commands(

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
 from stbench.errors import UserError
 from stbench.evaluate.networks import INCEPTION, load_inception
 from stbench.latents import load_asset, to_float
+from stbench.precision import arithmetic
 from stbench.registry import suggest
 
 
@@ -88,7 +90,9 @@ register_feature_extractor("stbench-digits", DigitsExtractor)
 def get_extractor(name: str) -> FeatureExtractorBase:
     """A registered torch-fidelity extractor that returns (FID features, IS logits), on the host."""
     if name == INCEPTION:
-        return load_inception().net  # local weights, their hash checked; torch-fidelity would download
+        return load_inception(
+            by_option=False
+        ).net  # local weights, their hash checked; torch-fidelity would download
     known = FEATURE_EXTRACTORS_REGISTRY
     if name not in known:
         raise UserError(f"unknown feature extractor '{name}'{suggest(name, known)}")
@@ -97,10 +101,27 @@ def get_extractor(name: str) -> FeatureExtractorBase:
 
 
 @torch.no_grad()
-def extract(extractor: FeatureExtractorBase, images: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
-    """FID features (N,D) and IS logits (N,K) in float64 of uint8 images (N,c,H,W)."""
-    features, logits = zip(*(extractor(part) for part in torch.split(images, batch)), strict=True)
-    return torch.cat(features).double(), torch.cat(logits).double()
+def extract(
+    extractor: FeatureExtractorBase, images: Tensor, batch: int = 250, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """FID features (N,D) and IS logits (N,K), float64 on the host, of uint8 images (N,c,H,W).
+
+    The extractor works on `device`, in fp32, and is back on the host afterwards. Inception sees grey images
+    as three equal channels.
+    """
+    if images.shape[1] == 1 and isinstance(extractor, FeatureExtractorInceptionV3):
+        images = images.expand(-1, 3, -1, -1)
+    found = []
+    try:
+        extractor.to(device)
+        with arithmetic("fp32", torch.device(device)):
+            for part in torch.split(images, batch):
+                features, logits = extractor(part.to(device))
+                found.append((features.cpu(), logits.cpu()))
+    finally:
+        extractor.to("cpu")  # it is shared by all of the process
+    features, logits = (torch.cat(parts).double() for parts in zip(*found, strict=True))
+    return features, logits
 
 
 def tensors_hash(tensors: Sequence[Tensor]) -> str:

@@ -59,9 +59,15 @@ def statistics(features: Tensor) -> dict[str, Tensor]:
 
 
 def reference_statistics(
-    dataset: Dataset, reference: str, extractor: FeatureExtractorBase, cache_dir: Path
+    dataset: Dataset,
+    reference: str,
+    extractor: FeatureExtractorBase,
+    cache_dir: Path,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """`statistics` of a reference set, computed once and kept under the hash of images and extractor.
+
+    The features are taken on `device`; everything returned is on the host.
 
     A cache file that is missing, unreadable or changed is made anew.
     """
@@ -70,7 +76,7 @@ def reference_statistics(
     path = cache_dir / f"reference-{key[:16]}.safetensors"
     found = _read_cache(path)
     if found is None:
-        found = statistics(extract(extractor, images)[0])
+        found = statistics(extract(extractor, images, device=device)[0])
         atomic_write(path, save(found, {"sha256": tensors_hash(list(found.values()))}))
     return found
 
@@ -106,9 +112,15 @@ def nearest_distance(images: Tensor, references: Tensor) -> float:
 
 
 def metrics(
-    images: Tensor, dataset: Dataset, names: Sequence[str], cache_dir: Path, labels: Tensor | None = None
+    images: Tensor,
+    dataset: Dataset,
+    names: Sequence[str],
+    cache_dir: Path,
+    labels: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """The metrics `names` of uint8 images (N,c,H,W); `labels` (N,) are what they were asked to show.
+    """The metrics `names` of uint8 images (N,c,H,W); `labels` (N,) are what they were asked to show;
+    the extractor works on `device`, the formulas on the host.
 
     "accuracy" is left out without labels and where the extractor's classes are not the data set's,
     "nn_distance*" for images of more than 64x64 pixels. Raises UserError for an unknown name and for fewer
@@ -123,15 +135,15 @@ def metrics(
         )
     images = images.cpu()
     extractor = get_extractor(dataset.extractor)
-    features, logits = extract(extractor, images)
+    features, logits = extract(extractor, images, device=device)
     own = statistics(features)
 
     def distance(reference: str) -> float:
-        other = reference_statistics(dataset, reference, extractor, cache_dir)
+        other = reference_statistics(dataset, reference, extractor, cache_dir, device)
         return frechet_distance(own["mu"], own["sigma"], other["mu"], other["sigma"])
 
     def main_features() -> Tensor:
-        return reference_statistics(dataset, "train", extractor, cache_dir)["features"]
+        return reference_statistics(dataset, "train", extractor, cache_dir, device)["features"]
 
     @cache
     def precision_recall() -> dict[str, float]:

@@ -65,15 +65,19 @@ class Inception(Network):
     def __init__(self, net: FeatureExtractorInceptionV3, label: str) -> None:
         super().__init__()
         self.net, self.label = net, label
-        self._spatial: list[Tensor] = []
-        net.Mixed_6d.register_forward_hook(
-            lambda module, inputs, output: self._spatial.append(output[:, :SPATIAL_CHANNELS])
-        )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """See the class."""
-        pool, logits = self.net(images)
-        spatial = self._spatial.pop()
+        seen: list[Tensor] = []
+        # For this call alone: whoever calls the net itself must not fill a list that nobody empties.
+        hook = self.net.Mixed_6d.register_forward_hook(
+            lambda module, inputs, output: seen.append(output[:, :SPATIAL_CHANNELS])
+        )
+        try:
+            pool, logits = self.net(images)
+        finally:
+            hook.remove()
+        spatial = seen[0]
         return {"pool": pool, "spatial": spatial.permute(0, 2, 3, 1).flatten(1).float(), "logits": logits}
 
 
@@ -104,17 +108,21 @@ def inception_place() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
-def load_inception(file: Path | None = None, sha256: str = INCEPTION_SHA256) -> Inception:
-    """Inception from a file, by default the one in torch hub's cache.
+def load_inception(
+    file: Path | None = None, sha256: str = INCEPTION_SHA256, *, by_option: bool = True
+) -> Inception:
+    """Inception from a file, by default the one in torch hub's cache; `by_option` if the command that asks
+    takes --inception.
 
     Raises UserError if the file is missing, if its sha256 does not begin with `sha256`, and if it does not
     hold Inception's weights.
     """
     place = file or inception_place()
     if not place.is_file():
+        other = " or name your copy by --inception FILE" if by_option else ""
         raise UserError(
             f"Inception weights {INCEPTION_FILE} (sha256 {INCEPTION_SHA256}...) are missing: expected them "
-            f"at {place}; put {URL_INCEPTION_V3} there or name your copy by --inception FILE"
+            f"at {place}; put {URL_INCEPTION_V3} there{other}"
         )
     state, digest = _read(place, sha256, "Inception")
     buffer = io.BytesIO()

@@ -80,10 +80,10 @@ def _caution(name: str, space: str, samples: Survey, reference: Reference) -> li
     dimension = len(samples.fits[space][0])
     real = reference.fitted_on.get(space, reference.count)
     return [
-        f"{name}: {count} images in {where} are fewer than the {dimension} features, so the covariance is "
+        f"{name}: {count} images in {where} are no more than the {dimension} features, so the covariance is "
         f"singular and the distance far too large; compare it only at this number"
         for where, count in ((samples.name, samples.count), (reference.name, real))
-        if count is not None and count < dimension
+        if count is not None and count <= dimension  # N rows span N-1 directions
     ]
 
 

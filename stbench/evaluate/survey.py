@@ -13,6 +13,7 @@ from stbench.errors import UserError
 from stbench.evaluate.formulas import Moments
 from stbench.evaluate.networks import Network
 from stbench.imagesets import ImageSet
+from stbench.precision import arithmetic
 
 Fit = tuple[Tensor, Tensor]
 """Mean (D,) and covariance (D,D), float64, on the host."""
@@ -60,7 +61,7 @@ def survey(
     moments = {space: Moments() for network in networks for space in network.spaces}
     rows: dict[str, list[Tensor]] = {"pool": [], "logits": []}
     start = 0
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with arithmetic("fp32", torch.device(device)):
         for part in images.batches(batch):
             digest.update(part.contiguous().numpy().tobytes())
             found: dict[str, Tensor] = {}
