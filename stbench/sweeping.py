@@ -167,16 +167,17 @@ def _gpus(device: torch.device) -> list[str]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Within it, SIGTERM stops the sweep as Ctrl-C does."""
+    """Within it SIGTERM and SIGINT stop the sweep, also where a shell's `&` has SIGINT ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _summary(output: Path, entries: Sequence[Entry]) -> int:
