@@ -27,13 +27,15 @@ def sample(
         typer.Option(help="Times between which guidance is on, noise at 1; default: the run's, or 0 1."),
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(min=1, help="Leading latent channels that are guided; DiT published 3.")
+        int | None,
+        typer.Option(min=1, help="Leading channels that are guided; default: the run's, or as published."),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="Default: the run's, or as published.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Its steps; default as for --sampler.")] = None,
     labels: Annotated[str | None, typer.Option(help="balanced or random; default as for --sampler.")] = None,
     vae: Annotated[
-        str | None, typer.Option(help="Decoder: a diffusers folder, or a published name; a run has its own.")
+        str | None,
+        typer.Option(help="Decoder: a diffusers folder, a published name, or none; a run has its own."),
     ] = None,
     original: Annotated[
         str | None, typer.Option(help="Repository that --checkpoint is from, where its keys leave it open.")

@@ -11,21 +11,18 @@ from typing import IO, final
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from stbench.collection import open_collection
 from stbench.config import DataSpec
 from stbench.errors import UserError
-from stbench.images import centre_crop
+from stbench.images import SUFFIXES, UNREADABLE, centre_crop
 from stbench.latent_store import MANIFEST, REFERENCE
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 WANTED = "arr_0 uint8 (N,H,W,3)"
 DAMAGED = (zipfile.BadZipFile, EOFError, OSError, ValueError)
 """What reading a damaged npz raises."""
-UNREADABLE = (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError)
-"""What reading a damaged or oversized image raises."""
 
 
 class ImageSet(ABC):

@@ -32,6 +32,8 @@ class Original:
     objective: str | None = None
     """Set where it is not the family's, or the preset's, own."""
     time_scale: float | None = None
+    guided: int | None = None
+    """Leading channels that its sampler guides; None is all."""
 
     @property
     def convention(self) -> tuple[object, ...]:
@@ -40,13 +42,13 @@ class Original:
 
 
 ORIGINALS: Mapping[str, Original] = {
-    "dit": Original("DiT", "dit"),
-    "sit": Original("SiT", "sit", noise_at_zero=True),
-    "layersync": Original("LayerSync", "sit", noise_at_zero=True),
-    "dispersive": Original("Dispersive loss", "sit", noise_at_zero=True),
+    "dit": Original("DiT", "dit", guided=3),
+    "sit": Original("SiT", "sit", noise_at_zero=True, guided=3),
+    "layersync": Original("LayerSync", "sit", noise_at_zero=True, guided=3),
+    "dispersive": Original("Dispersive loss", "sit", noise_at_zero=True, guided=3),
     "repa": Original("REPA", "sit"),
     "sra": Original("SRA", "sit"),
-    "sra-dit": Original("SRA on DiT", "dit"),
+    "sra-dit": Original("SRA on DiT", "dit", guided=3),
     "self-transcendence": Original("Self-Transcendence", "sit"),
     "uvit": Original("U-ViT", "uvit"),
     "uvit-discrete": Original("U-ViT, discrete steps (H)", "uvit", False, "vp-discrete", 1000.0),
@@ -79,6 +81,8 @@ class OfficialModel:
     """Of the network's tensors as stored, whatever lies beside them; see `tensors_sha256`."""
     options: Mapping[str, Any]
     """Constructor options of the backbone that the file decided."""
+    guided: int | None = None
+    """Leading channels that its repository guides; None is all."""
 
 
 def load_official(
@@ -134,6 +138,7 @@ def from_state(
         source=f"{found.title}, {found.family}-{size}, {_direction(found)}, from {where}",
         sha256=tensors_sha256(trunk),
         options=options,
+        guided=found.guided,
     )
 
 

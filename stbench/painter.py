@@ -19,6 +19,7 @@ from stbench import revisit
 from stbench.config import build_objective
 from stbench.contracts import Backbone, Objective
 from stbench.data import Dataset
+from stbench.encoding import PIXELS
 from stbench.errors import UserError
 from stbench.evaluate import draw_labels, image_noise
 from stbench.evaluate.extractors import tensors_hash
@@ -28,7 +29,7 @@ from stbench.precision import arithmetic
 from stbench.prepared import Prepared
 from stbench.registry import load_builtins
 from stbench.samplers import Guidance, sample
-from stbench.vae import find_vae
+from stbench.vae import VAE, find_vae
 
 ROWS = 32
 """Images in one network call on a CPU, whose products depend in their last bits on the number of rows."""
@@ -47,7 +48,7 @@ class Origin:
     """A run folder, or a file of official weights."""
     official: bool = False
     vae: str | None = None
-    """Decoder: a diffusers folder, or a published name; None for a run's own."""
+    """Decoder: a diffusers folder, a published name, or "none" for pixels; None for a run's own."""
     original: str | None = None
     """Repository of official weights whose keys leave it open."""
     heads: int | None = None
@@ -145,29 +146,32 @@ def _decoded_by(dataset: Dataset, vae: str | None) -> Dataset:
 
 def _official(origin: Origin, device: torch.device | str) -> Source:
     if origin.vae is None:
-        raise UserError("official weights want a decoder: add --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder")
-    vae = find_vae(origin.vae)
-    model = load_official(origin.path, weights="ema", heads=origin.heads, original=origin.original)
-    info = model.backbone.info
-    if info.channels != vae.latent_channels:
         raise UserError(
-            f"{origin.path} makes latents of {info.channels} channels, {origin.vae} decodes "
-            f"{vae.latent_channels}; give the autoencoder that it was trained with"
+            "official weights want a decoder: add --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder, "
+            "or none for pixels"
         )
-    autoencoder = vae.load().to(device)
+    vae = None if origin.vae == PIXELS else find_vae(origin.vae)
+    model = load_official(origin.path, weights="ema", heads=origin.heads, original=origin.original)
+    found = model.backbone.info.channels
+    if found != (3 if vae is None else vae.latent_channels):
+        decodes = "is for pixels, of 3" if vae is None else f"decodes {vae.latent_channels}"
+        raise UserError(
+            f"{origin.path} makes latents of {found} channels, --vae {origin.vae} {decodes}; "
+            "give the autoencoder that it was trained with"
+        )
     objective = build_objective(model.objective)
     return Source(
         backbone=model.backbone.to(device),
         objective=objective,
-        decode=lambda z: to_uint8(autoencoder.decode(z.float() / vae.scale + vae.shift)),
+        decode=_decoder(vae, device),
         weights=model.sha256,
-        decoder=vae.sha256,
+        decoder="pixels" if vae is None else vae.sha256,
         defaults={
             "sampler": PUBLISHED_SAMPLERS[model.family],
             "steps": PUBLISHED_STEPS[model.family],
             "labels": "random",
             "interval": (0.0, 1.0),
-            "channels": None,
+            "channels": model.guided,
         },
         reading={
             "network": f"{model.family}-{model.size}",
@@ -175,6 +179,14 @@ def _official(origin: Origin, device: torch.device | str) -> Source:
             **{name: model.options.get(name) for name in ("heads", "noise_at_zero", "time_scale")},
         },
     )
+
+
+def _decoder(vae: VAE | None, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+    """From what a network draws (B,C,h,w) to uint8 images; without an autoencoder those are pixels."""
+    if vae is None:
+        return to_uint8
+    autoencoder, scale, shift = vae.load().to(device), vae.scale, vae.shift
+    return lambda z: to_uint8(autoencoder.decode(z.float() / scale + shift))
 
 
 @final

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,12 @@ class Parts:
 
 
 def join(parts: Parts, output: Path, settings: Mapping[str, Any], labels: np.ndarray) -> None:
-    """Write an npz (by its suffix) or a folder of PNG files from the parts, whole or not at all."""
+    """Write an npz (by its suffix) or a folder of PNG files from the parts, whole or not at all.
+
+    What a killed process had begun of it goes; the lock on the parts is held.
+    """
+    for leftover in output.parent.glob(f".{escape(output.name)}.*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if output.suffix == ".npz":
         first = next(parts.arrays())
         others = {"labels": labels, "settings": np.array(json.dumps(settings))}

@@ -88,7 +88,8 @@ def order_of(asked: Asked, source: Source) -> Order:
     info = source.backbone.info
     if (chosen["channels"] or 0) > info.channels:
         raise UserError(
-            f"--channels wants 1..{info.channels}, got {chosen['channels']}; leave it out for all"
+            f"--channels wants 1..{info.channels}, got {chosen['channels']}; "
+            f"type --channels {info.channels} for all"
         )
     if asked.precision not in PRECISIONS:
         raise UserError(f"unknown precision '{asked.precision}'{suggest(asked.precision, PRECISIONS)}")

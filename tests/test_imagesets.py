@@ -97,7 +97,7 @@ def test_a_damaged_npz_is_one_line(tmp_path: Path, damage: str) -> None:
 def test_what_is_not_there_or_empty_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone.npz is not there; expected an npz"):
         open_images(tmp_path / "gone.npz")
-    with pytest.raises(UserError, match="holds no images; expected files that end in .bmp, .jpeg"):
+    with pytest.raises(UserError, match="holds no images; expected files that end in .bmp, .gif, .jpeg"):
         open_images(tmp_path)
     np.savez(tmp_path / "a.npz", pixels())
     with pytest.raises(UserError, match="is no folder of images.*leave --size out"):

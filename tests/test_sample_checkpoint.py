@@ -91,7 +91,11 @@ def test_a_checkpoint_is_drawn_by_the_command_alike_by_two_processes(
 
 def test_weights_read_in_another_way_are_other_images(files: tuple[Path, Path], tmp_path: Path) -> None:
     """The file is the same, and so is the hash of its weights."""
-    asked, output, cpu = Asked(2, steps=1, sampler="euler"), tmp_path / "a.npz", [torch.device("cpu")]
+    asked, output, cpu = (
+        Asked(2, channels=4, steps=1, sampler="euler"),
+        tmp_path / "a.npz",
+        [torch.device("cpu")],
+    )
     made = sampling.draw(origin(files), asked, [output], cpu)
     assert (made["objective"], made["heads"], made["noise_at_zero"]) == ("linear", 6, None)
     assert sampling.draw(origin(files, original="sra"), asked, [output], cpu) == made  # means the same
@@ -115,3 +119,23 @@ def test_another_decoder_or_none_is_one_line(files: tuple[Path, Path]) -> None:
         open_source(origin(files))
     with pytest.raises(UserError, match="weights not found|not there|expected"):
         open_source(Origin(files[0].with_name("gone.pt"), True, str(files[1]), "repa"))
+
+
+@pytest.mark.parametrize(("original", "channels"), [("repa", None), ("sra", None), ("sit", 3)])
+def test_guidance_is_of_the_channels_that_its_repository_guides(
+    files: tuple[Path, Path], original: str, channels: int | None
+) -> None:
+    source = open_source(origin(files, original=original))
+    assert sampling.order_of(Asked(5, 1.8), source).guidance.channels == channels
+    assert sampling.order_of(Asked(5, 1.8, channels=4), source).guidance.channels == 4
+
+
+def test_weights_that_draw_pixels_need_no_decoder(files: tuple[Path, Path]) -> None:
+    torch.save(network(3).state_dict(), files[0])
+    source = open_source(Origin(files[0], True, "none", "repa"))
+    assert source.decoder == "pixels"
+    drawn = torch.tensor([-2.0, -1.0, 0.0, 1.0]).expand(1, 3, 4, 4)
+    assert source.decode(drawn)[0, 0, 0].tolist() == [0, 0, 128, 255]
+    torch.save(network(4).state_dict(), files[0])
+    with pytest.raises(UserError, match=r"latents of 4 channels, --vae none is for pixels, of 3"):
+        open_source(Origin(files[0], True, "none", "repa"))

@@ -86,6 +86,16 @@ def test_a_stopped_job_goes_on_with_the_same_pixels(
     assert sorted(path.name for path in tmp_path.glob("b.npz*")) == ["b.npz"]
 
 
+def test_what_a_killed_process_had_begun_of_an_output_goes(run: Origin, tmp_path: Path) -> None:
+    here = tmp_path / "drawn"
+    (here / ".png.7.tmp").mkdir(parents=True)
+    (here / ".png.7.tmp" / "000000.png").touch()
+    (here / ".a.npz.7.tmp").touch()
+    (here / ".b.npz.7.tmp").touch()
+    sampling.draw(run, ASKED, [here / "a.npz", here / "png"], [CPU])
+    assert sorted(p.name for p in here.iterdir()) == [".b.npz.7.tmp", "a.npz", "png"]
+
+
 def test_each_image_has_noise_of_its_own() -> None:
     some = image_noise(0, "sample", 3, 9, (4, 2, 2))
     assert torch.equal(image_noise(0, "sample", 5, 6, (4, 2, 2))[0], some[2])

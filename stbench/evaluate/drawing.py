@@ -17,6 +17,7 @@ from torchvision.utils import make_grid
 from stbench.contracts import Backbone, Objective
 from stbench.data import Dataset
 from stbench.errors import UserError
+from stbench.precision import arithmetic
 from stbench.results import atomic_write
 from stbench.rng import generator
 from stbench.samplers import Guidance, Noise, sample
@@ -79,6 +80,7 @@ def generate(
     """Draw n images: uint8 (n,c,H,W) and the labels (n,) they were asked to show, on the host.
 
     `backbone` and `dataset` lie on `device`; `batch`, a multiple of BLOCK, decides memory and not noise.
+    All is computed in fp32, whatever the network was trained in.
     """
     y = draw_labels(labels, n, dataset.classes, seed)
     shape = (dataset.channels, dataset.input_size, dataset.input_size)
@@ -86,17 +88,18 @@ def generate(
     for start in range(0, n, batch):
         stop = min(start + batch, n)
         z = block_noise(seed, "evaluation", start, stop, shape).to(device)
-        latents = sample(
-            sampler,
-            backbone,
-            objective,
-            z,
-            y[start:stop].to(device),
-            steps=steps,
-            guidance=guidance,
-            noise=step_noise(seed, start, stop, shape),
-        )
-        images.append(dataset.decode(latents).cpu())
+        with arithmetic("fp32", torch.device(device)):
+            latents = sample(
+                sampler,
+                backbone,
+                objective,
+                z,
+                y[start:stop].to(device),
+                steps=steps,
+                guidance=guidance,
+                noise=step_noise(seed, start, stop, shape),
+            )
+            images.append(dataset.decode(latents).cpu())
     return torch.cat(images), y
 
 
@@ -115,7 +118,8 @@ def validation_loss(
         columns = [torch.split(values, HELDOUT_BATCH) for values in (x0, noise, t, y)]
         for clean, eps, time, labels in zip(*columns, strict=True):
             noised = objective.at(clean, eps, time)
-            prediction = backbone(noised.x_t, noised.t, labels)
+            with arithmetic("fp32", torch.device(device)):
+                prediction = backbone(noised.x_t, noised.t, labels)
             parts.append(objective.loss(prediction, noised).double())
         losses.append(float(torch.cat(parts).mean()))
     return losses
