@@ -84,6 +84,32 @@ def import_(
 
 
 @app.command()
+def tokens(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="The images that SET was made from, in any form it takes.")
+    ],
+    prepared: Annotated[Path, typer.Argument(metavar="SET", help="A prepared data set.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    encoder: Annotated[
+        str, typer.Option(help="A timm vision transformer, or digits.")
+    ] = "vit_base_patch14_dinov2.lvd142m",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Its weights; default: the Hugging Face cache.")
+    ] = None,
+    patch: Annotated[int, typer.Option(min=1, help="Patch size of the backbone that is to be taught.")] = 2,
+    classes: Annotated[Path | None, typer.Option(help="Map file, if SET was prepared with one.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images that are encoded at a time.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Cache an encoder's tokens of a prepared set's training images, for the recipe repa."""
+    from stbench import data_commands, environment
+    from stbench.tokens import Job
+
+    chosen = environment.pick_device(device)
+    data_commands.tokens(Job(source, prepared, target, encoder, checkpoint, patch, classes, batch, chosen))
+
+
+@app.command()
 def verify(target: Annotated[Path, typer.Argument(metavar="DST", help="A prepared data set.")]) -> None:
     """Read a prepared data set whole: sizes, shapes, checksums, labels and counts."""
     from stbench import data_commands

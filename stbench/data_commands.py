@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from stbench import latent_store, repa
 from stbench import prepare as preparing
+from stbench import tokens as caching
 from stbench.errors import UserError
 from stbench.latent_store import Manifest
 
@@ -64,6 +65,15 @@ def import_repa(
     if not manifest.vae_sha256:
         print(f"{vae} is not here: its hash is not recorded, its scale {manifest.scale} is", file=sys.stderr)
     _summary(target, manifest, worked)
+
+
+def tokens(job: caching.Job) -> None:
+    """Cache an encoder's tokens; say how they are used."""
+    listed = caching.open_job(job)
+    with _progress(len(listed.ids), "tokens") as advance:
+        made = caching.cache(job, listed, advance)
+    print(f"tokens of {len(listed.ids)} images by {made.name}, {made.width} wide: {job.target}")
+    print(f"train on them: --recipe repa --set recipe.encoder={job.target} --set data.flip=false")
 
 
 def _summary(target: Path, manifest: Manifest, worked: bool) -> None:

@@ -122,7 +122,7 @@ def build(
             return found, False
         _begin(folder, draft.plan)
         shards = [_finished(folder, number) for number in range(len(bounds))]
-        _room(folder, needed - sum(f.bytes for s in shards if s for f in s.files.values()))
+        require_room(folder, needed - sum(f.bytes for s in shards if s for f in s.files.values()))
         for number, (start, stop) in enumerate(bounds):
             found_shard = shards[number]
             if found_shard is None:
@@ -207,7 +207,8 @@ def _clean(folder: Path) -> None:
     (folder / ".lock").unlink(missing_ok=True)
 
 
-def _room(folder: Path, needed: int) -> None:
+def require_room(folder: Path, needed: int) -> None:
+    """Raise a UserError unless so many bytes are free where `folder` lies."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

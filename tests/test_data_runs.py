@@ -23,6 +23,7 @@ from stbench import cli, engine, revisit, teachers
 from stbench.config import DataSpec
 from stbench.data import get_dataset
 from stbench.errors import UserError
+from stbench.latent_store import REFERENCE
 from stbench.painter import Origin
 from stbench.prepare import Job, open_job, prepare
 from stbench.records import RunRecord
@@ -31,7 +32,10 @@ from stbench.resolve import Request, parse_set, resolve
 from stbench.sampling import Asked, draw
 from tests.conftest import BLOCKS, TINY
 from tests.datafiles import EXTRACTOR, make_images, make_repa, make_vae, picture
+from tests.test_cli import Command, stbench
 from tests.weights import random_inception
+
+__all__ = ["stbench"]
 
 STEPS = 6
 
@@ -127,6 +131,81 @@ def test_repa_looks_at_images_where_there_are_any_and_else_takes_cached_tokens(
     teachers.cache_tokens(tmp_path / "tokens", encoder, torch.split(pixels, 16), len(pixels))
     cached = {"recipe.encoder": str(tmp_path / "tokens"), "recipe.checkpoint": None}
     assert run("cached", tmp_path / "set", **cached).status == "finished"
+
+
+@pytest.fixture(scope="module")
+def vit(root: Path) -> tuple[str, Path]:
+    """A timm model with weights in a file."""
+    name, file = "vit_tiny_patch16_224", root / "vit.safetensors"
+    save_file(timm.create_model(name, num_classes=0).state_dict(), file)
+    return name, file
+
+
+def test_the_tokens_of_a_prepared_set_are_those_of_its_training_images(
+    root: Path, tmp_path: Path, vit: tuple[str, Path], stbench: Command
+) -> None:
+    name, file = vit
+    tokens = ("data", "tokens", root / "images", root / "set")
+    encoder = ("--encoder", name, "--checkpoint", file, "--batch", 100)
+    code, out, err = stbench(*tokens, tmp_path / "tokens", *encoder)
+    assert code == 0, err
+    held = get_dataset("custom", DataSpec(path=str(root / "set")))
+    assert f"tokens of {held.size} images" in out and "--set recipe.encoder=" in out
+    network = teachers.open_encoder(teachers.source(name, file), 16, torch.device("cpu"))
+    assert isinstance(network, teachers.ImageEncoder)
+    written = torch.from_numpy(np.load(tmp_path / "tokens" / "tokens.npy"))
+    rows = held._rows  # type: ignore[attr-defined]
+    references = np.flatnonzero(held._found.split[rows] == REFERENCE)  # type: ignore[attr-defined]
+    pixels = torch.from_numpy(held._found.pictures(rows[references][:5]))  # type: ignore[attr-defined]
+    with torch.no_grad():
+        expected = network.tokens(pixels)
+    assert torch.allclose(written[references[:5]].float(), expected, atol=2e-3)
+    asked = request(root / "set", "repa", flip=False)
+    taught = {"recipe.encoder": str(tmp_path / "tokens"), "recipe.checkpoint": None}
+    asked = replace(asked, overrides={**asked.overrides, **taught})
+    record = engine.run(resolve(asked), engine.Options(tmp_path / "runs"))[0]
+    assert record.status == "finished"
+    code, _, err = stbench(*tokens, tmp_path / "tokens", *encoder)
+    assert code == 2 and "holds tokens already; delete it" in err
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("gone", "found no 'class0/.* are missing.; give the source it was made from"),
+        ("other", "is not the one that .* was made from"),
+        ("patch", "--patch wants a divisor of 8, the latents' side, got 3"),
+        ("encoder", "unknown encoder 'vit_huge'"),
+        ("full", "no room in .*tokens"),
+    ],
+)
+def test_tokens_of_other_images_are_not_written(
+    root: Path,
+    tmp_path: Path,
+    vit: tuple[str, Path],
+    stbench: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+    message: str,
+) -> None:
+    name, file = vit
+    images, more = root / "images", ["--encoder", name, "--checkpoint", file]
+    if case in ("gone", "other"):
+        images = shutil.copytree(images, tmp_path / "images")
+        for victim in (path for path in sorted(images.rglob("*")) if path.is_file()):
+            if case == "other":
+                picture(999, 64, 64).save(victim)
+            elif victim.parent.name == "class0":
+                victim.unlink()
+    if case == "patch":
+        more += ["--patch", 3]
+    if case == "encoder":
+        more = ["--encoder", "vit_huge"]
+    if case == "full":
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: type("U", (), {"free": 10}))
+    code, _, err = stbench("data", "tokens", images, root / "set", tmp_path / "tokens", *more)
+    assert code == 2 and re.search(message, err.replace("\n", " ")), err
+    assert not (tmp_path / "tokens" / "tokens.json").exists()
 
 
 def test_moments_in_memory_and_reading_in_stretches_give_the_same_weights(root: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ FLOORS = (
     "errors rng flops contracts records assets",
     "layers adaln objectives samplers align teachers latents data checkpoints official registry config "
     "resolve initial results schema journal environment images sources vae latent_store store_writer "
-    "encoding prepare repa collection prefetch prepared presets data_options outputs imagesets parts "
+    "encoding prepare tokens repa collection prefetch prepared presets data_options outputs imagesets parts "
     "precision",
     "backbones recipes examples",
     "stage evaluate store",
