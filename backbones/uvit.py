@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -114,6 +115,7 @@ class UViT(Backbone):
         rows = classes + 1 if label_rows is None else label_rows
         if 0 < rows < classes:
             raise UserError(f"label_rows wants 0 or at least {classes}, got {rows}; leave it out")
+        self.info = replace(self.info, null_label=rows == 0 or rows > classes)
         self.prefix = 2 if rows else 1
         self.patch_embed = PatchEmbed(
             img_size=input_size, patch_size=patch, in_chans=channels, embed_dim=width

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from stbench import align
 from stbench.align import Clock, Interval
 from stbench.contracts import Artifact, Backbone, BackboneInfo, Plain, Recipe, Stage, Step, Term, Weights
+from stbench.errors import UserError
 from stbench.registry import RECIPES
 
 Mask = Literal["samples", "released"]
@@ -223,6 +224,11 @@ def self_transcendence(
     deep = info.block("recipe.teacher_block", known.teacher_block if teacher_block is None else teacher_block)
     width, scale = hidden or known.hidden, known.guidance if guidance is None else guidance
     weights = teacher_weights or known.weights
+    if scale != 1.0 and not info.null_label:
+        raise UserError(
+            f"recipe.guidance={scale} wants a null label, which {info.name}-{info.size} has no row for; "
+            f"type --set recipe.guidance=1"
+        )
 
     def first(earlier: Mapping[str, Artifact]) -> Recipe:
         return VaeAlign(shallow, width, coefficient, interval, mask, time)

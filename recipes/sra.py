@@ -17,7 +17,8 @@ from stbench.contracts import BackboneInfo, Objective, Recipe, Stage, Step, Term
 from stbench.errors import UserError
 from stbench.registry import RECIPES
 
-Distance = Literal["smooth-l1", "cosine", "cosine-released"]
+Distance = Literal["smooth-l1", "cosine", "cosine-released", "l1", "l2"]
+COSINES = ("cosine", "cosine-released")
 Decay = Literal["256", "512", "constant"]
 DECAY = {"256": (149, 1000), "512": (99, 800)}
 """Schedule -> last epoch of full weight, and the epochs in which the weight falls to a tenth after that."""
@@ -56,6 +57,8 @@ class Sra(Recipe):
         """The distance (B,) of projected student tokens from the teacher's, both (B,N,D)."""
         if self.distance == "smooth-l1":
             return align.smooth_l1(student, teacher, self.beta)
+        if self.distance in ("l1", "l2"):
+            return (align.l1 if self.distance == "l1" else align.mse)(student, teacher)
         similarity = align.cosine if self.distance == "cosine" else align.cosine_released
         return 1.0 - similarity(student, teacher)
 
@@ -105,8 +108,9 @@ def sra(
 
     Blocks are 0-based (published, 1-based: 8 to 20 for SiT-XL, 8 to 16 for DiT-XL). distance: `smooth-l1`
     is the paper's; `cosine` is over channels; `cosine-released` is over tokens, as the released code
-    computes it. weight: 0.2 (DiT 0.04) for smooth-l1, 0.5 for the cosines. schedule: `256` and `512` lower
-    the weight after epoch 149 and 99, as published for those resolutions; `constant` for the cosines.
+    computes it; `l1` and `l2` are its other options. weight: 0.5 for the cosines, else 0.2 (DiT 0.04).
+    schedule: `256` and `512` lower the weight after epoch 149 and 99, as published for those resolutions
+    (default: the latents'); `constant` for the cosines.
     t_max: the teacher has up to this much less noise. time: `flow`-equivalent or `native` clock of t_max;
     DiT's default is native, by whole steps. beta: of smooth-l1.
     """
@@ -116,8 +120,9 @@ def sra(
     if distance != "smooth-l1" and beta != 0.05:
         raise UserError(f"recipe.beta={beta} has no meaning for distance '{distance}'; it is smooth-l1's")
     if weight is None:
-        weight = 0.5 if distance != "smooth-l1" else 0.04 if info.name == "dit" else 0.2
-    chosen = schedule or ("256" if distance == "smooth-l1" else "constant")
+        weight = 0.5 if distance in COSINES else 0.04 if info.name == "dit" else 0.2
+    resolution: Decay = "512" if info.input_size >= 64 and info.channels > 3 else "256"
+    chosen = schedule or ("constant" if distance in COSINES else resolution)
     clock = time or ("native" if info.name == "dit" else "flow")
     recipe = Sra(student, teacher, distance, weight, chosen, t_max, clock, beta)
     return [Stage("sra", lambda earlier: recipe)]

@@ -48,6 +48,8 @@ class BackboneInfo:
     """Latent height = width."""
     classes: int
     """K; also the null label."""
+    null_label: bool = True
+    """Whether it takes the null label; without one it needs label_drop=0 and has no guidance."""
 
     def block(self, option: str, index: int) -> int:
         """`index` if this network has such a block; else a UserError that names the option."""

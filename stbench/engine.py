@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from stbench.config import Hashes, RunSpec, build_backbone, hashes
-from stbench.contracts import Artifact
+from stbench.contracts import Artifact, BackboneInfo
 from stbench.data import Dataset, get_dataset
 from stbench.environment import environment
 from stbench.errors import UserError
@@ -32,9 +32,24 @@ def prepare(spec: RunSpec) -> tuple[Dataset, list[StageJob], Hashes]:
     """The data set, the stages and the hashes of a run; raises UserError for what does not fit together."""
     dataset = get_dataset(spec.dataset, spec.data)
     info = build_backbone(spec.backbone, spec.objective, dataset, "meta").info
+    _require_null_label(spec, info)
     jobs = plan(spec, info)
     contents = {name: value for recipe in planned_recipes(jobs) for name, value in recipe.contents.items()}
     return dataset, jobs, hashes(spec, [job.steps for job in jobs[:-1]], dataset.fingerprint, contents)
+
+
+def _require_null_label(spec: RunSpec, info: BackboneInfo) -> None:
+    if info.null_label:
+        return
+    for option, value, least in (
+        ("train.label_drop", spec.train.label_drop, 0),
+        ("eval.guidance", max(spec.eval.guidance), 1),
+    ):
+        if value > least:
+            raise UserError(
+                f"{option}={value} wants a null label, which {info.name}-{info.size} has no row for; "
+                f"type --set {option}={least}, or --set backbone.label_rows={info.classes + 1}"
+            )
 
 
 def run(spec: RunSpec, options: Options, hooks: Sequence[Hook] = ()) -> tuple[RunRecord, bool]:

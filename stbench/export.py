@@ -26,7 +26,8 @@ from stbench.revisit import PastRun, open_run
 
 Kind = Literal["official", "diffusers"]
 
-NATIVE = {"dit": {"iddpm": 999.0}, "sit": {"linear": 1.0, "cosine": 1.0}}
+FLOWS = ("linear", "cosine", "linear-lognormal", "cosine-lognormal")
+NATIVE = {"dit": {"iddpm": 999.0}, "sit": dict.fromkeys(FLOWS, 1.0)}
 NATIVE["uvit"] = {"vp-discrete": 1000.0, "vp-continuous": 999.0}
 """Family -> objectives its repository trains with, and the time scale that each needs."""
 

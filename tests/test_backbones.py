@@ -13,7 +13,9 @@ from stbench.checkpoints import load_weights, save_weights
 from stbench.contracts import Backbone
 from stbench.errors import UserError
 from stbench.layers import attend
+from stbench.objectives import VpContinuous
 from stbench.registry import BACKBONES, load_builtins, lookup, names
+from stbench.samplers import Denoiser, Guidance
 
 load_builtins()
 FAMILIES = [name for name in names(BACKBONES) if name in ("dit", "sit", "uvit")]
@@ -282,3 +284,10 @@ def test_damaged_weights_are_refused(tmp_path: Any) -> None:
         load_weights(file)
     with pytest.raises(UserError, match="not found"):
         load_weights(tmp_path / "none.safetensors")
+
+
+def test_a_network_without_a_row_for_the_null_label_says_so() -> None:
+    assert [tiny("uvit", label_rows=rows).info.null_label for rows in (0, 10, 11)] == [True, False, True]
+    with pytest.raises(UserError, match=r"without a null label, so it has no guidance: .* found 1.5"):
+        Denoiser(tiny("uvit", label_rows=10), VpContinuous(), torch.zeros(2).long(), Guidance(1.5))
+    Denoiser(tiny("uvit", label_rows=10), VpContinuous(), torch.zeros(2).long(), Guidance(1.0))

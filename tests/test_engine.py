@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -262,3 +263,19 @@ def test_a_folder_in_use_is_refused(tiny: Runner, tmp_path: Path) -> None:
     record = tiny()
     with RunFolder(Path(record.path)).lock(), pytest.raises(UserError, match="is in use by process"):
         tiny(steps=8)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changed", "wanted"),
+    [
+        ("vanilla", {}, r"train\.label_drop=0\.1 wants a null label"),
+        ("vanilla", {"train__label_drop": 0, "eval__guidance": [1.0, 1.5]}, r"eval\.guidance=1\.5 wants"),
+        ("self-transcendence", {"train__label_drop": 0}, r"recipe\.guidance=.* wants a null label"),
+    ],
+)
+def test_a_network_without_a_null_label_drops_none(
+    tiny: Runner, recipe: str, changed: dict[str, Any], wanted: str
+) -> None:
+    with pytest.raises(UserError, match=wanted):
+        tiny(recipe, backbone="uvit", backbone__label_rows=10, **changed)
+    assert tiny(backbone="uvit", backbone__label_rows=10, train__label_drop=0).status == "finished"

@@ -21,7 +21,7 @@ from stbench.objectives import (
     respaced_steps,
 )
 from stbench.objectives.diffusion import NoisePrediction, discretised_log_likelihood
-from stbench.registry import UserError
+from stbench.registry import OBJECTIVES, UserError, lookup
 from stbench.rng import Rng
 
 FLOWS = [LinearFlow(), CosineFlow()]
@@ -270,3 +270,17 @@ def test_impossible_spacings_are_user_errors(spacing: str) -> None:
 def test_linear_betas_scale_with_the_number_of_steps() -> None:
     assert linear_betas(100)[0].item() == pytest.approx(1e-3)
     assert linear_betas(100)[-1].item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("linear", LinearFlow()), ("cosine", CosineFlow())])
+def test_lognormal_times_have_a_normal_logarithm_of_noise_to_signal(name: str, plain: Flow) -> None:
+    """REPA's `--weighting lognormal`: t = s/(1+s) on the linear path, 2/pi atan(s) on the cosine one."""
+    objective = lookup(OBJECTIVES, f"{name}-lognormal")()
+    t = objective.sample_t(Rng(0, 0, 20_000))
+    alpha, sigma = plain.alpha_sigma(t)
+    logarithm = (sigma / alpha).log()
+    assert abs(logarithm.mean()) < 0.03 and abs(logarithm.std() - 1.0) < 0.03
+    s = logarithm.exp()
+    expected = s / (1 + s) if name == "linear" else 2 / math.pi * s.atan()
+    torch.testing.assert_close(t, expected)
+    assert plain.sample_t(Rng(0, 0, 20_000)).std() > t.std()

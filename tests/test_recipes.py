@@ -108,6 +108,7 @@ def test_sra_blocks(where: BackboneInfo, blocks: tuple[int, int]) -> None:
         ("sit", {"distance": "cosine"}, (0.5, "constant", "flow")),
         ("dit", {"distance": "cosine-released", "schedule": "512"}, (0.5, "512", "native")),
         ("uvit", {"weight": 0.0, "time": "native"}, (0.0, "256", "native")),
+        ("sit", {"distance": "l2"}, (0.2, "256", "flow")),
     ],
 )
 def test_sra_defaults_follow_distance_and_family(
@@ -115,6 +116,13 @@ def test_sra_defaults_follow_distance_and_family(
 ) -> None:
     recipe = only(sra(info(family, "xl/2", 28), **options))
     assert (recipe.weight, recipe.schedule, recipe.time) == expected
+
+
+def test_sra_schedule_follows_the_size_of_the_latents() -> None:
+    large = dataclasses.replace(info("sit", "xl/2", 28), input_size=64)
+    assert only(sra(large)).schedule == "512"
+    assert only(sra(large, distance="cosine")).schedule == "constant"
+    assert only(sra(dataclasses.replace(large, channels=3))).schedule == "256"  # pixels
 
 
 def test_sra_weight_falls_after_its_last_full_epoch() -> None:
@@ -160,6 +168,9 @@ def test_sra_distances_differ_and_the_released_cosine_is_over_tokens() -> None:
     released = dataclasses.replace(recipe, distance="cosine-released")
     torch.testing.assert_close(released.measure(a, b), over_tokens)
     assert not torch.allclose(over_channels, over_tokens)
+    for distance, error in (("l1", (a - b).abs()), ("l2", (a - b).square())):
+        other = dataclasses.replace(recipe, distance=distance)
+        torch.testing.assert_close(other.measure(a, b), error.flatten(1).mean(1))
 
 
 @pytest.mark.parametrize("objective", [LinearFlow(), ImprovedDdpm(), VpDiscrete(), VpContinuous()])

@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from stbench.contracts import Backbone, BackboneInfo, Features, Objective
-from stbench.objectives import CosineFlow, Flow, ImprovedDdpm, LinearFlow, VpContinuous, VpDiscrete
+from stbench.objectives import (
+    CosineFlow,
+    Flow,
+    ImprovedDdpm,
+    LinearFlow,
+    VpContinuous,
+    VpDiscrete,
+    respaced_steps,
+)
 from stbench.registry import SAMPLERS, UserError, names
-from stbench.samplers import Ddim, EulerMaruyama, Guidance, Heun, Sampler, guide, nfe, sample
+from stbench.samplers import Ddim, Ddpm, EulerMaruyama, Guidance, Heun, Sampler, guide, nfe, sample
+from stbench.samplers.diffusion import keep
 from stbench.samplers.dpm_solver import fast_orders
 
 FLOWS = [LinearFlow(), CosineFlow()]
@@ -325,3 +334,11 @@ def test_fast_groups_add_up(steps: int) -> None:
 def test_every_objective_lists_registered_samplers() -> None:
     for objective in {objective for _, objective in CASES}:
         assert set(objective.samplers) <= set(names(SAMPLERS))
+
+
+def test_the_spacing_of_ddpm_and_ddim_is_theirs_to_choose() -> None:
+    assert keep("spread", 10, ImprovedDdpm()).tolist() == respaced_steps("10").tolist()
+    assert keep("stride", 10, ImprovedDdpm()).tolist() == list(range(0, 1000, 100))
+    net = Gaussian(ImprovedDdpm(), 0.5)
+    seen = [run(Ddpm(spacing), net, 10) for spacing in ("spread", "stride")]
+    assert not torch.equal(*seen)

@@ -31,7 +31,11 @@ BINS = 10
 
 
 def draw_labels(kind: str, n: int, classes: int, seed: int) -> Tensor:
-    """Labels (n,) to ask for: "balanced" cycles through the classes, "random" draws each uniformly."""
+    """Labels (n,) to ask for: "balanced" cycles through the classes, "random" draws each uniformly.
+
+    All are 0 for a network without classes.
+    """
+    classes = max(classes, 1)
     if kind == "balanced":
         return torch.arange(n) % classes
     if kind == "random":

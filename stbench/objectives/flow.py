@@ -1,4 +1,8 @@
-"""Flows: the network predicts the velocity of its own path x_t = alpha(t) x0 + sigma(t) eps."""
+"""Flows: the network predicts the velocity of its own path x_t = alpha(t) x0 + sigma(t) eps.
+
+Times are uniform, or "lognormal": sigma/alpha is exp of a standard normal number (REPA's `--weighting
+lognormal`).
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,6 @@ class Flow(Objective):
         return x0, (alpha * prediction - d_alpha * x_t) / determinant
 
 
-@final
 @OBJECTIVES.register_module(name="linear")
 class LinearFlow(Flow):
     """x_t = (1-t) x0 + t eps, target eps - x0 (SiT's linear path, in REPA's direction)."""
@@ -74,7 +77,6 @@ class LinearFlow(Flow):
         return tau.double().clamp(0.0, 1.0)
 
 
-@final
 @OBJECTIVES.register_module(name="cosine")
 class CosineFlow(Flow):
     """x_t = cos(pi t/2) x0 + sin(pi t/2) eps with the velocity of that path (SiT's GVP)."""
@@ -93,3 +95,29 @@ class CosineFlow(Flow):
         """The angle whose tangent is tau/(1-tau), in units of pi/2."""
         tau = tau.double().clamp(0.0, 1.0)
         return torch.atan2(tau, 1.0 - tau) / (math.pi / 2)
+
+
+def _lognormal(rng: Rng) -> Tensor:
+    """tau (B,) = s/(1+s), s = exp of a standard normal number."""
+    s = rng.normal("t", ()).double().exp()
+    return s / (1.0 + s)
+
+
+@final
+@OBJECTIVES.register_module(name="linear-lognormal")
+class LinearLognormal(LinearFlow):
+    """`linear` with lognormal times: more of them in the middle."""
+
+    def sample_t(self, rng: Rng) -> Tensor:
+        """Times (B,) whose sigma/alpha is lognormal."""
+        return self.t_of_tau(_lognormal(rng))
+
+
+@final
+@OBJECTIVES.register_module(name="cosine-lognormal")
+class CosineLognormal(CosineFlow):
+    """`cosine` with lognormal times: t = 2/pi atan(s)."""
+
+    def sample_t(self, rng: Rng) -> Tensor:
+        """Times (B,) whose sigma/alpha is lognormal."""
+        return self.t_of_tau(_lognormal(rng))

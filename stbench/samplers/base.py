@@ -62,6 +62,11 @@ class Denoiser:
             raise UserError(
                 f"expected at most {latent} guided channels, found {guidance.channels}; leave it out for all"
             )
+        if guidance.scale != 1.0 and not backbone.info.null_label:
+            raise UserError(
+                f"{backbone.info.name}-{backbone.info.size} was made without a null label, so it has no "
+                f"guidance: expected scale 1, found {guidance.scale}; leave it out"
+            )
         self.backbone = backbone
         self.objective = objective
         self.guidance = guidance

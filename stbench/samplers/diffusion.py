@@ -13,6 +13,9 @@ from stbench.objectives import Discrete, respaced_steps
 from stbench.registry import SAMPLERS, UserError
 from stbench.samplers.base import Denoiser, Noise, Sampler, draw
 
+Spacing = Literal["stride", "spread"]
+"""Every k-th step ("ddimN" in improved DDPM's code), or N steps from the first to the last ("N")."""
+
 
 @final
 @SAMPLERS.register_module(name="ddpm")
@@ -20,6 +23,7 @@ from stbench.samplers.base import Denoiser, Noise, Sampler, draw
 class Ddpm(Sampler):
     """Ancestral sampling, learned variance, respaced schedule, nothing clipped (improved DDPM, DiT)."""
 
+    spacing: Spacing = "spread"
     name = "ddpm"
     min_steps = 2
 
@@ -31,7 +35,7 @@ class Ddpm(Sampler):
     def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
         """Draw x_{s} from p(x_s | x_t) down the kept steps; the last step takes the mean."""
         process = discrete(denoiser, self.name)
-        kept = respaced_steps(str(steps), process.steps)
+        kept = keep(self.spacing, steps, process)
         schedule, times = process.schedule.respaced(kept), process.time(kept).tolist()
         for k in reversed(range(steps)):
             prediction = denoiser(x, times[k])
@@ -47,8 +51,7 @@ class Ddim(Sampler):
     """DDIM on a subset of the steps; eta 0 is deterministic, eta 1 is ancestral (DDIM eq. 12, 16)."""
 
     eta: float = 0.0
-    spacing: Literal["stride", "spread"] = "stride"
-    """Every k-th step ("ddimN"), or N steps from the first to the last ("N")."""
+    spacing: Spacing = "stride"
     name = "ddim"
     min_steps = 2
 
@@ -60,7 +63,7 @@ class Ddim(Sampler):
     def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
         """x_s = alpha_s x0 + sqrt(sigma_s^2 - spread^2) eps + spread z, and x0 at the end."""
         process = discrete(denoiser, self.name)
-        kept = respaced_steps(f"ddim{steps}" if self.spacing == "stride" else str(steps), process.steps)
+        kept = keep(self.spacing, steps, process)
         times = process.time(kept).tolist()
         for k in reversed(range(steps)):
             x0, eps = denoiser.denoise(x, times[k])
@@ -81,3 +84,8 @@ def discrete(denoiser: Denoiser, name: str) -> Discrete:
         found = type(denoiser.objective).__name__
         raise UserError(f"sampler '{name}' needs an objective of whole steps, found {found}; choose iddpm")
     return denoiser.objective
+
+
+def keep(spacing: Spacing, steps: int, process: Discrete) -> Tensor:
+    """The steps of the process that a sampler of `steps` steps visits, ascending (steps,)."""
+    return respaced_steps(f"ddim{steps}" if spacing == "stride" else str(steps), process.steps)

@@ -64,7 +64,8 @@ class Heun(Sampler):
 class EulerMaruyama(Sampler):
     """The reverse SDE with diffusion w(t) = 2t, uniform in t to `last_step`, then one step without noise.
 
-    SiT's sample_sde with diffusion form "sigma" and last step "Mean"; REPA's euler_maruyama_sampler.
+    REPA's euler_maruyama_sampler; on the linear path also SiT's sample_sde with diffusion form "sigma" and
+    last step "Mean" (on the cosine path that form is 2 sin(pi t/2)).
     """
 
     last_step: float = 0.04

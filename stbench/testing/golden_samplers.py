@@ -11,6 +11,7 @@ from torch import Tensor
 from stbench.contracts import Backbone, Features, Objective
 from stbench.objectives import ImprovedDdpm, LinearFlow, VpContinuous, VpDiscrete
 from stbench.samplers import Ddim, Ddpm, DpmSolver, Euler, EulerMaruyama, Guidance, Heun, Sampler, sample
+from stbench.samplers.diffusion import Spacing
 from stbench.testing.golden import Check, Golden, check
 from stbench.testing.golden_backbones import GUIDED_CHANNELS
 from stbench.testing.golden_objectives import network
@@ -78,11 +79,11 @@ def ddpm(golden: Golden) -> Iterator[Check]:
     spacing = settings["respacing"]
     steps = int(spacing.removeprefix("ddim"))
     guided = Guidance(settings["cfg_scale"], channels=GUIDED_CHANNELS)
-    ddim = Ddim(settings["ddim_eta"], "stride" if spacing.startswith("ddim") else "spread")
+    kept: Spacing = "stride" if spacing.startswith("ddim") else "spread"
     for group, sampler, guidance in (
-        ("plain", Ddpm(), Guidance()),
-        ("cfg", Ddpm(), guided),
-        ("ddim", ddim, Guidance()),
+        ("plain", Ddpm(kept), Guidance()),
+        ("cfg", Ddpm(kept), guided),
+        ("ddim", Ddim(settings["ddim_eta"], kept), Guidance()),
     ):
         out, _ = replay(
             golden, net, objective, sampler, steps=steps, guidance=guidance, noise=f"{group}/noise"
