@@ -113,7 +113,8 @@ def read_foreign(file: Path, weights: Weights = "ema") -> Foreign:
     if asked not in held:
         other = next(name for name, key in CONTAINER.items() if key == held[0])
         raise UserError(
-            f"expected '{asked}' weights in {file}, found only '{held[0]}'; ask for {other} weights"
+            f"expected '{asked}' weights in {file}, found only '{held[0]}'; type --init-weights {other}, "
+            f"or with `stbench sample` --weights {other}"
         )
     args = content.get("args")
     settings = vars(args) if isinstance(args, argparse.Namespace) else args

@@ -260,7 +260,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = _fail(stopped, debug, 130)
     except OSError as error:
-        code = _fail(f"error: {error.strerror}: {error.filename}; choose another path", debug, 2)
+        where = f": {error.filename}" if error.filename else ""
+        code = _fail(f"error: {error.strerror or error}{where}; choose another path", debug, 2)
     sys.exit(code or 0)
 
 

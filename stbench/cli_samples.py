@@ -43,6 +43,7 @@ def sample(
     heads: Annotated[
         int | None, typer.Option(min=1, help="Its attention heads, where its width is no published one.")
     ] = None,
+    weights: Annotated[str, typer.Option(help="Of a training checkpoint: ema or raw.")] = "ema",
     seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images in a network call on a GPU, and in a part.")] = 64,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16; the decoder is fp32.")] = "fp32",
@@ -56,7 +57,7 @@ def sample(
     asked = sampling.Asked(
         count, guidance, interval, channels, sampler, steps, labels, seed, batch, precision
     )
-    sampling.sample(sampling.origin(run, checkpoint, vae, original, heads), asked, output, device)
+    sampling.sample(sampling.origin(run, checkpoint, vae, original, heads, weights), asked, output, device)
 
 
 def evaluate(

@@ -82,15 +82,38 @@ def open_collection(data: DataSpec) -> Collection:
     if not path.exists():
         raise UserError(
             f"expected data at {path}, found nothing; if they moved, type `ln -s NEW_PLACE {path}`, "
-            f"or give the new place with --data"
+            f"or give the new place with `stbench run --data`"
         )
     if (path / MANIFEST).is_file():
-        return _store(path)
+        return _as_asked(_store(path), data)
     if (path / PLAN).is_file():
         raise UserError(f"{path} is not finished; type the `stbench data` command that began it again")
+    if any(path.glob("*-labels.npy")):
+        raise UserError(f"{path} holds shards of a prepared set, but no {MANIFEST}; copy that too")
     if is_repa(path):
-        return _repa(path, data.vae or DEFAULT_VAE)
+        if data.vae == PIXELS:
+            raise _latents(data)
+        return _as_asked(_repa(path, data.vae or DEFAULT_VAE), data)
     return _images(path, data)
+
+
+def _as_asked(found: Collection, data: DataSpec) -> Collection:
+    """Raises UserError where an option is for images that are still to be encoded."""
+    if data.size not in (None, found.image_shape[1]):
+        raise UserError(
+            f"{data.path} holds images of {found.image_shape[1]} pixels, data.size asks for {data.size}; "
+            f"leave it out, or prepare another set"
+        )
+    if data.vae == PIXELS and found.kind != "pixels":
+        raise _latents(data)
+    return found
+
+
+def _latents(data: DataSpec) -> UserError:
+    return UserError(
+        f"{data.path} holds latents; data.vae={PIXELS} is for images: leave it out, "
+        f"or prepare another set with --vae none"
+    )
 
 
 @final

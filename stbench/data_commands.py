@@ -95,7 +95,10 @@ def verify(target: Path) -> None:
     """Check every byte; UserError that names the files which are not whole."""
     manifest, problems = latent_store.verify(target)
     if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}; copy the files again, or prepare the data anew")
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        raise UserError(
+            f"{target}: {len(problems)} files are not as written; copy them again, or prepare the data anew"
+        )
     files = sum(len(shard.files) for shard in manifest.shards)
     print(f"{target}: {manifest.count} images, {files} files, all as written")

@@ -20,6 +20,7 @@ from stbench.checkpoints import State, load_weights, save_weights, write_whole
 from stbench.config import build_backbone
 from stbench.contracts import Backbone, Weights
 from stbench.errors import UserError
+from stbench.outputs import room_for
 from stbench.registry import BACKBONES, lookup
 from stbench.results import atomic_write
 from stbench.revisit import PastRun, open_run
@@ -88,7 +89,9 @@ def _write_official(network: Backbone, options: dict[str, Any], output: Path, ob
     state, whose = official_state(network, options)
     buffer = io.BytesIO()
     torch.save(state if network.info.name == "uvit" else {"ema": state}, buffer)
-    write_whole(buffer.getvalue(), output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with room_for(output):
+        write_whole(buffer.getvalue(), output)
     return [f"weights: {output}", f"for: {whose}; objective {objective}"]
 
 
@@ -192,9 +195,10 @@ def _write_diffusers(network: Backbone, options: dict[str, Any], output: Path) -
     draft.mkdir(parents=True)
     try:
         state = diffusers_state(network.state_dict(), info.depth)
-        save_weights(state, draft / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-        atomic_write(draft / "config.json", json.dumps(config, indent=1) + "\n")
-        draft.rename(output)
+        with room_for(output):
+            save_weights(state, draft / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+            atomic_write(draft / "config.json", json.dumps(config, indent=1) + "\n")
+            draft.rename(output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return [

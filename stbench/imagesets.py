@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, final
 
 import numpy as np
@@ -20,8 +23,10 @@ from stbench.errors import UserError
 from stbench.images import SUFFIXES, UNREADABLE, centre_crop
 from stbench.latent_store import MANIFEST, REFERENCE
 
+SETTINGS = "settings.json"
+"""What `stbench sample` writes beside its PNG files."""
 WANTED = "arr_0 uint8 (N,H,W,3)"
-DAMAGED = (zipfile.BadZipFile, EOFError, OSError, ValueError)
+DAMAGED = (zipfile.BadZipFile, EOFError, OSError, ValueError, zlib.error)
 """What reading a damaged npz raises."""
 
 
@@ -32,6 +37,8 @@ class ImageSet(ABC):
     """Path, for messages."""
     size: tuple[int, int]
     """(H,W)."""
+    ignored: Mapping[str, int] = MappingProxyType({})
+    """Suffixes of files beside them that are not taken for images, and how many each."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -125,7 +132,10 @@ class FolderImages(ImageSet):
 
     def __init__(self, path: Path, crop: int | None = None) -> None:
         self.name, self._crop = str(path), crop
-        self._files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        held = [file for file in path.rglob("*") if file.is_file()]
+        self._files = sorted(file for file in held if file.suffix.lower() in SUFFIXES)
+        others = {file for file in held if file.name != SETTINGS}.difference(self._files)
+        self.ignored = dict(Counter(file.suffix.lower() or file.name for file in others))
         if not self._files:
             raise UserError(
                 f"{path} holds no images; expected files that end in {', '.join(sorted(SUFFIXES))}"

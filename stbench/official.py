@@ -135,7 +135,7 @@ def from_state(
         family=found.family,
         size=size,
         dropped=dropped,
-        source=f"{found.title}, {found.family}-{size}, {_direction(found)}, from {where}",
+        source=f"{found.title}, {found.family}-{size}, {_direction(found)}{_without(dropped)}, from {where}",
         sha256=tensors_sha256(trunk),
         options=options,
         guided=found.guided,
@@ -144,6 +144,12 @@ def from_state(
 
 def _direction(found: Original) -> str:
     return "trained with noise at t=0, turned round" if found.noise_at_zero else "time as ours"
+
+
+def _without(dropped: Sequence[str]) -> str:
+    """ ", without its heads projectors" for keys under it."""
+    heads = sorted({key.partition(".")[0] for key in dropped})
+    return f", without its heads {' and '.join(heads)}" if heads else ""
 
 
 def _identify(

@@ -52,8 +52,11 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """One npy file, whole or not at all."""
+    array = np.ascontiguousarray(array)
     with whole_file(path) as file:
-        np.save(file, array, allow_pickle=False)
+        # not np.save: on a full disk its error does not say so
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.tobytes())
 
 
 def write_npz(

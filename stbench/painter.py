@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stbench import revisit
 from stbench.config import build_objective
-from stbench.contracts import Backbone, Objective
+from stbench.contracts import Backbone, Objective, Weights
 from stbench.data import Dataset
 from stbench.encoding import PIXELS
 from stbench.errors import UserError
@@ -53,6 +53,8 @@ class Origin:
     """Repository of official weights whose keys leave it open."""
     heads: int | None = None
     """Attention heads of official weights of an unpublished width."""
+    weights: Weights = "ema"
+    """Which of a training checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Source:
     """Order fields that are taken where the user gives none."""
     reading: dict[str, Any] = field(default_factory=dict)
     """How official weights were read, which their bytes do not tell."""
+    note: str = ""
+    """What official weights were found to be, in words."""
 
     def facts(self) -> dict[str, Any]:
         """What the settings beside the images say of it."""
@@ -151,7 +155,7 @@ def _official(origin: Origin, device: torch.device | str) -> Source:
             "or none for pixels"
         )
     vae = None if origin.vae == PIXELS else find_vae(origin.vae)
-    model = load_official(origin.path, weights="ema", heads=origin.heads, original=origin.original)
+    model = load_official(origin.path, weights=origin.weights, heads=origin.heads, original=origin.original)
     found = model.backbone.info.channels
     if found != (3 if vae is None else vae.latent_channels):
         decodes = "is for pixels, of 3" if vae is None else f"decodes {vae.latent_channels}"
@@ -178,6 +182,7 @@ def _official(origin: Origin, device: torch.device | str) -> Source:
             "objective": model.objective,
             **{name: model.options.get(name) for name in ("heads", "noise_at_zero", "time_scale")},
         },
+        note=model.source,
     )
 
 

@@ -95,7 +95,7 @@ class Prepared(Dataset):
         try:
             vae = find_vae(self._data.vae or self._found.vae)
         except UserError as error:
-            raise UserError(f"{error}, as --set data.vae=PATH") from error
+            raise UserError(f"{error}, as --set data.vae=PATH (`stbench sample`: --vae PATH)") from error
         if own and self._found.vae_sha256 not in ("", vae.sha256):
             raise UserError(
                 f"{vae.folder} is not the autoencoder of {self._data.path}: expected sha256 "

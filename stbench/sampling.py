@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,15 +51,20 @@ def origin(
     vae: str | None = None,
     original: str | None = None,
     heads: int | None = None,
+    weights: str = "ema",
 ) -> Origin:
     """Where the network comes from. Raises UserError unless exactly one of run and checkpoint is given."""
     if (run is None) == (checkpoint is None):
         found = "neither" if run is None else "both"
         raise UserError(f"expected a run folder or --checkpoint FILE, found {found}; give one of them")
     if checkpoint is not None:
-        return Origin(checkpoint, True, vae, original, heads)
-    if (original, heads) != (None, None):
-        raise UserError("--original and --heads are for --checkpoint: a run knows its own; drop them")
+        if weights not in ("ema", "raw"):
+            raise UserError(f"--weights wants ema or raw, got {weights!r}; leave it out for ema")
+        return Origin(checkpoint, True, vae, original, heads, weights)  # type: ignore[arg-type]
+    if (original, heads, weights) != (None, None, "ema"):
+        raise UserError(
+            "--original, --heads and --weights are for --checkpoint: a run knows its own; drop them"
+        )
     return Origin(run or Path(), vae=vae)
 
 
@@ -114,6 +120,8 @@ def draw(
     Raises UserError if an output, or the parts of it, was made with other settings.
     """
     source = open_source(origin)
+    if source.note:
+        print(f"drawing from {source.note}", file=sys.stderr)
     order = order_of(asked, source)
     settings = {"schema": SCHEMA, "device": devices[0].type, **order.fields(), **source.facts()}
     missing = [output for output in outputs if not is_made(output, settings)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +18,10 @@ from stbench import commands
 from stbench.environment import pick_device, pick_devices
 from stbench.errors import UserError
 from stbench.evaluate.networks import INCEPTION_SHA256, Network, load_dino, load_inception
-from stbench.evaluate.reference import load_reference, write_statistics
-from stbench.evaluate.scores import SCORES, Verdict, full_name, score
+from stbench.evaluate.reference import load_reference, size_of, write_statistics
+from stbench.evaluate.scores import SCORES, Verdict, full_name, require_comparable, score
 from stbench.evaluate.survey import survey
-from stbench.imagesets import open_images
+from stbench.imagesets import ImageSet, open_images
 from stbench.outputs import room_for
 from stbench.painter import Origin
 from stbench.parts import settings_of
@@ -99,6 +100,8 @@ def evaluate_images(samples: Path, reference: Path, output: Path | None, measuri
         samples = samples.resolve()
     images = open_images(samples)
     _require_reference(reference)
+    require_comparable(str(samples), len(images), images.size, str(reference), size_of(reference))
+    _say_ignored(images)
     networks = measuring.open()
     device = pick_device(measuring.device)
     options: dict[str, Any] = {"batch": measuring.batch, "device": device}
@@ -160,6 +163,7 @@ def statistics(images: Path, output: Path, size: int | None, measuring: Measurin
     if output.suffix != ".npz":
         raise UserError(f"statistics go to a file that ends in .npz, got {output}; try {output}.npz")
     found = open_images(images, size)
+    _say_ignored(found)
     networks = measuring.open()
     with _progress("images") as report:
         done = write_statistics(
@@ -171,6 +175,12 @@ def statistics(images: Path, output: Path, size: int | None, measuring: Measurin
             report=report,
         )
     print(f"{done.count} images of {done.size[1]}x{done.size[0]}: {output}")
+
+
+def _say_ignored(images: ImageSet) -> None:
+    if images.ignored:
+        others = ", ".join(f"{count} {suffix}" for suffix, count in sorted(images.ignored.items()))
+        print(f"not taken for images: {others}", file=sys.stderr)
 
 
 def _require_reference(reference: Path) -> None:

@@ -7,7 +7,6 @@ is. Knows nothing of images or autoencoders: whoever calls it makes the rows.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -37,6 +36,7 @@ from stbench.latent_store import (
     read_manifest,
     shard_of,
 )
+from stbench.outputs import FULL
 from stbench.results import atomic_write
 
 PLAN = "plan.json"
@@ -192,6 +192,11 @@ def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
 def _same_plan(folder: Path, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     plain = json.loads(json.dumps(asked))
     for name in {**known, **plain}:
+        if known.get(name) != plain.get(name) and name == "listing":
+            raise UserError(
+                f"{folder} was begun with other images, or other classes of them; use the same arguments, "
+                f"or another folder"
+            )
         if known.get(name) != plain.get(name):
             raise UserError(
                 f"{folder} was begun with {name} {known.get(name)!r}, found {plain.get(name)!r}; "
@@ -283,7 +288,7 @@ def full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise UserError(
             f"the disk of {folder} is full ({error.strerror}); free some room and type the same command: "

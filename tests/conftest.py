@@ -33,6 +33,12 @@ BLOCKS: dict[str, Any] = {"recipe.teacher_block": 2, "recipe.student_block": 1}
 Runner = Callable[..., RunRecord]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests go first: no process is left with one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

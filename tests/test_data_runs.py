@@ -221,6 +221,28 @@ def test_flip_makes_another_setting_and_other_weights(root: Path, tmp_path: Path
     assert final_weights(mirrored) != final_weights(plain)
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"size": 128}, "holds images of 64 pixels, data.size asks for 128; leave it out"),
+        ({"vae": "none"}, "holds latents; data.vae=none is for images"),
+    ],
+)
+def test_options_for_images_are_refused_where_they_are_encoded(
+    root: Path, data: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        resolve(request(root / "set", **data))
+    assert resolve(request(root / "set", size=64)).data is not None
+
+
+def test_shards_without_their_manifest_say_so(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "set", tmp_path / "set")
+    (tmp_path / "set" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"holds shards of a prepared set, but no manifest.json"):
+        resolve(request(tmp_path / "set"))
+
+
 def test_pixels_train_without_an_autoencoder(root: Path, tmp_path: Path) -> None:
     record = train(tmp_path, root / "images", vae="none", size=16)
     assert record.status == "finished"
@@ -280,8 +302,12 @@ def test_wrong_data_options_are_one_line(arguments: dict[str, Any], message: str
 
 @pytest.mark.parametrize(("typed", "vae"), [("none", "none"), ("sd-vae-ft-ema", "sd-vae-ft-ema")])
 def test_the_autoencoder_is_taken_as_typed(typed: str, vae: str, root: Path) -> None:
-    options = parse_set([f"data.vae={typed}", "data.resident=no"])
-    spec = resolve(Request("sit", "vanilla", "custom", data=str(root / "set"), overrides=options))
+    options = parse_set([f"data.vae={typed}", "data.resident=no", "data.size=32"])
+    if typed == "none":  # of images; latents are refused
+        data = root / "images"
+    else:
+        data, options = root / "set", options | {"data.size": 64}
+    spec = resolve(Request("sit", "vanilla", "custom", data=str(data), overrides=options))
     assert spec.data is not None and (spec.data.vae, spec.data.resident) == (vae, "no")
 
 

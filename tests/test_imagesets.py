@@ -55,6 +55,16 @@ def test_a_folder_is_read_by_path_and_becomes_rgb(tmp_path: Path) -> None:
     assert np.array_equal(read(open_images(place)), images)
 
 
+def test_other_files_in_a_folder_are_counted(tmp_path: Path) -> None:
+    image = Image.fromarray(pixels(1)[0])
+    for name in ("a.png", "b.tif", "c.GIF"):
+        image.save(tmp_path / name)
+    for name in ("notes.txt", "more.txt", "README", "settings.json"):
+        (tmp_path / name).touch()
+    found = open_images(tmp_path)
+    assert (len(found), dict(found.ignored)) == (3, {".txt": 2, "README": 1})
+
+
 def test_a_folder_of_mixed_sizes_is_cropped_only_when_asked(tmp_path: Path) -> None:
     place = folder(tmp_path, pixels(2, 20, 30))
     Image.fromarray(pixels(1, 33, 21)[0]).save(place / "z.png")
@@ -81,6 +91,17 @@ def test_an_npz_of_another_kind_is_one_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError) as caught:
         open_images(tmp_path / "a.npz")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_damage_inside_compressed_arrays_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.npz"
+    np.savez_compressed(file, pixels(200))
+    whole = file.read_bytes()
+    for start in range(200, len(whole) - 300, 97):  # zlib finds some of it, the checksum the rest
+        inverted = bytes(byte ^ 255 for byte in whole[start : start + 40])
+        file.write_bytes(whole[:start] + inverted + whole[start + 40 :])
+        with pytest.raises(UserError, match="is cut off, damaged or no npz"):
+            read(open_images(file))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "text"])

@@ -289,7 +289,7 @@ def test_what_is_no_state_dict_is_named(write: Callable[..., Path], tmp_path: Pa
         load_official(write([torch.zeros(1)]))
     with pytest.raises(UserError, match="tensors by name in .*, found int under 'steps'"):
         load_official(write({"steps": 3}))
-    with pytest.raises(UserError, match="'ema' weights in .*, found only 'model'; ask for raw weights"):
+    with pytest.raises(UserError, match="'ema' weights in .*, found only 'model'; type --init-weights raw"):
         load_official(write({"model": key_table(64, 1, out=4)}))
     with pytest.raises(UserError, match="keys of DiT, SiT or U-ViT.*found foo"):
         load_official(write({"foo": torch.zeros(1)}))

@@ -319,8 +319,51 @@ def test_verify_finds_what_is_wrong_and_names_it(
     expected = damage(job.target, how)
     with pytest.raises(UserError) as caught:
         data_commands.verify(job.target)
-    assert expected in str(caught.value)
+    assert expected in f"{capsys.readouterr().err}{caught.value}"
     assert "\n" not in str(caught.value)
+
+
+def test_verify_names_every_file_that_is_wrong(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    run(job)
+    first, second = sorted(job.target.glob("*-moments.npy"))[:2]
+    first.write_bytes(first.read_bytes()[:-1])
+    second.unlink()
+    with pytest.raises(UserError, match="2 files are not as written; copy them again"):
+        data_commands.verify(job.target)
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and first.name in told[0] and second.name in told[1]
+
+
+def test_two_sets_with_the_same_unreadable_file_are_the_same(job: Job, images: Path, tmp_path: Path) -> None:
+    source = make_images(tmp_path / "some", 12, SIZE)
+    (source / "class1" / "img00001.png").write_bytes(b"no image")
+    targets = tmp_path / "a", tmp_path / "b"
+    for target in targets:
+        run(replace(job, source=source, target=target))
+    assert content(targets[0]) == content(targets[1])
+    assert list(read_manifest(targets[0]).unreadable) == [
+        ("class1/img00001.png", "no image that Pillow knows")
+    ]
+
+
+def test_another_class_map_is_told_in_words(job: Job, images: Path, tmp_path: Path) -> None:
+    run(job)
+    (tmp_path / "map.json").write_text(json.dumps({f"class{k}": (k + 1) % 10 for k in range(10)}))
+    with pytest.raises(UserError, match="was begun with other images, or other classes of them"):
+        run(replace(job, classes=tmp_path / "map.json"))
+
+
+def test_a_limit_on_the_size_of_a_file_is_a_full_disk(job: Job) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    listed = open_job(job)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(UserError, match="is full .*finished shards are kept"):
+            prepare(job, listed, lambda count: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert run(job)[0].count == COUNT
 
 
 def test_a_wrong_hash_in_the_manifest_is_found(job: Job) -> None:

@@ -139,3 +139,16 @@ def test_weights_that_draw_pixels_need_no_decoder(files: tuple[Path, Path]) -> N
     torch.save(network(4).state_dict(), files[0])
     with pytest.raises(UserError, match=r"latents of 4 channels, --vae none is for pixels, of 3"):
         open_source(Origin(files[0], True, "none", "repa"))
+
+
+def test_raw_weights_can_be_drawn_from_and_what_was_read_is_said(
+    files: tuple[Path, Path], tmp_path: Path, stbench: Command
+) -> None:
+    content = torch.load(files[0])
+    head = {"projectors.0.0.weight": torch.zeros(8, 384)}
+    torch.save({"model": {**content["ema"], **head}}, files[0])
+    common = ("sample", "--checkpoint", files[0], "--vae", files[1], "-n", 2, "--steps", 2)
+    code, _, err = stbench(*common, "--output", tmp_path / "a.npz")
+    assert code == 2 and "with `stbench sample` --weights raw" in err
+    code, _, err = stbench(*common, "--weights", "raw", "--output", tmp_path / "a.npz")
+    assert code == 0 and "drawing from REPA, sit-custom, time as ours, without its heads projectors" in err

@@ -198,9 +198,17 @@ def test_a_limit_on_the_size_of_a_file_is_a_full_disk_too(tmp_path: Path) -> Non
     try:
         with pytest.raises(UserError, match=r"cannot write .*a.npz: File too large; free some space"):
             outputs.write_npz(tmp_path / "a.npz", (9, 50, 50, 3), [np.zeros((9, 50, 50, 3), np.uint8)], {})
+        with pytest.raises(UserError, match=r"cannot write .*b.npy: File too large; free some space"):
+            outputs.write_array(tmp_path / "b.npy", np.zeros((9, 50, 50, 3), np.uint8))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_array_is_written_as_numpy_reads_it(tmp_path: Path) -> None:
+    for number, array in enumerate((np.arange(24).reshape(2, 3, 4), np.ones((3, 2)).T, np.empty((0, 4)))):
+        outputs.write_array(tmp_path / f"{number}.npy", array)
+        assert np.array_equal(np.load(tmp_path / f"{number}.npy"), array)
 
 
 def test_other_errors_of_a_write_are_not_called_a_full_disk(tmp_path: Path) -> None:

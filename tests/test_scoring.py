@@ -360,6 +360,24 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
         score(samples, of_survey(measured(pictures(0, 12), tmp_path, "large", Cheap())))
 
 
+@pytest.mark.parametrize("kind", ["npz", "folder", "statistics"])
+def test_another_size_is_told_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    np.savez(tmp_path / "samples.npz", pictures(0, 12, 16))
+    np.savez(tmp_path / "reference.npz", pictures(0, 12))
+    reference = tmp_path / "reference.npz"
+    if kind == "folder":
+        reference = folder(tmp_path / "reference", pictures(0, 12))
+    if kind == "statistics":
+        write_statistics(open_images(reference), [Cheap()], tmp_path / "statistics.npz")
+        reference = tmp_path / "statistics.npz"
+    monkeypatch.setattr(scoring, "survey", None)
+    monkeypatch.setattr(scoring.Measuring, "open", None)
+    with pytest.raises(UserError, match="holds images of 16x16, .* of 24x24; expected one size"):
+        scoring.evaluate_images(tmp_path / "samples.npz", reference, None, scoring.Measuring(device="cpu"))
+
+
 def test_fewer_images_than_features_is_a_warning(tmp_path: Path) -> None:
     few = measured(pictures(0, 12), tmp_path, "few", Cheap())
     told = score(few, of_survey(few)).warnings

@@ -40,7 +40,7 @@ def draw_labels(kind: str, n: int, classes: int, seed: int) -> Tensor:
         return torch.arange(n) % classes
     if kind == "random":
         return torch.randint(classes, (n,), generator=generator(seed, "evaluation-labels"))
-    raise UserError(f"expected labels 'balanced' or 'random', found '{kind}'; use --set eval.labels=balanced")
+    raise UserError(f"expected labels 'balanced' or 'random', found '{kind}'; choose one of them")
 
 
 def block_noise(seed: int, stream: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:

@@ -65,6 +65,15 @@ def load_reference(
     return of_survey(survey(open_images(path), networks, keep=ROWS, **measure))  # type: ignore[arg-type]
 
 
+def size_of(path: Path) -> tuple[int, int] | None:
+    """(H,W) of the images behind a reference, without measuring any; None if the file does not say."""
+    held = _arrays(path) if path.is_file() else set()
+    if "about" in held:
+        height, width = _about(path)["size"]
+        return int(height), int(width)
+    return None if held and "arr_0" not in held else open_images(path).size
+
+
 def of_survey(found: Survey) -> Reference:
     """A measured set of images as a reference."""
     rows = found.rows if len(found.rows) else None

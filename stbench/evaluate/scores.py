@@ -45,16 +45,23 @@ def full_name(score: str, count: int) -> str:
     return f"{score}_{number}" if score[-1].isdigit() else f"{score}{number}"
 
 
-def score(samples: Survey, reference: Reference, device: torch.device | str = "cpu") -> Verdict:
-    """All scores that samples and reference allow. Raises UserError if the images differ in size."""
-    if reference.size not in (None, samples.size):
-        (h, w), (rh, rw) = samples.size, reference.size  # type: ignore[misc]
+def require_comparable(
+    samples: str, count: int, size: tuple[int, int], reference: str, expected: tuple[int, int] | None
+) -> None:
+    """Raise a UserError for too few images, or another size (H,W) than the reference's if that is known."""
+    if expected not in (None, size):
+        (h, w), (rh, rw) = size, expected  # type: ignore[misc]
         raise UserError(
-            f"{samples.name} holds images of {w}x{h}, {reference.name} of {rw}x{rh}; expected one size: "
+            f"{samples} holds images of {w}x{h}, {reference} of {rw}x{rh}; expected one size: "
             "name a reference of that size"
         )
-    if len(samples.logits) and samples.count < FEWEST:
-        raise UserError(f"{samples.name} holds {samples.count} images; an inception score wants {FEWEST}")
+    if count < FEWEST:
+        raise UserError(f"{samples} holds {count} images; an inception score wants {FEWEST}")
+
+
+def score(samples: Survey, reference: Reference, device: torch.device | str = "cpu") -> Verdict:
+    """All scores that samples and reference allow. Raises UserError if the images differ in size."""
+    require_comparable(samples.name, samples.count, samples.size, reference.name, reference.size)
     found: dict[str, float] = {}
     warnings = []
     for name, space in SPACES.items():
