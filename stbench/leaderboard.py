@@ -55,6 +55,8 @@ class Reach:
     speedup_student: float | None
     """The baseline's images over the row's."""
     speedup_paid: float | None
+    bound: bool = False
+    """Whether a seed was there at its first evaluation, so that it needs fewer images than these."""
 
 
 @dataclass(frozen=True)

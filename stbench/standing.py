@@ -177,7 +177,8 @@ def _reach(place: Place, anchor: Place | None) -> Reach | None:
         return Reach(target, needed, None, None, len(arrived), limit, None, None)
     student = mean(arrived)
     paid = student + earlier
-    return Reach(target, needed, student, paid, len(arrived), limit, needed / student, needed / paid)
+    bound = any(group.curve(seed)[1][0] < target for seed in group.runs)
+    return Reach(target, needed, student, paid, len(arrived), limit, needed / student, needed / paid, bound)
 
 
 def _settle(

@@ -199,7 +199,13 @@ def _arrival(reach: Reach, row: Row) -> tuple[str, ...]:
         some = f" ({reach.arrived} of {len(row.seeds)} seeds)" if reach.arrived else ""
         limits = (reach.limit, reach.limit + row.earlier_images)
         return f"> {count(limits[0])}{some}", NONE, f"> {count(limits[1])}{some}", NONE
-    return count(reach.student), _times(reach.speedup_student), count(reach.paid), _times(reach.speedup_paid)
+    most, least = ("<= ", ">= ") if reach.bound else ("", "")
+    return (
+        f"{most}{count(reach.student)}",
+        f"{least}{_times(reach.speedup_student)}",
+        f"{most}{count(reach.paid)}",
+        f"{least}{_times(reach.speedup_paid)}",
+    )
 
 
 def _times(speedup: float | None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stbench import report
 from stbench.compare import leaderboard
 from stbench.errors import UserError
 from stbench.leaderboard import Row, Table
@@ -136,6 +137,15 @@ def test_images_to_target_by_hand(tmp_path: Path) -> None:
     assert reach.target == 1.0
     assert reach.student == pytest.approx(expected)
     assert reach.speedup_student == pytest.approx(64 * 800 / expected)
+
+
+def test_a_seed_that_is_there_at_its_first_point_gives_a_bound(tmp_path: Path) -> None:
+    records = seeds(tmp_path, "vanilla", [1.0, 1.0]) + seeds(tmp_path, "fast", [0.25])
+    assert (reach := row(records, "fast").student.reach) is not None and not reach.bound
+    records.append(build(tmp_path, "fast", 1, [0.5, 0.4, 0.3]))
+    assert (reach := row(records, "fast").student.reach) is not None and reach.bound
+    text = report.render(leaderboard(records), "md")
+    assert "| fast | <= " in text and " | >= " in text
 
 
 def test_a_seed_that_does_not_arrive_makes_the_row_beyond_budget(tmp_path: Path) -> None:
