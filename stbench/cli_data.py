@@ -91,8 +91,8 @@ def tokens(
     prepared: Annotated[Path, typer.Argument(metavar="SET", help="A prepared data set.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
     encoder: Annotated[
-        str, typer.Option(help="A timm vision transformer, or digits.")
-    ] = "vit_base_patch14_dinov2.lvd142m",
+        str | None, typer.Option(help="A timm vision transformer, or digits; default: DINOv2-B/14.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Its weights; default: the Hugging Face cache.")
     ] = None,
@@ -103,10 +103,11 @@ def tokens(
 ) -> None:
     """Cache an encoder's tokens of a prepared set's training images, for the recipe repa."""
     from stbench import data_commands, environment
+    from stbench.teachers import DINOV2
     from stbench.tokens import Job
 
-    chosen = environment.pick_device(device)
-    data_commands.tokens(Job(source, prepared, target, encoder, checkpoint, patch, classes, batch, chosen))
+    chosen, name = environment.pick_device(device), encoder or DINOV2
+    data_commands.tokens(Job(source, prepared, target, name, checkpoint, patch, classes, batch, chosen))
 
 
 @app.command()

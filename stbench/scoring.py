@@ -27,6 +27,7 @@ from stbench.painter import Origin
 from stbench.parts import settings_of
 from stbench.records import SCHEMA
 from stbench.results import RunFolder, atomic_write
+from stbench.revisit import open_run
 from stbench.sampling import Asked, draw
 
 
@@ -142,6 +143,8 @@ def _evaluate_run(run: Path, reference: Path, measuring: Measuring, protocol: Pr
     _require_reference(reference)
     measuring.open()  # missing weights are told before hours of sampling
     settings = commands.evaluation_of(run, protocol.guidance, protocol.samples, protocol.overrides)
+    height, width = open_run(run).dataset.image_shape[1:]
+    require_comparable(str(run), settings.samples, (height, width), str(reference), size_of(reference))
     for scale in settings.guidance:
         asked = Asked(
             count=settings.samples,

@@ -378,6 +378,17 @@ def test_another_size_is_told_before_anything_is_measured(
         scoring.evaluate_images(tmp_path / "samples.npz", reference, None, scoring.Measuring(device="cpu"))
 
 
+def test_another_size_is_told_before_a_run_is_sampled(
+    tmp_path: Path, tiny: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez(tmp_path / "reference.npz", pictures(0, 12))
+    monkeypatch.setattr(scoring.Measuring, "open", lambda self: [])
+    monkeypatch.setattr(scoring, "draw", None)
+    run, protocol = Path(tiny(steps=1).path), scoring.Protocol(None, 20, [])
+    with pytest.raises(UserError, match="holds images of 32x32, .* of 24x24; expected one size"):
+        scoring.evaluate(run, tmp_path / "reference.npz", None, scoring.Measuring(device="cpu"), protocol)
+
+
 def test_fewer_images_than_features_is_a_warning(tmp_path: Path) -> None:
     few = measured(pictures(0, 12), tmp_path, "few", Cheap())
     told = score(few, of_survey(few)).warnings
