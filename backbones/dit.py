@@ -1,15 +1,184 @@
-"""DiT: Scalable Diffusion Models with Transformers (arXiv:2212.09748; facebookresearch/DiT)."""
+"""The trunk that DiT and SiT share (DiT, arXiv:2212.09748): patches, adaLN-Zero blocks, final layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from torch import Tensor
+from timm.layers.activations import GELUTanh
+from timm.layers.mlp import Mlp
+from timm.layers.patch_embed import PatchEmbed
+from torch import Tensor, nn
 
-from stbench.adaln import AdaLNTransformer
-from stbench.layers import make_info
-from stbench.registry import BACKBONES
+from stbench.core.backbone import (
+    Backbone,
+    BackboneInfo,
+    Features,
+)
+from stbench.core.registry import BACKBONES
+from stbench.models.layers import (
+    Attention,
+    LabelEmbed,
+    TimeEmbed,
+    blocks_to_run,
+    count_blocks,
+    make_info,
+    name_size,
+    scale_time,
+    side,
+    sincos_2d,
+    unpatchify,
+)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B,N,D) scaled and shifted per sample by (B,D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class AdaLNBlock(nn.Module):
+    """Transformer block whose norms and gates are set by the condition (adaLN-Zero; DiT, section 3.2)."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads, qk_norm=qk_norm)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(in_features=width, hidden_features=4 * width, act_layer=GELUTanh)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens (B,N,D) under condition (B,D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection of each token to its p*p*C_out values."""
+
+    def __init__(self, width: int, patch: int, channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Tokens (B,N,D) under condition (B,D) to (B,N,p*p*C_out)."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def _adaln_presets() -> dict[str, dict[str, Any]]:
+    sizes = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+    presets: dict[str, dict[str, Any]] = {
+        f"{name}/{patch}": dict(patch=patch, width=width, depth=depth, heads=heads)
+        for name, (width, depth, heads) in sizes.items()
+        for patch in (2, 4, 8)
+    }
+    presets["ti/2"] = dict(patch=2, width=96, depth=6, heads=3, qk_norm=True)
+    return presets
+
+
+class AdaLNTransformer(Backbone):
+    """The trunk of DiT and SiT (DiT, arXiv:2212.09748): patches, fixed positions, adaLN blocks, final layer.
+
+    Abstract: a family gives it a name and an output. `rows` are the channels that the final layer computes,
+    of which the first `out_channels` are returned.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = _adaln_presets()
+    """Published sizes, and "ti/2" for the embedded digits, which is ours."""
+
+    def __init__(
+        self,
+        info: BackboneInfo,
+        *,
+        heads: int,
+        out_channels: int,
+        rows: int,
+        qk_norm: bool,
+        time_scale: float,
+    ) -> None:
+        super().__init__()
+        self.info, self.time_scale, self.out_channels, self.rows = info, time_scale, out_channels, rows
+        self.x_embedder = PatchEmbed(
+            img_size=info.input_size, patch_size=info.patch, in_chans=info.channels, embed_dim=info.width
+        )
+        self.t_embedder = TimeEmbed(info.width)
+        self.y_embedder = LabelEmbed(info.classes, info.width)
+        grid = info.input_size // info.patch
+        self.pos_embed = nn.Parameter(sincos_2d(info.width, grid)[None], requires_grad=False)
+        self.blocks = nn.ModuleList(AdaLNBlock(info.width, heads, qk_norm) for _ in range(info.depth))
+        self.final_layer = FinalLayer(info.width, info.patch, rows)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Xavier everywhere, N(0, 0.02) for the embeddings, zero for every modulation and for the output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        patches = self.x_embedder.proj
+        nn.init.xavier_uniform_(patches.weight.view(self.info.width, -1))
+        if patches.bias is not None:
+            nn.init.zeros_(patches.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for weight in (p for p in self.t_embedder.parameters() if p.ndim == 2):
+            nn.init.normal_(weight, std=0.02)
+        modulations = [block.adaLN_modulation[1] for block in [*self.blocks, self.final_layer]]
+        for linear in [*modulations, self.final_layer.linear]:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Latents (B,C,H,W) to the tokens (B,N,D) that enter the first block."""
+        return self.x_embedder(x) + self.pos_embed
+
+    def forward_intermediates(
+        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
+    ) -> tuple[Tensor | None, Features]:
+        """See `Backbone.forward_intermediates`. Raises ValueError for a block that is not there."""
+        run = blocks_to_run(self.info, indices, stop_early)
+        tokens = self.embed(x)
+        c = self.t_embedder(scale_time(t, self.time_scale)) + self.y_embedder(y)
+        features: Features = {}
+        for k, block in zip(range(run), self.blocks, strict=False):
+            tokens = block(tokens, c)
+            if k in indices:
+                features[k] = tokens
+        if stop_early:
+            return None, features
+        out = unpatchify(self.final_layer(tokens, c), self.info.patch, self.rows)
+        return out[:, : self.out_channels], features
+
+    @classmethod
+    def infer_trunk(cls, state: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Any], int]:
+        """Constructor options that the shapes of an official state dict tell, and the channels its output
+        has.
+
+        With qk_norm the heads can be read too. Raises KeyError for another family's state dict, and UserError
+        where `heads` is needed.
+        """
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        q_norm = state.get("blocks.0.attn.q_norm.weight")
+        if q_norm is not None:
+            heads = width // q_norm.shape[0]
+        depth = count_blocks(state, "blocks")
+        size, heads = name_size(cls.presets, patch, width, depth, heads)
+        options = dict(
+            channels=channels,
+            input_size=patch * side(state["pos_embed"].shape[1]),
+            classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
+            size=size,
+            patch=patch,
+            width=width,
+            depth=depth,
+            heads=heads,
+            qk_norm=q_norm is not None,
+        )
+        return options, state["final_layer.linear.weight"].shape[0] // patch**2
 
 
 @BACKBONES.register_module(name="dit")

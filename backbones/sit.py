@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from stbench.adaln import AdaLNTransformer
-from stbench.contracts import Features
-from stbench.layers import make_info
-from stbench.registry import BACKBONES
+from stbench.backbones.dit import AdaLNTransformer
+from stbench.core.backbone import Features
+from stbench.core.registry import BACKBONES
+from stbench.models.layers import make_info
 
 
 @BACKBONES.register_module(name="sit")

@@ -11,9 +11,10 @@ from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
-from stbench.contracts import Backbone, Features
-from stbench.errors import UserError
-from stbench.layers import (
+from stbench.core.backbone import Backbone, Features
+from stbench.core.errors import UserError
+from stbench.core.registry import BACKBONES
+from stbench.models.layers import (
     Attention,
     blocks_to_run,
     count_blocks,
@@ -24,7 +25,6 @@ from stbench.layers import (
     timestep_sinusoid,
     unpatchify,
 )
-from stbench.registry import BACKBONES
 
 
 class UViTBlock(nn.Module):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from timm.layers.mlp import Mlp
 from torch import Tensor, nn
 
-from stbench import layers
-from stbench.contracts import Backbone, Features
-from stbench.registry import BACKBONES
+from stbench.core.backbone import Backbone, Features
+from stbench.core.registry import BACKBONES
+from stbench.models import layers
 
 
 class Block(nn.Module):

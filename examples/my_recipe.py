@@ -7,13 +7,19 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stbench import align
-from stbench.contracts import BackboneInfo, Recipe, Stage, Step, Term
-from stbench.registry import RECIPES
+from stbench.core.backbone import BackboneInfo
+from stbench.core.recipe import (
+    Stage,
+    Step,
+    Supervision,
+    Term,
+)
+from stbench.core.registry import RECIPES
+from stbench.models import align
 
 
 @dataclass
-class EmaPull(Recipe):
+class EmaPull(Supervision):
     """1 - cosine(projector(h_k), h_k of the EMA at the same x_t, t and label)."""
 
     block: int

@@ -10,10 +10,16 @@ from typing import Literal
 
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from stbench import align
-from stbench.contracts import BackboneInfo, Recipe, Stage, Step, Term
-from stbench.errors import UserError
-from stbench.registry import RECIPES
+from stbench.core.backbone import BackboneInfo
+from stbench.core.errors import UserError
+from stbench.core.recipe import (
+    Stage,
+    Step,
+    Supervision,
+    Term,
+)
+from stbench.core.registry import RECIPES
+from stbench.models import align
 
 Setting = Literal["jax", "pytorch"]
 Scope = Literal["local", "gathered"]
@@ -32,7 +38,7 @@ PUBLISHED: Mapping[str, Published] = {"jax": Published(0.5, 0.5, 16), "pytorch":
 
 
 @dataclass
-class Dispersive(Recipe):
+class Dispersive(Supervision):
     """log mean exp(-|z_i - z_j|^2 / (N D tau)) over all pairs of a batch, the diagonal included.
 
     z is one block's tokens, neither projected nor normalised. The batch is a statistic of the loss: `local`

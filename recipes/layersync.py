@@ -9,17 +9,23 @@ from typing import Literal
 import torch
 from pydantic import NonNegativeFloat
 
-from stbench import align
-from stbench.contracts import BackboneInfo, Recipe, Stage, Step, Term
-from stbench.errors import UserError
-from stbench.registry import RECIPES
+from stbench.core.backbone import BackboneInfo
+from stbench.core.errors import UserError
+from stbench.core.recipe import (
+    Stage,
+    Step,
+    Supervision,
+    Term,
+)
+from stbench.core.registry import RECIPES
+from stbench.models import align
 
 Pairs = Sequence[tuple[int, int]]
 Several = Literal["sum", "released"]
 
 
 @dataclass
-class LayerSync(Recipe):
+class LayerSync(Supervision):
     """-cosine(h_weak, stopgrad(h_strong)) over channels, summed over pairs; no head, no second forward."""
 
     pairs: Pairs

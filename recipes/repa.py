@@ -14,16 +14,23 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from stbench import align, teachers
-from stbench.contracts import BackboneInfo, Recipe, Stage, Step, Term
-from stbench.errors import UserError
-from stbench.registry import RECIPES
+from stbench.core.backbone import BackboneInfo
+from stbench.core.errors import UserError
+from stbench.core.recipe import (
+    Stage,
+    Step,
+    Supervision,
+    Term,
+)
+from stbench.core.registry import RECIPES
+from stbench.models import align
+from stbench.models import encoders as teachers
 
 T = TypeVar("T")
 
 
 @dataclass
-class Repa(Recipe):
+class Repa(Supervision):
     """-weight * cosine(projector_j(h_k), z_j) over channels, averaged over tokens and encoders j, in
     float32.
     """

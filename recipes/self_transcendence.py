@@ -15,11 +15,23 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from stbench import align
-from stbench.align import Clock, Interval
-from stbench.contracts import Artifact, Backbone, BackboneInfo, Plain, Recipe, Stage, Step, Term, Weights
-from stbench.errors import UserError
-from stbench.registry import RECIPES
+from stbench.core.backbone import (
+    Backbone,
+    BackboneInfo,
+    Weights,
+)
+from stbench.core.errors import UserError
+from stbench.core.recipe import (
+    Artifact,
+    Plain,
+    Stage,
+    Step,
+    Supervision,
+    Term,
+)
+from stbench.core.registry import RECIPES
+from stbench.models import align
+from stbench.models.align import Clock, Interval
 
 Mask = Literal["samples", "released"]
 
@@ -52,7 +64,7 @@ def defaults(info: BackboneInfo) -> Defaults:
 
 
 @dataclass
-class VaeAlign(Recipe):
+class VaeAlign(Supervision):
     """Stage 1: mask * MSE(velocity head(h_k), velocity), the target that needs the clean VAE latent."""
 
     block: int
@@ -84,7 +96,7 @@ class VaeAlign(Recipe):
 
 
 @dataclass
-class SelfTranscendence(Recipe):
+class SelfTranscendence(Supervision):
     """Stage 2: mask * MSE(projector(h_s), f_u + w (f_c - f_u)) with f the frozen stage-1 network's block k_t.
 
     The teacher sees the student's x_t and t. Its conditional branch is told the true label, also where the
@@ -230,10 +242,10 @@ def self_transcendence(
             f"type --set recipe.guidance=1"
         )
 
-    def first(earlier: Mapping[str, Artifact]) -> Recipe:
+    def first(earlier: Mapping[str, Artifact]) -> Supervision:
         return VaeAlign(shallow, width, coefficient, interval, mask, time)
 
-    def second(earlier: Mapping[str, Artifact]) -> Recipe:
+    def second(earlier: Mapping[str, Artifact]) -> Supervision:
         source = earlier[teacher]
         return SelfTranscendence(
             source, student, deep, width, scale, weights, coefficient, interval, mask, time, guidance_stop

@@ -11,11 +11,18 @@ from typing import Literal
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
-from stbench import align
-from stbench.align import Clock, Time
-from stbench.contracts import BackboneInfo, Objective, Recipe, Stage, Step, Term
-from stbench.errors import UserError
-from stbench.registry import RECIPES
+from stbench.core.backbone import BackboneInfo
+from stbench.core.errors import UserError
+from stbench.core.objective import Objective
+from stbench.core.recipe import (
+    Stage,
+    Step,
+    Supervision,
+    Term,
+)
+from stbench.core.registry import RECIPES
+from stbench.models import align
+from stbench.models.align import Clock, Time
 
 Distance = Literal["smooth-l1", "cosine", "cosine-released", "l1", "l2"]
 COSINES = ("cosine", "cosine-released")
@@ -25,7 +32,7 @@ DECAY = {"256": (149, 1000), "512": (99, 800)}
 
 
 @dataclass
-class Sra(Recipe):
+class Sra(Supervision):
     """weight(epoch) * distance(head(h_s of the student), h_t of the EMA at t' <= t).
 
     The teacher sees the same noise and the same labels, dropped ones included.

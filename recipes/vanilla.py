@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stbench.contracts import BackboneInfo, Plain, Stage
-from stbench.registry import RECIPES
+from stbench.core.backbone import BackboneInfo
+from stbench.core.recipe import Plain, Stage
+from stbench.core.registry import RECIPES
 
 
 @RECIPES.register_module(name="vanilla")

@@ -21,9 +21,17 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from stbench.data import HELD_OUT, digits_images, encode_moments, stratified_split
+from stbench.data.dataset import encode_moments, stratified_split
+from stbench.data.digits import HELD_OUT, digits_images
 from stbench.evaluate import DigitsClassifier
-from stbench.latents import DIGITS_VAE, Autoencoder, asset_folder, build_vae, to_float, to_uint8
+from stbench.models.assets import asset_folder
+from stbench.models.autoencoder import (
+    DIGITS_VAE,
+    Autoencoder,
+    build_vae,
+    to_float,
+    to_uint8,
+)
 
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 

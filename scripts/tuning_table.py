@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from stbench.records import RunRecord
-from stbench.results import find_runs, read_runs
+from stbench.runs.folder import find_runs, read_runs
+from stbench.runs.records import RunRecord
 
 COLUMNS = ("backbone", "objective", "recipe", "options", "lr", "seed", "steps", "fid", "mean_fid", "chosen")
 

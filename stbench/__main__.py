@@ -1,6 +1,6 @@
 """`python -m stbench`."""
 
-from stbench.cli import main
+from stbench.cli.app import main
 
 if __name__ == "__main__":
     main()

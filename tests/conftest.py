@@ -7,16 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stbench.train import engine
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 
-from stbench import engine
-from stbench.config import RunSpec
-from stbench.records import RunRecord
-from stbench.registry import load_builtins
-from stbench.resolve import Request, resolve
+from stbench.config.resolve import Request, resolve
+from stbench.config.spec import RunSpec
+from stbench.core.registry import load_builtins
+from stbench.runs.records import RunRecord
 
 TINY: dict[str, Any] = {
     "train.batch": 8,

@@ -17,7 +17,7 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from stbench.latents import to_float
+from stbench.models.autoencoder import to_float
 
 EXTRACTOR = "random-colour"
 CLASSES = 10

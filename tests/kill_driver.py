@@ -22,12 +22,13 @@ from typing import Any
 
 import torch
 
+from stbench.train import engine
+
 torch.set_num_threads(1)
 
-from stbench import engine  # noqa: E402
-from stbench.data import get_dataset  # noqa: E402
-from stbench.registry import load_builtins  # noqa: E402
-from stbench.resolve import Request, resolve  # noqa: E402
+from stbench.config.resolve import Request, resolve  # noqa: E402
+from stbench.core.registry import load_builtins  # noqa: E402
+from stbench.data.dataset import get_dataset  # noqa: E402
 
 OVERRIDES = {
     "train.batch": 8,

@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stbench import align
-from stbench.objectives import ImprovedDdpm, LinearFlow, VpContinuous
+from stbench.diffusion import (
+    ImprovedDdpm,
+    LinearFlow,
+    VpContinuous,
+)
+from stbench.models import align
 
 A = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [1.0, 1.0]]])
 B = torch.tensor([[[1.0, 1.0], [0.0, 1.0]], [[4.0, -3.0], [-1.0, -1.0]]])

@@ -8,14 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from stbench import report
-from stbench.board import compare, read_board
-from stbench.compare import leaderboard
-from stbench.errors import UserError
-from stbench.journal import FILE, Entry, write_journal
-from stbench.leaderboard import Table
-from stbench.records import RunRecord
-from stbench.testing.runs import build
+from stbench.cli.compare import compare, read_board
+from stbench.compare import terminal, writers
+from stbench.compare.build import leaderboard
+from stbench.compare.leaderboard import Table
+from stbench.core.errors import UserError
+from stbench.runs.journal import (
+    FILE,
+    Entry,
+    write_journal,
+)
+from stbench.runs.records import RunRecord
+from tests.fake_runs import build
 
 SETTING = "5e771a60"
 CURVE = [16.0, 4.0, 1.0]
@@ -62,7 +66,7 @@ def test_a_row_without_a_finished_seed_is_shown_with_its_state(tmp_path: Path) -
     assert (absent.recipe, absent.seeds, absent.word) == ("taught", (0, 1), "waiting, failed")
     assert absent.state == "waiting (seed 0); failed: loss is nan (seed 1)"
     assert any(note.startswith("taught seed 1: failed: loss is nan") for note in made.notes)
-    text = report.render(leaderboard([run(tmp_path, "vanilla", 0)], entries), "md")
+    text = writers.render(leaderboard([run(tmp_path, "vanilla", 0)], entries), "md")
     assert "| taught | (0 1) waiting, failed | - | - | - | - |" in text
     assert "| taught | - | - | - | waiting (seed 0); failed: loss is nan (seed 1) |" in text
 
@@ -73,7 +77,7 @@ def test_a_missing_seed_stands_in_brackets_with_a_note(tmp_path: Path) -> None:
     assert made.absent == ()
     assert (made.rows[0].seeds, made.rows[0].unfinished) == ((0, 1), (2,))
     assert [note.partition(";")[0] for note in made.notes] == ["vanilla seed 2: waiting"]
-    assert "| vanilla | 0 1 (2) |" in report.render(leaderboard(records, [entry("vanilla", 2)]), "md")
+    assert "| vanilla | 0 1 (2) |" in writers.render(leaderboard(records, [entry("vanilla", 2)]), "md")
 
 
 def test_a_failed_seed_of_the_journal_takes_the_verdict(tmp_path: Path) -> None:
@@ -116,14 +120,14 @@ def test_a_setting_of_which_nothing_is_finished_is_a_table(tmp_path: Path) -> No
     board = leaderboard([run(tmp_path, "vanilla", 0)], other)
     bare = board.tables[1]
     assert (bare.rows, bare.backbone, bare.absent[0].seeds) == ((), "dit-ti/2", (0, 1))
-    text = report.render(board, "md")
+    text = writers.render(board, "md")
     assert "## digits, dit-ti/2, linear" in text and "| vanilla | (0 1) | waiting |" in text
     assert "| dit-ti/2 | vanilla (0 1) | - | waiting | - | - |" in text  # in the summary of both
 
 
 def test_an_asked_length_is_another_row(tmp_path: Path) -> None:
     made = table([run(tmp_path, "vanilla", 0)], [entry("vanilla", 0, steps=1600, row_hash="longer")])
-    text = report.render(
+    text = writers.render(
         leaderboard([run(tmp_path, "vanilla", 0)], [entry("vanilla", 0, steps=1600, row_hash="longer")]), "md"
     )
     assert (made.absent[0].length, made.rows[0].length) == (1600, 800)
@@ -133,10 +137,10 @@ def test_an_asked_length_is_another_row(tmp_path: Path) -> None:
 def test_every_format_holds_the_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     board = leaderboard([run(tmp_path, "vanilla", 0)], [entry("taught", 0, "failed", "loss is nan " * 20)])
     for form in ("csv", "json", "tex"):
-        text = report.render(board, form)  # type: ignore[arg-type]
+        text = writers.render(board, form)  # type: ignore[arg-type]
         assert "taught" in text and "loss is nan" in text
-    assert json.loads(report.render(board, "json"))["tables"][0]["absent"][0]["seeds"] == [0]
-    report.print_leaderboard(board)
+    assert json.loads(writers.render(board, "json"))["tables"][0]["absent"][0]["seeds"] == [0]
+    terminal.print_leaderboard(board)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100 and "(0) failed" in printed
 

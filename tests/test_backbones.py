@@ -9,13 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from stbench.checkpoints import load_weights, save_weights
-from stbench.contracts import Backbone
-from stbench.errors import UserError
-from stbench.layers import attend
-from stbench.objectives import VpContinuous
-from stbench.registry import BACKBONES, load_builtins, lookup, names
-from stbench.samplers import Denoiser, Guidance
+from stbench.core.backbone import Backbone
+from stbench.core.errors import UserError
+from stbench.core.registry import (
+    BACKBONES,
+    load_builtins,
+    lookup,
+    names,
+)
+from stbench.diffusion import VpContinuous
+from stbench.diffusion.sample import Denoiser, Guidance
+from stbench.models.layers import attend
+from stbench.models.weights import load_weights, save_weights
 
 load_builtins()
 FAMILIES = [name for name in names(BACKBONES) if name in ("dit", "sit", "uvit")]

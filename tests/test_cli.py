@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stbench import cli
-from stbench.registry import RECIPES
-from stbench.results import RunFolder
+from stbench.cli import app as cli
+from stbench.core.registry import RECIPES
+from stbench.runs.folder import RunFolder
 from tests.conftest import BLOCKS, TINY, Runner
 
 Command = Callable[..., tuple[int, str, str]]

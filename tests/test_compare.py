@@ -10,13 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from stbench import report
-from stbench.compare import leaderboard
-from stbench.errors import UserError
-from stbench.leaderboard import Row, Table
-from stbench.records import RunRecord
-from stbench.stats import cell, crossing, holm, paired_interval, paired_p, student_p, value_at
-from stbench.testing.runs import LONG, STEPS, build, digits
+from stbench.compare import writers
+from stbench.compare.build import leaderboard
+from stbench.compare.leaderboard import Row, Table
+from stbench.compare.stats import (
+    cell,
+    crossing,
+    holm,
+    paired_interval,
+    paired_p,
+    student_p,
+    value_at,
+)
+from stbench.core.errors import UserError
+from stbench.runs.records import RunRecord
+from tests.fake_runs import (
+    LONG,
+    STEPS,
+    build,
+    digits,
+)
 
 
 def table(records: list[RunRecord]) -> Table:
@@ -144,7 +157,7 @@ def test_a_seed_that_is_there_at_its_first_point_gives_a_bound(tmp_path: Path) -
     assert (reach := row(records, "fast").student.reach) is not None and not reach.bound
     records.append(build(tmp_path, "fast", 1, [0.5, 0.4, 0.3]))
     assert (reach := row(records, "fast").student.reach) is not None and reach.bound
-    text = report.render(leaderboard(records), "md")
+    text = writers.render(leaderboard(records), "md")
     assert "| fast | <= " in text and " | >= " in text
 
 

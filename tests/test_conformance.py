@@ -11,9 +11,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stbench import layers
-from stbench.contracts import Artifact, Backbone, BackboneInfo, Features, Recipe, Stage, Step, Term
-from stbench.registry import BACKBONES, OBJECTIVES, RECIPES, load_builtins, names
+from stbench.core.backbone import (
+    Backbone,
+    BackboneInfo,
+    Features,
+)
+from stbench.core.recipe import (
+    Artifact,
+    Stage,
+    Step,
+    Supervision,
+    Term,
+)
+from stbench.core.registry import (
+    BACKBONES,
+    OBJECTIVES,
+    RECIPES,
+    load_builtins,
+    names,
+)
+from stbench.models import layers
 from stbench.testing import check_backbone, check_recipe
 
 load_builtins()
@@ -134,7 +151,7 @@ def test_a_broken_backbone_is_named(flaw: str) -> None:
 
 
 @dataclass
-class Flawed(Recipe):
+class Flawed(Supervision):
     """Regresses a frozen network's features; `flaw` breaks one promise."""
 
     teacher: Artifact

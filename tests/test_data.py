@@ -10,9 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from stbench.data import HELD_OUT, Dataset, digits_images, get_dataset, stratified_split
-from stbench.errors import UserError
-from stbench.latents import asset_folder, asset_manifest, digits_autoencoder, load_asset, to_float, to_uint8
+from stbench.core.errors import UserError
+from stbench.data.dataset import (
+    Dataset,
+    get_dataset,
+    stratified_split,
+)
+from stbench.data.digits import HELD_OUT, digits_images
+from stbench.models.assets import (
+    asset_folder,
+    asset_manifest,
+    load_asset,
+)
+from stbench.models.autoencoder import (
+    digits_autoencoder,
+    to_float,
+    to_uint8,
+)
 
 ASSETS = ("digits_vae", "digits_classifier", "digits_encoder")
 

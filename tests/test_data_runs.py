@@ -19,17 +19,29 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from stbench import cli, engine, revisit, teachers
-from stbench.config import DataSpec
-from stbench.data import get_dataset
-from stbench.errors import UserError
-from stbench.latent_store import REFERENCE
-from stbench.painter import Origin
-from stbench.prepare import Job, open_job, prepare
-from stbench.records import RunRecord
-from stbench.repa import Repa, convert, decoder_of
-from stbench.resolve import Request, parse_set, resolve
-from stbench.sampling import Asked, draw
+from stbench.cli import app as cli
+from stbench.config.overrides import parse_set
+from stbench.config.resolve import Request, resolve
+from stbench.core.errors import UserError
+from stbench.data.dataset import get_dataset
+from stbench.data.prepare import (
+    Job,
+    open_job,
+    prepare,
+)
+from stbench.data.repa_layout import (
+    Repa,
+    convert,
+    decoder_of,
+)
+from stbench.data.shards import REFERENCE
+from stbench.data.spec import DataSpec
+from stbench.evaluate import past_run, points
+from stbench.evaluate.sample_job import Asked, draw
+from stbench.evaluate.sample_source import Origin
+from stbench.models import encoders as teachers
+from stbench.runs.records import RunRecord
+from stbench.train import engine
 from tests.conftest import BLOCKS, TINY
 from tests.datafiles import EXTRACTOR, make_images, make_repa, make_vae, picture
 from tests.test_cli import Command, stbench
@@ -81,7 +93,7 @@ def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
         last = record.curve[-1]
         assert last.metrics.keys() >= {"fid", "fid_all", "is", "kid", "nn_distance"}
         assert all(np.isfinite(value) for value in last.val_loss)
-    run = revisit.open_run(Path(records[1].path))
+    run = past_run.open_run(Path(records[1].path))
     device, wanted = engine.Options(tmp_path).device, Asked(5, 1.5)
     again: Any = run.dataset.to(device)
     assert run.spec.data is not None and run.spec.data.resident == "yes" and again._resident is None
@@ -89,7 +101,7 @@ def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
     with np.load(tmp_path / "five.npz") as found:
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((5, 64, 64, 3), np.uint8)
     changed = run.spec.eval.model_copy(update={"seed": 1})
-    added = revisit.evaluate_again(run, changed, device)
+    added = points.evaluate_again(run, changed, device)
     assert [point.step for point in added] == [STEPS]
 
 
@@ -258,11 +270,11 @@ def test_a_moved_set_resumes_from_its_new_place_and_is_the_same_run(root: Path, 
     with pytest.raises(
         UserError, match=r"found nothing; if they moved, type `ln -s NEW_PLACE .*old`"
     ) as error:
-        revisit.open_run(Path(half.path))
+        past_run.open_run(Path(half.path))
     assert "\n" not in str(error.value)
     whole = train(tmp_path / "runs", tmp_path / "new")
     assert whole.path == half.path
-    assert revisit.open_run(Path(whole.path)).dataset.size == 380
+    assert past_run.open_run(Path(whole.path)).dataset.size == 380
     assert final_weights(whole) == final_weights(train(tmp_path / "once", root / "set"))
 
 
@@ -274,7 +286,7 @@ def test_a_run_notices_that_its_path_holds_other_data(root: Path, tmp_path: Path
     prepare(job, open_job(job), lambda count: None)
     get_dataset.__globals__["_built"].cache_clear()
     with pytest.raises(UserError, match="does not hold the data this run began with: expected fingerprint"):
-        revisit.open_run(Path(record.path))
+        past_run.open_run(Path(record.path))
 
 
 def test_a_missing_autoencoder_is_told_before_training(root: Path, tmp_path: Path) -> None:

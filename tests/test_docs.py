@@ -12,9 +12,17 @@ from typing import Any
 import pytest
 import typer
 
-from stbench import cli
+from stbench.cli import app as cli
+from stbench.core.registry import (
+    BACKBONES,
+    DATASETS,
+    OBJECTIVES,
+    RECIPES,
+    SAMPLERS,
+    load_builtins,
+    names,
+)
 from stbench.evaluate import METRICS
-from stbench.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, load_builtins, names
 
 load_builtins()
 ROOT = Path(__file__).parents[1]

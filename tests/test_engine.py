@@ -14,13 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stbench import engine
-from stbench.errors import UserError
-from stbench.hooks import Hook
-from stbench.plan import StageJob
-from stbench.records import RunRecord
-from stbench.registry import BACKBONES, RECIPES, load_builtins, lookup, names
-from stbench.results import RunFolder
+from stbench.config.plan import StageJob
+from stbench.core.errors import UserError
+from stbench.core.registry import (
+    BACKBONES,
+    RECIPES,
+    load_builtins,
+    lookup,
+    names,
+)
+from stbench.runs.folder import RunFolder
+from stbench.runs.records import RunRecord
+from stbench.train import engine
+from stbench.train.progress import Hook
 from tests.conftest import Runner, tiny_spec
 
 load_builtins()

@@ -19,18 +19,22 @@ from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from stbench.contracts import Backbone, BackboneInfo, Features
-from stbench.data import Dataset, get_dataset
-from stbench.errors import UserError
+from stbench.core.backbone import (
+    Backbone,
+    BackboneInfo,
+    Features,
+)
+from stbench.core.errors import UserError
+from stbench.data.dataset import Dataset, get_dataset
+from stbench.diffusion import LinearFlow
+from stbench.diffusion.sample import Guidance
 from stbench.evaluate import (
     BASIC,
     EXTRAS,
     METRICS,
     draw_labels,
-    drawing,
     extract,
     extractors,
-    fidelity,
     frechet_distance,
     generate,
     get_extractor,
@@ -43,11 +47,15 @@ from stbench.evaluate import (
     statistics,
     validation_loss,
 )
-from stbench.evaluate.drawing import block_noise, step_noise
+from stbench.evaluate import (
+    generate as drawing,
+)
+from stbench.evaluate import (
+    metrics as fidelity,
+)
 from stbench.evaluate.extractors import tensors_hash
-from stbench.latents import asset_manifest
-from stbench.objectives import LinearFlow
-from stbench.samplers import Guidance
+from stbench.evaluate.generate import block_noise, step_noise
+from stbench.models.assets import asset_manifest
 
 EXTRACTOR = get_extractor("stbench-digits")
 

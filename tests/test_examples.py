@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from stbench.cli import app
-from stbench.registry import load_builtins, load_plugins
+from stbench.cli.app import app
+from stbench.core.registry import load_builtins, load_plugins
 from stbench.testing import check_backbone, check_recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

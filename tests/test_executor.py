@@ -15,9 +15,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from stbench.executor import Executor, LocalExecutor, Outcome, last_line, log_file
-from stbench.monitor import Lines, LiveTable, duration
-from stbench.sweeping import slots
+from stbench.cli.sweep import slots
+from stbench.sweep.executor import (
+    Executor,
+    LocalExecutor,
+    Outcome,
+    last_line,
+    log_file,
+)
+from stbench.sweep.monitor import (
+    Lines,
+    LiveTable,
+    duration,
+)
 from tests.test_sweep import job
 
 
@@ -91,7 +101,7 @@ def test_a_second_ctrl_c_kills_what_does_not_stop(tmp_path: Path, stand_in: Path
 
 
 def test_a_child_without_its_parent_ends() -> None:
-    command = [sys.executable, "-m", "stbench.child", "1", "list", "samplers"]
+    command = [sys.executable, "-m", "stbench.cli.child", "1", "list", "samplers"]
     done = subprocess.run(command, capture_output=True)
     assert done.returncode == -signal.SIGTERM and done.stdout == b""
 

@@ -11,14 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from stbench import engine
-from stbench.checkpoints import save_weights
-from stbench.config import build_backbone
-from stbench.errors import UserError
-from stbench.export import export_run, final_network, official_state
-from stbench.official import load_official
-from stbench.results import RunFolder
-from stbench.revisit import open_run
+from stbench.cli.export import export_run, final_network
+from stbench.config import plan
+from stbench.config.build import build_backbone
+from stbench.core.errors import UserError
+from stbench.evaluate.past_run import open_run
+from stbench.models.export import official_state
+from stbench.models.official import load_official
+from stbench.models.weights import save_weights
+from stbench.runs.folder import RunFolder
+from stbench.train import engine
 from tests.conftest import tiny_spec
 from tests.test_backbones import batch
 from tests.test_backbones import tiny as network
@@ -34,9 +36,9 @@ def past(tmp_path: Path) -> Callable[..., Path]:
 
     def make(**more: Any) -> Path:
         spec = tiny_spec(steps=2, **more)
-        dataset, jobs, hashed = engine.prepare(spec)
+        dataset, jobs, hashed = plan.prepare(spec)
         options = engine.Options(tmp_path / "runs")
-        folder = RunFolder(options.output / engine.run_id(spec, hashed.train))
+        folder = RunFolder(options.output / plan.run_id(spec, hashed.train))
         with folder.lock():
             engine._open(folder, spec, jobs, hashed, options)
         place = folder.path / "checkpoints" / f"0-{jobs[0].name}"

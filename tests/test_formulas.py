@@ -10,8 +10,12 @@ from scipy.special import softmax
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from stbench.evaluate.fidelity import frechet_distance
-from stbench.evaluate.formulas import Moments, inception_score_in_order, precision_recall
+from stbench.evaluate.adm_formulas import (
+    Moments,
+    inception_score_in_order,
+    precision_recall,
+)
+from stbench.evaluate.metrics import frechet_distance
 
 
 def features(seed: int, count: int, width: int, shift: float = 0.0) -> Tensor:

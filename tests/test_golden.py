@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stbench.errors import UserError
-from stbench.layers import frequencies, timestep_sinusoid
+from stbench.core.errors import UserError
+from stbench.models.layers import frequencies, timestep_sinusoid
 from stbench.testing.__main__ import main
-from stbench.testing.golden import Golden, run
+from stbench.testing.golden.run import Golden, run
 
 FOLDER = Path(__file__).parent / "golden"
 

@@ -15,9 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stbench.errors import UserError
-from stbench.images import UNREADABLE, centre_crop, decode_image
-from stbench.sources import _checked, open_source
+from stbench.core.errors import UserError
+from stbench.data.crop import (
+    UNREADABLE,
+    centre_crop,
+    decode_image,
+)
+from stbench.data.sources import _checked, open_source
 from tests.datafiles import make_images, make_tar, picture
 
 

@@ -9,11 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from stbench.config import DataSpec
-from stbench.data import get_dataset
-from stbench.errors import UserError
-from stbench.imagesets import ImageSet, open_images
-from stbench.prepare import Job, open_job, prepare
+from stbench.core.errors import UserError
+from stbench.data.dataset import get_dataset
+from stbench.data.prepare import (
+    Job,
+    open_job,
+    prepare,
+)
+from stbench.data.spec import DataSpec
+from stbench.evaluate.image_sets import ImageSet, open_images
 from tests.datafiles import make_images
 
 

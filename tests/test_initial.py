@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stbench import engine
-from stbench.config import RunSpec
-from stbench.errors import UserError
-from stbench.initial import note
-from stbench.official import from_state
-from stbench.specify import specify
+from stbench.config import plan
+from stbench.config.init_from import note
+from stbench.config.resolve import specify
+from stbench.config.spec import RunSpec
+from stbench.core.errors import UserError
+from stbench.models.official import from_state
+from stbench.train import engine
 from tests.conftest import TINY
 from tests.test_cli import Command, stbench
 from tests.test_official import key_table, recipe_heads, wrapped
@@ -44,7 +45,7 @@ def file(tmp_path: Path) -> File:
 @pytest.fixture(autouse=True)
 def _no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """What these runs are measured by is tested elsewhere, and takes most of their time."""
-    monkeypatch.setattr("stbench.hooks.Evaluation.run", lambda *_: [])
+    monkeypatch.setattr("stbench.evaluate.points.Evaluation.run", lambda *_: [])
 
 
 def asked(path: Path, backbone: str = "sit", recipe: str = "vanilla", **more: Any) -> RunSpec:
@@ -76,11 +77,11 @@ def test_the_student_starts_from_the_file_and_the_file_decides_its_shape(file: F
 def test_the_tensors_and_not_the_name_of_the_file_are_in_the_hash(file: File, tmp_path: Path) -> None:
     path = file()
     spec = asked(path)
-    first = engine.prepare(spec)[2]
+    first = plan.prepare(spec)[2]
     moved = path.rename(tmp_path / "moved.pt")
-    assert engine.prepare(asked(moved))[2] == first
-    assert engine.prepare(asked(moved, init_weights="raw"))[2].setting != first.setting
-    fresh = engine.prepare(spec.model_copy(update={"init": None}))[2]
+    assert plan.prepare(asked(moved))[2] == first
+    assert plan.prepare(asked(moved, init_weights="raw"))[2].setting != first.setting
+    fresh = plan.prepare(spec.model_copy(update={"init": None}))[2]
     assert fresh.setting != first.setting and fresh.train != first.train
 
 

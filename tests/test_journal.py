@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from stbench.errors import UserError
-from stbench.journal import FILE, Entry, merge_journals, read_journal, settled, write_journal
-from stbench.results import find_runs, read_runs
-from stbench.testing import runs
+from stbench.core.errors import UserError
+from stbench.runs.folder import find_runs, read_runs
+from stbench.runs.journal import (
+    FILE,
+    Entry,
+    merge_journals,
+    read_journal,
+    settled,
+    write_journal,
+)
+from tests import fake_runs as runs
 
 ENTRY = Entry(
     run_id="digits-sit-ti-2-vanilla-s0-00000000",

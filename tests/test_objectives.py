@@ -9,8 +9,15 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from stbench.contracts import Batch, Noised, Objective
-from stbench.objectives import (
+from stbench.core.errors import UserError
+from stbench.core.objective import (
+    Batch,
+    Noised,
+    Objective,
+)
+from stbench.core.registry import OBJECTIVES, lookup
+from stbench.core.rng import Rng
+from stbench.diffusion import (
     CosineFlow,
     Flow,
     ImprovedDdpm,
@@ -20,9 +27,7 @@ from stbench.objectives import (
     linear_betas,
     respaced_steps,
 )
-from stbench.objectives.diffusion import NoisePrediction, discretised_log_likelihood
-from stbench.registry import OBJECTIVES, UserError, lookup
-from stbench.rng import Rng
+from stbench.diffusion.noise_prediction import NoisePrediction, discretised_log_likelihood
 
 FLOWS = [LinearFlow(), CosineFlow()]
 NOISE = [ImprovedDdpm(), VpDiscrete(), VpContinuous()]

@@ -14,11 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stbench.errors import UserError
-from stbench.official import ORIGINALS, OfficialModel, from_state, load_official
-from stbench.registry import BACKBONES, lookup
-from stbench.testing.golden import Golden
-from stbench.testing.golden_backbones import original
+from stbench.core.errors import UserError
+from stbench.core.registry import BACKBONES, lookup
+from stbench.models.official import (
+    ORIGINALS,
+    OfficialModel,
+    from_state,
+    load_official,
+)
+from stbench.testing.golden.backbones import original
+from stbench.testing.golden.run import Golden
 from tests.test_backbones import batch, tiny
 
 GOLDEN = Path(__file__).parent / "golden"

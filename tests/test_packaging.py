@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stbench.testing.runs import build
+from tests.fake_runs import build
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"stbench": "stbench", "stbench.backbones": "backbones", "stbench.recipes": "recipes"}
@@ -36,7 +36,7 @@ def loaded(code: str, *arguments: str) -> set[str]:
 
 COMMAND = """
 import sys
-from stbench.cli import main
+from stbench.cli.app import main
 try:
     main()
 except SystemExit as end:

@@ -15,16 +15,31 @@ import numpy as np
 import pytest
 import torch
 
-from stbench import data_commands, store_writer
-from stbench.checkpoints import write_whole
-from stbench.encoding import make_encoder
-from stbench.errors import UserError
-from stbench.images import decode_image
-from stbench.latent_store import HELDOUT, MANIFEST, REFERENCE, TRAIN, Manifest, Shards, read_manifest, verify
-from stbench.prepare import Job, _plan, open_job, prepare
-from stbench.sources import Folder
-from stbench.store_writer import shard_bounds, split_of
-from stbench.vae import find_vae
+from stbench.cli import data as data_commands
+from stbench.core.errors import UserError
+from stbench.core.files import write_whole
+from stbench.data import shard_writer
+from stbench.data.crop import decode_image
+from stbench.data.prepare import (
+    Job,
+    _plan,
+    make_encoder,
+    open_job,
+    prepare,
+)
+from stbench.data.shard_writer import shard_bounds, split_of
+from stbench.data.shards import (
+    HELDOUT,
+    MANIFEST,
+    REFERENCE,
+    TRAIN,
+    Manifest,
+    Shards,
+    read_manifest,
+    verify,
+)
+from stbench.data.sources import Folder
+from stbench.models.autoencoder import find_vae
 from tests.datafiles import make_images, make_tar, make_vae
 
 COUNT, SIZE = 60, 32
@@ -188,7 +203,7 @@ def test_a_folder_with_other_files_is_refused(job: Job) -> None:
 
 
 def test_a_set_begun_on_another_device_is_refused(job: Job) -> None:
-    listed, plan = open_job(job), store_writer.PLAN
+    listed, plan = open_job(job), shard_writer.PLAN
     job.target.mkdir()
     begun = {**_plan(job, listed), "device": "cuda"}
     (job.target / plan).write_text(json.dumps(begun))
@@ -372,7 +387,7 @@ def test_a_wrong_hash_in_the_manifest_is_found(job: Job) -> None:
     files = manifest.shards[0].files
     wrong = {**files, "labels": replace(files["labels"], sha256="0" * 64)}
     shards = (replace(manifest.shards[0], files=wrong), *manifest.shards[1:])
-    (job.target / MANIFEST).write_text(store_writer.dump_manifest(replace(manifest, shards=shards)))
+    (job.target / MANIFEST).write_text(shard_writer.dump_manifest(replace(manifest, shards=shards)))
     (problem,) = verify(job.target)[1]
     assert "00000-labels.npy: expected sha256 000000000000" in problem
 
@@ -467,7 +482,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(job: Job, nth: int, t
 def test_two_commands_do_not_write_one_set(job: Job) -> None:
     job.target.mkdir()
     with (
-        store_writer._lock(job.target),
+        shard_writer._lock(job.target),
         pytest.raises(UserError, match="is being prepared by another process; wait for it"),
     ):
         run(job)

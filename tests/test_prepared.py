@@ -10,16 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from stbench.config import DataSpec
-from stbench.data import Dataset, get_dataset
-from stbench.encoding import make_encoder
-from stbench.errors import UserError
-from stbench.images import decode_image
-from stbench.latents import Autoencoder, to_uint8
-from stbench.prefetch import Prefetch
-from stbench.prepare import Job, open_job, prepare
-from stbench.prepared import Custom, ImageNet256, ImageNet512
-from stbench.vae import find_vae
+from stbench.core.errors import UserError
+from stbench.data.crop import decode_image
+from stbench.data.dataset import Dataset, get_dataset
+from stbench.data.prefetch import Prefetch
+from stbench.data.prepare import (
+    Job,
+    make_encoder,
+    open_job,
+    prepare,
+)
+from stbench.data.prepared import (
+    Custom,
+    ImageNet256,
+    ImageNet512,
+)
+from stbench.data.spec import DataSpec
+from stbench.models.autoencoder import Autoencoder, find_vae, to_uint8
 from tests.datafiles import make_images, make_repa, make_vae
 
 COUNT, SIZE = 60, 32

@@ -15,20 +15,33 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stbench import align, engine, teachers
-from stbench.config import build_backbone
-from stbench.contracts import Backbone, BackboneInfo, Batch, Cost, Objective, Recipe, Step
-from stbench.data import get_dataset
-from stbench.errors import UserError
-from stbench.objectives import ImprovedDdpm, LinearFlow, VpContinuous, VpDiscrete
-from stbench.plan import rehearse
+from stbench.config import plan
+from stbench.config.build import build_backbone
+from stbench.config.resolve import Request, resolve
+from stbench.core.backbone import Backbone, BackboneInfo
+from stbench.core.errors import UserError
+from stbench.core.objective import Batch, Objective
+from stbench.core.recipe import (
+    Cost,
+    Step,
+    Supervision,
+)
+from stbench.core.rng import Rng
+from stbench.data.dataset import get_dataset
+from stbench.diffusion import (
+    ImprovedDdpm,
+    LinearFlow,
+    VpContinuous,
+    VpDiscrete,
+)
+from stbench.models import align
+from stbench.models import encoders as teachers
 from stbench.recipes.dispersive import Dispersive, dispersive
 from stbench.recipes.layersync import LayerSync, layersync
 from stbench.recipes.repa import Repa, repa
 from stbench.recipes.sra import Sra, sra
-from stbench.resolve import Request, resolve
-from stbench.rng import Rng
-from stbench.stage import StageModule, make_batch
+from stbench.train.cost import rehearse
+from stbench.train.step import StageModule, make_batch
 
 BATCH = 8
 
@@ -55,7 +68,7 @@ def only(stages: Sequence[Any]) -> Any:
 
 
 def step_of(
-    recipe: Recipe, net: Backbone, objective: Objective, images_seen: int = 0, label_drop: float = 0.5
+    recipe: Supervision, net: Backbone, objective: Objective, images_seen: int = 0, label_drop: float = 0.5
 ) -> Step:
     """One step as the engine would show it."""
     module = StageModule(net, recipe, objective, 0, 1500)
@@ -76,7 +89,7 @@ def step_of(
     return Step(batch, noised, prediction, objective=objective, info=net.info, cost=Cost(), **parts, **counts)
 
 
-def value(recipe: Recipe, step: Step) -> Tensor:
+def value(recipe: Supervision, step: Step) -> Tensor:
     (term,) = recipe.terms(step).values()
     assert term.value.shape == (BATCH,)
     return term.value
@@ -422,7 +435,7 @@ def test_a_cache_of_another_number_of_images_is_not_made(tmp_path: Path) -> None
 def test_a_moved_file_is_the_same_run_and_another_file_another(vit: Path, tmp_path: Path) -> None:
     def train_hash(file: Path) -> str:
         options = {"recipe.encoder": "vit_tiny_patch16_224", "recipe.checkpoint": str(file)}
-        return engine.prepare(resolve(Request("sit", "repa", overrides=options)))[2].train
+        return plan.prepare(resolve(Request("sit", "repa", overrides=options)))[2].train
 
     moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
     moved.write_bytes(vit.read_bytes())
@@ -433,7 +446,7 @@ def test_a_moved_file_is_the_same_run_and_another_file_another(vit: Path, tmp_pa
 def test_a_dry_run_needs_no_weights() -> None:
     digits = get_dataset("digits")
     recipe = only(repa(info("sit", "ti/2", 6), encoder="vit_tiny_patch16_224.augreg_in21k"))
-    job = engine.prepare(resolve(Request("sit", "repa")))[1][0]
+    job = plan.prepare(resolve(Request("sit", "repa")))[1][0]
     assert rehearse(job, recipe, resolve(Request("sit", "repa")), digits, draws=1).teachers > 0
 
 

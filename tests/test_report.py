@@ -11,16 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from stbench import report
-from stbench.compare import leaderboard
-from stbench.errors import UserError
-from stbench.leaderboard import Leaderboard
-from stbench.records import RunRecord
-from stbench.results import RunFolder
-from stbench.sections import count, duration, flop, number
-from stbench.summary import summaries
-from stbench.tables import sampling
-from stbench.testing.runs import LONG, build, digits, point
+from stbench.compare import terminal, writers
+from stbench.compare.all_backbones import summaries
+from stbench.compare.build import leaderboard
+from stbench.compare.format import (
+    count,
+    duration,
+    flop,
+    number,
+)
+from stbench.compare.leaderboard import Leaderboard
+from stbench.compare.tables import sampling
+from stbench.core.errors import UserError
+from stbench.runs.folder import RunFolder
+from stbench.runs.records import RunRecord
+from tests.fake_runs import (
+    LONG,
+    build,
+    digits,
+    point,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -32,13 +42,13 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Leaderboard:
 
 
 def test_markdown_is_pinned(board: Leaderboard) -> None:
-    assert report.render(board, "md") == (FIXTURES / "leaderboard.md").read_text()
+    assert writers.render(board, "md") == (FIXTURES / "leaderboard.md").read_text()
 
 
 def test_terminal_is_pinned_and_fits_100_columns(
     board: Leaderboard, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report.print_leaderboard(board)
+    terminal.print_leaderboard(board)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     assert (
@@ -47,7 +57,7 @@ def test_terminal_is_pinned_and_fits_100_columns(
 
 
 def test_json_holds_every_figure(board: Leaderboard) -> None:
-    content = json.loads(report.render(board, "json"), parse_constant=lambda name: pytest.fail(name))
+    content = json.loads(writers.render(board, "json"), parse_constant=lambda name: pytest.fail(name))
     (table,) = content["tables"]
     assert content["schema"] == 1
     assert [row["recipe"] for row in table["rows"]] == [row.recipe for row in board.tables[0].rows]
@@ -58,13 +68,13 @@ def test_json_holds_every_figure(board: Leaderboard) -> None:
 
 
 def test_json_stays_strict_with_a_diverged_seed(tmp_path: Path) -> None:
-    text = report.render(leaderboard([build(tmp_path, "vanilla", 0, [1.0, 1.0, math.nan])]), "json")
+    text = writers.render(leaderboard([build(tmp_path, "vanilla", 0, [1.0, 1.0, math.nan])]), "json")
     content = json.loads(text, parse_constant=lambda name: pytest.fail(name))
     assert content["tables"][0]["rows"][0]["student"]["fid"]["mean"] == "nan"
 
 
 def test_csv_has_a_line_a_row_at_full_precision(board: Leaderboard) -> None:
-    lines = list(csv.DictReader(io.StringIO(report.render(board, "csv"))))
+    lines = list(csv.DictReader(io.StringIO(writers.render(board, "csv"))))
     rows = board.tables[0].rows
     assert [line["recipe"] for line in lines] == [row.recipe for row in rows]
     for name, side in (("student", lambda row: row.student), ("paid", lambda row: row.paid)):
@@ -77,7 +87,7 @@ def test_csv_has_a_line_a_row_at_full_precision(board: Leaderboard) -> None:
 
 def test_tex_is_balanced_and_escaped(tmp_path: Path) -> None:
     records = [build(tmp_path, "a_b&c%", 0, [16.0, 4.0, 1.0], options={"x": "{1}"})]
-    text = report.render(leaderboard(records), "tex")
+    text = writers.render(leaderboard(records), "tex")
     code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert code.count("\\begin{tabular}") == code.count("\\end{tabular}") == 5
     assert r"a\_b\&c\% (x=\{1\})" in code
@@ -91,13 +101,13 @@ def test_tex_is_balanced_and_escaped(tmp_path: Path) -> None:
 def test_a_bound_says_how_many_seeds_arrived(tmp_path: Path) -> None:
     records = [build(tmp_path, "vanilla", seed, [16.0, 4.0, 1.0]) for seed in (0, 1)]
     records += [build(tmp_path, "slow", seed, [16.0, 4.0, fid]) for seed, fid in enumerate([0.5, 1.1])]
-    assert "| > 51.2k (1 of 2 seeds) | - | > 51.2k (1 of 2 seeds) | - |" in report.render(
+    assert "| > 51.2k (1 of 2 seeds) | - | > 51.2k (1 of 2 seeds) | - |" in writers.render(
         leaderboard(records), "md"
     )
 
 
 def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
-    text = report.render(leaderboard([build(tmp_path, "vanilla", 0, [16.0, 4.0, 1.0])]), "md")
+    text = writers.render(leaderboard([build(tmp_path, "vanilla", 0, [16.0, 4.0, 1.0])]), "md")
     assert "| vanilla | 0 | 1.000 | 5.000 |" in text
 
 
@@ -106,17 +116,17 @@ def test_an_unfinished_seed_is_in_the_row_and_in_a_note(tmp_path: Path) -> None:
         build(tmp_path, "vanilla", 0, [16.0, 4.0, 1.0]),
         build(tmp_path, "vanilla", 1, [16.0], status="failed"),
     ]
-    text = report.render(leaderboard(records), "md")
+    text = writers.render(leaderboard(records), "md")
     assert "| vanilla | 0 (1) |" in text and "- vanilla seed 1: failed at step 200 of 800" in text
 
 
 def test_no_finished_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    report.print_leaderboard(Leaderboard((), ()))
+    terminal.print_leaderboard(Leaderboard((), ()))
     assert capsys.readouterr().out == "no finished run to compare\n"
 
 
 def test_both_budgets_stand_side_by_side(board: Leaderboard) -> None:
-    text = report.render(board, "md")
+    text = writers.render(board, "md")
     assert "**Equal last-stage steps (student only): step 800, 51.2k images**" in text
     assert "**Everything paid: 102.4k images of all stages together**" in text
     first, second = text.split("**Everything paid: 102.4k")
@@ -124,7 +134,7 @@ def test_both_budgets_stand_side_by_side(board: Leaderboard) -> None:
 
 
 def test_one_budget_is_shown_once(tmp_path: Path) -> None:
-    text = report.render(leaderboard([build(tmp_path, "vanilla", 0, [16.0, 4.0, 1.0])]), "md")
+    text = writers.render(leaderboard([build(tmp_path, "vanilla", 0, [16.0, 4.0, 1.0])]), "md")
     assert "no row has an earlier stage, so this is also everything paid" in text
     assert "**Everything paid" not in text and "Cost of everything paid" not in text
 
@@ -132,10 +142,10 @@ def test_one_budget_is_shown_once(tmp_path: Path) -> None:
 def test_a_row_that_needs_something_is_marked(tmp_path: Path) -> None:
     recipe = {"name": "repa", "options": {}, "resolved": {}, "needs": "an encoder"}
     records = [build(tmp_path, "repa", 0, [16.0, 4.0, 1.0], changes={"recipe": recipe})]
-    text = report.render(leaderboard(records), "md")
+    text = writers.render(leaderboard(records), "md")
     assert "| repa† | 0 | 1.000 |" in text and "- repa† needs an encoder" in text
     assert "| repa† | an encoder |" in text
-    assert r"repa$\dagger$ & 0" in report.render(leaderboard(records), "tex")
+    assert r"repa$\dagger$ & 0" in writers.render(leaderboard(records), "tex")
 
 
 def test_the_sampler_is_stated_with_its_evaluations() -> None:
@@ -145,7 +155,7 @@ def test_the_sampler_is_stated_with_its_evaluations() -> None:
 
 
 def test_the_evaluations_are_those_the_samplers_count() -> None:
-    from stbench.samplers import SAMPLERS, nfe
+    from stbench.diffusion.sample import SAMPLERS, nfe
 
     for name in SAMPLERS.module_dict:
         assert sampling({"sampler": name, "steps": 20}) == [
@@ -163,7 +173,7 @@ def test_many_options_wrap_and_nothing_is_cut(tmp_path: Path, capsys: pytest.Cap
     }
     records = [build(tmp_path, "vanilla", seed, [16.0, 4.0, 1.0]) for seed in range(3)]
     records.append(build(tmp_path, "self-transcendence", 0, [16.0, 4.0, 1.0], options=options))
-    report.print_leaderboard(leaderboard(records))
+    terminal.print_leaderboard(leaderboard(records))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100 and "…" not in printed
     for name, value in options.items():
@@ -215,7 +225,7 @@ def test_settings_of_one_backbone_are_told_apart(tmp_path: Path) -> None:
 def test_show_prints_settings_stages_and_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = {"interval": [0.4, 0.7]}
     record = build(tmp_path, "taught", 0, [7.74, 1.79, 0.75], teacher=400, options=options)
-    report.show(record)
+    terminal.show(record)
     printed = capsys.readouterr().out
     for expected in ("taught: interval=[0.4, 0.7]", "400 TFLOP", "teacher", "25.6k", "7.740", "aaaa1111"):
         assert expected in printed
@@ -224,7 +234,7 @@ def test_show_prints_settings_stages_and_curve(tmp_path: Path, capsys: pytest.Ca
 def test_show_says_why_a_run_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = build(tmp_path, "vanilla", 0, [], status="failed")
     RunFolder(Path(record.path)).write_status("failed", error="FloatingPointError: loss is nan")
-    report.show(record)
+    terminal.show(record)
     assert "FloatingPointError: loss is nan" in capsys.readouterr().out
 
 
@@ -241,7 +251,7 @@ def test_a_curve_of_many_metrics_fits_100_columns(tmp_path: Path, capsys: pytest
     points = [replace(p, metrics=basic) for p in record.curve] + [
         replace(point(800, 1.0, 1.5), metrics=basic | extras)
     ]
-    report.print_curve(replace(record, curve=points))
+    terminal.print_curve(replace(record, curve=points))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     first, further = printed.split("Further metrics")
@@ -250,7 +260,9 @@ def test_a_curve_of_many_metrics_fits_100_columns(tmp_path: Path, capsys: pytest
 
 def test_a_curve_under_two_protocols_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = build(tmp_path, "vanilla", 0, [16.0])
-    report.print_curve(replace(record, curve=[*record.curve, replace(record.curve[0], protocol="bbbb2222")]))
+    terminal.print_curve(
+        replace(record, curve=[*record.curve, replace(record.curve[0], protocol="bbbb2222")])
+    )
     printed = capsys.readouterr().out
     assert "aaaa1111" in printed and "bbbb2222" in printed
 
@@ -273,9 +285,9 @@ def test_the_figure_shows_every_recipe_in_its_colour(board: Leaderboard, tmp_pat
     import numpy as np
     from PIL import Image
 
-    from stbench.figures import COLOURS, GREY
+    from stbench.compare.plot import COLOURS, GREY
 
-    report.plot(board, tmp_path / "deep" / "curves.png")
+    writers.plot(board, tmp_path / "deep" / "curves.png")
     pixels = np.asarray(Image.open(tmp_path / "deep" / "curves.png").convert("RGB")).astype(int)
     assert pixels.shape[1] == 1200 and pixels.shape[0] < 700
     for colour in (GREY, *COLOURS[:2]):
@@ -287,21 +299,21 @@ def test_the_figure_shows_every_recipe_in_its_colour(board: Leaderboard, tmp_pat
 def test_several_tables_share_one_figure(tmp_path: Path) -> None:
     from PIL import Image
 
-    report.plot(leaderboard(backbones(tmp_path)), tmp_path / "curves.png")
+    writers.plot(leaderboard(backbones(tmp_path)), tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] == 1200
     assert 700 < Image.open(tmp_path / "curves.png").size[1] < 1100
 
 
 def test_the_figure_takes_records_too(tmp_path: Path) -> None:
-    report.plot([build(tmp_path, "vanilla", 0, [16.0, 4.0, 1.0])], tmp_path / "curves.svg")
+    writers.plot([build(tmp_path, "vanilla", 0, [16.0, 4.0, 1.0])], tmp_path / "curves.svg")
     assert "<svg" in (tmp_path / "curves.svg").read_text()
 
 
 def test_a_figure_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected finished runs to plot"):
-        report.plot(Leaderboard((), ()), tmp_path / "curves.png")
+        writers.plot(Leaderboard((), ()), tmp_path / "curves.png")
 
 
 def test_an_unknown_figure_format_is_refused(board: Leaderboard, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"found .*curves\.doc; try curves\.png"):
-        report.plot(board, tmp_path / "curves.doc")
+        writers.plot(board, tmp_path / "curves.doc")

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from stbench import report, reported
-from stbench.board import compare
-from stbench.compare import leaderboard
-from stbench.errors import UserError
-from stbench.leaderboard import Leaderboard
-from stbench.reported import read_reported
-from stbench.testing.runs import build
+from stbench.cli.compare import compare
+from stbench.compare import published as reported
+from stbench.compare import terminal, writers
+from stbench.compare.build import leaderboard
+from stbench.compare.leaderboard import Leaderboard
+from stbench.compare.published import read_reported
+from stbench.core.errors import UserError
+from tests.fake_runs import build
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "results" / "reported.csv"
@@ -48,13 +49,13 @@ def test_the_shipped_figures() -> None:
 def test_every_format_marks_them_as_reported(board: Leaderboard, capsys: pytest.CaptureFixture[str]) -> None:
     figures = read_reported(FILE)
     for form in ("md", "tex"):
-        text = report.render(board, form, figures)  # type: ignore[arg-type]
+        text = writers.render(board, form, figures)  # type: ignore[arg-type]
         measured, shown = text.split(reported.TITLE, 1)
         assert "read off a plot" not in measured and "read off a plot" in shown and "FID-10k 22.9" in shown
-    content = json.loads(report.render(board, "json", figures))
+    content = json.loads(writers.render(board, "json", figures))
     assert content["reported"]["title"] == reported.TITLE and len(content["reported"]["rows"]) == 120
-    assert "reported" not in json.loads(report.render(board, "json"))
-    report.print_leaderboard(board, figures=figures)
+    assert "reported" not in json.loads(writers.render(board, "json"))
+    terminal.print_leaderboard(board, figures=figures)
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     assert printed.count(reported.TITLE) == 1 and "second-hand" in printed
@@ -62,7 +63,7 @@ def test_every_format_marks_them_as_reported(board: Leaderboard, capsys: pytest.
 
 def test_csv_holds_one_table_and_says_so(board: Leaderboard) -> None:
     with pytest.raises(UserError, match=r"csv holds one table.*reported\.csv"):
-        report.render(board, "csv", read_reported(FILE))
+        writers.render(board, "csv", read_reported(FILE))
 
 
 def test_figures_of_one_setting_share_a_line() -> None:

@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from stbench.errors import UserError
-from stbench.results import RunFolder, atomic_write, find_runs, read_runs
-from stbench.testing import runs
+from stbench.core.errors import UserError
+from stbench.core.files import atomic_write
+from stbench.runs.folder import (
+    RunFolder,
+    find_runs,
+    read_runs,
+)
+from tests import fake_runs as runs
 
 AWKWARD = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, math.nan, math.inf, -math.inf]
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from stbench import sampling
 from stbench.backbones.sit import SiT
-from stbench.errors import UserError
-from stbench.objectives import LinearFlow
-from stbench.painter import Origin, open_source
-from stbench.samplers import Guidance
-from stbench.sampling import Asked
+from stbench.core.errors import UserError
+from stbench.diffusion import LinearFlow
+from stbench.diffusion.sample import Guidance
+from stbench.evaluate import sample_job as sampling
+from stbench.evaluate.sample_job import Asked
+from stbench.evaluate.sample_source import Origin, open_source
 from tests.datafiles import make_vae
 from tests.test_cli import Command, stbench
 
@@ -67,7 +67,7 @@ def test_official_weights_are_the_ema_with_published_settings(files: tuple[Path,
 
 
 def test_latents_are_unscaled_decoded_and_rounded_once(files: tuple[Path, Path]) -> None:
-    from stbench.vae import find_vae
+    from stbench.models.autoencoder import find_vae
 
     z, vae = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0)), find_vae(str(files[1]))
     with torch.no_grad():

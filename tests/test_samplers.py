@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from stbench.contracts import Backbone, BackboneInfo, Features, Objective
-from stbench.objectives import (
+from stbench.core.backbone import (
+    Backbone,
+    BackboneInfo,
+    Features,
+)
+from stbench.core.errors import UserError
+from stbench.core.objective import Objective
+from stbench.core.registry import SAMPLERS, names
+from stbench.diffusion import (
     CosineFlow,
     Flow,
     ImprovedDdpm,
@@ -19,10 +26,19 @@ from stbench.objectives import (
     VpDiscrete,
     respaced_steps,
 )
-from stbench.registry import SAMPLERS, UserError, names
-from stbench.samplers import Ddim, Ddpm, EulerMaruyama, Guidance, Heun, Sampler, guide, nfe, sample
-from stbench.samplers.diffusion import keep
-from stbench.samplers.dpm_solver import fast_orders
+from stbench.diffusion.ddpm_samplers import keep
+from stbench.diffusion.dpm_solver import fast_orders
+from stbench.diffusion.sample import (
+    Ddim,
+    Ddpm,
+    EulerMaruyama,
+    Guidance,
+    Heun,
+    Sampler,
+    guide,
+    nfe,
+    sample,
+)
 
 FLOWS = [LinearFlow(), CosineFlow()]
 CASES: list[tuple[str | Sampler, Objective]] = [

@@ -16,16 +16,35 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stbench import scoring
-from stbench.errors import UserError
+from stbench.cli import evaluate
+from stbench.cli import evaluate as scoring
+from stbench.core.errors import UserError
 from stbench.evaluate.extractors import get_extractor
-from stbench.evaluate.fidelity import frechet_distance
-from stbench.evaluate.networks import INCEPTION_FILE, Inception, Network, load_dino, load_inception
-from stbench.evaluate.reference import load_reference, of_survey, write_statistics
-from stbench.evaluate.scores import SCORES, full_name, score
-from stbench.evaluate.survey import Survey, evenly_spaced, survey
-from stbench.imagesets import open_images
-from stbench.results import RunFolder
+from stbench.evaluate.feature_networks import (
+    INCEPTION_FILE,
+    Inception,
+    Network,
+    load_dino,
+    load_inception,
+)
+from stbench.evaluate.image_sets import open_images
+from stbench.evaluate.metrics import frechet_distance
+from stbench.evaluate.reference import (
+    load_reference,
+    of_survey,
+    write_statistics,
+)
+from stbench.evaluate.scores import (
+    SCORES,
+    full_name,
+    score,
+)
+from stbench.evaluate.statistics import (
+    Survey,
+    evenly_spaced,
+    survey,
+)
+from stbench.runs.folder import RunFolder
 from tests.conftest import Runner
 from tests.test_cli import Command, stbench
 from tests.test_imagesets import folder
@@ -386,7 +405,9 @@ def test_another_size_is_told_before_a_run_is_sampled(
     monkeypatch.setattr(scoring, "draw", None)
     run, protocol = Path(tiny(steps=1).path), scoring.Protocol(None, 20, [])
     with pytest.raises(UserError, match="holds images of 32x32, .* of 24x24; expected one size"):
-        scoring.evaluate(run, tmp_path / "reference.npz", None, scoring.Measuring(device="cpu"), protocol)
+        evaluate.evaluate_samples(
+            run, tmp_path / "reference.npz", None, scoring.Measuring(device="cpu"), protocol
+        )
 
 
 def test_fewer_images_than_features_is_a_warning(tmp_path: Path) -> None:

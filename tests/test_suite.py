@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from stbench import cli, suite
-from stbench.errors import UserError
-from stbench.journal import read_journal
-from stbench.sweeping import seeds
+from stbench.cli import app as cli
+from stbench.cli.sweep import seeds
+from stbench.core.errors import UserError
+from stbench.runs.journal import read_journal
+from stbench.sweep import suite
 from tests.conftest import BLOCKS, TINY, Runner
 
 Command = Callable[..., tuple[int, str, str]]

@@ -8,12 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from stbench import sweep
-from stbench.errors import UserError
-from stbench.executor import Executor, Job, Outcome
-from stbench.journal import Entry, read_journal, write_journal
-from stbench.results import RunFolder
-from stbench.testing import runs
+from stbench.core.errors import UserError
+from stbench.runs.folder import RunFolder
+from stbench.runs.journal import (
+    Entry,
+    read_journal,
+    write_journal,
+)
+from stbench.sweep import queue as sweep
+from stbench.sweep.executor import (
+    Executor,
+    Job,
+    Outcome,
+)
+from tests import fake_runs as runs
 
 
 def job(recipe: str, seed: int = 0, stages: Sequence[str] = ()) -> Job:

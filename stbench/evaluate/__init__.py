@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from stbench.evaluate.drawing import draw_labels, generate, grid, image_noise, validation_loss
-from stbench.evaluate.extractors import DigitsClassifier, DigitsExtractor, extract, get_extractor
-from stbench.evaluate.fidelity import (
+from stbench.evaluate.extractors import (
+    DigitsClassifier,
+    DigitsExtractor,
+    extract,
+    get_extractor,
+)
+from stbench.evaluate.generate import (
+    draw_labels,
+    generate,
+    grid,
+    image_noise,
+    validation_loss,
+)
+from stbench.evaluate.metrics import (
     BASIC,
     EXTRAS,
     METRICS,
@@ -15,7 +26,7 @@ from stbench.evaluate.fidelity import (
     reference_statistics,
     statistics,
 )
-from stbench.evaluate.protocol import Protocol, protocol_of
+from stbench.evaluate.points import Protocol, protocol_of
 
 __all__ = [
     "BASIC",

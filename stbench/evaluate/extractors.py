@@ -16,11 +16,12 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
-from stbench.errors import UserError
-from stbench.evaluate.networks import INCEPTION, load_inception
-from stbench.latents import load_asset, to_float
-from stbench.precision import arithmetic
-from stbench.registry import suggest
+from stbench.core.device import arithmetic
+from stbench.core.errors import UserError
+from stbench.core.registry import suggest
+from stbench.evaluate.feature_networks import INCEPTION, load_inception
+from stbench.models.assets import load_asset
+from stbench.models.autoencoder import to_float
 
 
 class DigitsClassifier(nn.Module):

@@ -17,11 +17,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stbench.errors import UserError
-from stbench.evaluate.networks import Network
-from stbench.evaluate.survey import ROWS, Fit, Survey, survey
-from stbench.imagesets import DAMAGED, ImageSet, NpzImages, damaged, open_images, open_member, open_npz
-from stbench.outputs import whole_file
+from stbench.core.errors import UserError
+from stbench.core.files import whole_file
+from stbench.evaluate.feature_networks import Network
+from stbench.evaluate.image_sets import (
+    DAMAGED,
+    ImageSet,
+    NpzImages,
+    damaged,
+    open_images,
+    open_member,
+    open_npz,
+)
+from stbench.evaluate.statistics import (
+    ROWS,
+    Fit,
+    Survey,
+    survey,
+)
 
 NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dino": ("mu_dino", "sigma_dino")}
 """Feature space -> names of its mean and covariance in a file; the first two are ADM's."""

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-from stbench.errors import UserError
-from stbench.evaluate.fidelity import FEWEST, frechet_distance, kernel_distance
-from stbench.evaluate.formulas import inception_score_in_order, precision_recall
+from stbench.core.errors import UserError
+from stbench.evaluate.adm_formulas import inception_score_in_order, precision_recall
+from stbench.evaluate.metrics import (
+    FEWEST,
+    frechet_distance,
+    kernel_distance,
+)
 from stbench.evaluate.reference import Reference
-from stbench.evaluate.survey import Survey
+from stbench.evaluate.statistics import Survey
 
 SCORES = {
     "fid": "Frechet distance of Inception's pool features (2048), as ADM; lower is better",

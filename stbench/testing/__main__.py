@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from stbench.errors import UserError
-from stbench.testing.golden import run
+from stbench.core.errors import UserError
+from stbench.testing.golden.run import run
 
 
 def main(argv: list[str] | None = None) -> int:

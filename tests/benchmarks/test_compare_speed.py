@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from stbench.compare import leaderboard
-from stbench.results import find_runs, read_runs
-from stbench.testing.runs import LONG, build
+from stbench.compare.build import leaderboard
+from stbench.runs.folder import find_runs, read_runs
+from tests.fake_runs import LONG, build
 
 pytestmark = pytest.mark.benchmark
 

@@ -8,14 +8,27 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from stbench.config import build_backbone, build_objective
-from stbench.data import get_dataset
-from stbench.evaluate import BASIC, EXTRAS, metrics
-from stbench.registry import OBJECTIVES, load_builtins, lookup, names
-from stbench.resolve import Request, resolve
-from stbench.rng import Rng
-from stbench.samplers import Guidance, nfe, sample
-from stbench.samplers import resolve as resolve_sampler
+from stbench.config.build import build_backbone, build_objective
+from stbench.config.resolve import Request, resolve
+from stbench.core.registry import (
+    OBJECTIVES,
+    load_builtins,
+    lookup,
+    names,
+)
+from stbench.core.rng import Rng
+from stbench.data.dataset import get_dataset
+from stbench.diffusion.sample import (
+    Guidance,
+    nfe,
+    sample,
+)
+from stbench.diffusion.sample import resolve as resolve_sampler
+from stbench.evaluate import (
+    BASIC,
+    EXTRAS,
+    metrics,
+)
 
 load_builtins()
 pytestmark = pytest.mark.benchmark

@@ -14,8 +14,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from scipy.linalg import sqrtm
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-from stbench.evaluate.fidelity import frechet_distance
-from stbench.evaluate.survey import Fit
+from stbench.evaluate.metrics import frechet_distance
+from stbench.evaluate.statistics import Fit
 
 pytestmark = pytest.mark.benchmark
 WIDTH, ROWS = 2048, 2500

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from stbench.latent_store import Shards
-from stbench.store_writer import write_array
+from stbench.data.shard_writer import write_array
+from stbench.data.shards import Shards
 
 pytestmark = pytest.mark.benchmark
 ROWS, BATCH, SHAPE = 10_000, 256, (8, 32, 32)

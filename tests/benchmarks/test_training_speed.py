@@ -13,14 +13,26 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from stbench.config import RunSpec, build_backbone, build_objective
-from stbench.contracts import Artifact, Backbone, Weights
-from stbench.data import get_dataset
-from stbench.plan import plan
-from stbench.registry import BACKBONES, RECIPES, load_builtins, names
-from stbench.resolve import Request, resolve
-from stbench.rng import Rng
-from stbench.stage import StageModule, make_batch, make_optimizer, update_ema
+from stbench.config.build import build_backbone, build_objective
+from stbench.config.plan import plan
+from stbench.config.resolve import Request, resolve
+from stbench.config.spec import RunSpec
+from stbench.core.backbone import Backbone, Weights
+from stbench.core.recipe import Artifact
+from stbench.core.registry import (
+    BACKBONES,
+    RECIPES,
+    load_builtins,
+    names,
+)
+from stbench.core.rng import Rng
+from stbench.data.dataset import get_dataset
+from stbench.train.step import (
+    StageModule,
+    make_batch,
+    make_optimizer,
+    update_ema,
+)
 
 load_builtins()
 pytestmark = pytest.mark.benchmark

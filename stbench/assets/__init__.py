@@ -1,1 +1,0 @@
-"""Small weights shipped with the package; made by the files in scripts/."""

@@ -1,0 +1,1 @@
+"""The Typer commands. Modules that define commands import heavy packages inside functions only."""

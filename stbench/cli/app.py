@@ -1,0 +1,286 @@
+"""The command line: parses, calls, prints; nothing else. No heavy import at the top: `--help` answers at
+once.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import traceback
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stbench import __version__
+from stbench.cli import data_options as cli_data
+from stbench.cli import samples_options as cli_samples
+from stbench.cli.export_options import export
+from stbench.cli.options import (
+    RUNS,
+    Device,
+    KeepChoice,
+    Original,
+    Output,
+    Plugins,
+)
+from stbench.cli.sweep_options import sweep
+from stbench.core.errors import UserError
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train diffusion transformers under feature-supervision recipes; compare how fast they converge.",
+)
+
+app.add_typer(cli_data.app, name="data")
+
+HOMES = {
+    "backbone": ("stbench.backbones", "."),
+    "recipe": ("stbench.recipes", "."),
+    "dataset": ("stbench", "data"),
+    "objective": ("stbench", "diffusion"),
+}
+"""Kind -> package, and folder in it, whose files register names of that kind."""
+
+
+def registered(kind: str) -> list[str]:
+    """The built-in names of a kind, read from the sources: completion must not import torch."""
+    package, folder = HOMES[kind]
+    sources = (file.read_text() for file in (Path(str(files(package))) / folder).glob("*.py"))
+    pattern = rf'^@{kind.upper()}S\.register_module\(name="([^"]+)"'
+    return sorted(name for source in sources for name in re.findall(pattern, source, re.MULTILINE))
+
+
+class Kind(str, Enum):
+    """What `list` lists."""
+
+    backbones = "backbones"
+    recipes = "recipes"
+    datasets = "datasets"
+    objectives = "objectives"
+    samplers = "samplers"
+    metrics = "metrics"
+
+
+class Format(str, Enum):
+    """How `compare` prints."""
+
+    table = "table"
+    md = "md"
+    csv = "csv"
+    json = "json"
+    tex = "tex"
+
+
+def _complete(kind: str) -> Any:
+    return lambda incomplete: [name for name in registered(kind) if name.startswith(incomplete)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"stbench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """`--debug` is read in main(), before anything can fail; it is declared here for --help."""
+
+
+@app.command()
+def run(
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Family, or family-size such as sit-b/2.", autocompletion=_complete("backbone")),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Supervision recipe.", autocompletion=_complete("recipe"))
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Data set; digits is embedded.", autocompletion=_complete("dataset"))
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Prepared data, REPA's layout, or a few images.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="Corruption and target; default: the backbone's published one.",
+            autocompletion=_complete("objective"),
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of the last stage.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random in training.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, tf32 or bf16; default: bf16 on a GPU that has it, else fp32.")
+    ] = None,
+    eval_guidance: Annotated[
+        str | None, typer.Option(help="Guidance scales to evaluate at, such as 1.0,1.5,2.0.")
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Official checkpoint that the first stage starts from.")
+    ] = None,
+    original: Original = None,
+    init_weights: Annotated[
+        str | None, typer.Option(help="Which of its weights: ema (default) or raw.")
+    ] = None,
+    overrides: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            help="Any option: train.lr=1e-3, recipe.guidance=5, backbone.depth=4, eval.seed=1; repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML, JSON or Python file with the options above; the command line wins."),
+    ] = None,
+    plugin: Plugins = [],  # noqa: B006
+    device: Device = "auto",
+    output: Output = RUNS,
+    keep: Annotated[
+        KeepChoice, typer.Option(help="EMA weights to keep: of all evaluation points, or the last.")
+    ] = KeepChoice.all,
+    reuse: Annotated[
+        bool,
+        typer.Option(
+            "--reuse/--no-reuse", help="Take a stage that an equal run has finished; its cost still counts."
+        ),
+    ] = True,
+    track: Annotated[
+        bool,
+        typer.Option("--tensorboard", help="Log losses and metrics to TensorBoard under the run folder."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Train a backbone under a recipe and evaluate it along the way; the same command resumes."""
+
+    given = {
+        "backbone": backbone,
+        "recipe": recipe,
+        "dataset": dataset,
+        "data": data,
+        "objective": objective,
+        "steps": steps,
+        "seed": seed,
+        "precision": precision,
+        "eval_guidance": eval_guidance,
+        "init_from": init_from and str(init_from),
+        "original": original,
+        "init_weights": init_weights,
+    }
+    from stbench.cli import run as commands
+
+    request = commands.Invocation(
+        given={name: value for name, value in given.items() if value is not None},
+        overrides=overrides,
+        config=config,
+        plugins=plugin,
+        device=device,
+        output=output,
+        keep=keep.value,
+        reuse=reuse,
+        track=track,
+    )
+    commands.dry_run(request) if dry_run else commands.run(request)
+
+
+app.command()(sweep)
+app.command()(export)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders of them.")] = None,
+    format: Annotated[Format, typer.Option(help="How to print.")] = Format.table,
+    output: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG of FID against images, student only and everything paid.")
+    ] = None,
+    reported: Annotated[
+        bool, typer.Option("--reported", help="Add published numbers, in a section of their own.")
+    ] = False,
+    reported_file: Annotated[
+        Path | None, typer.Option(help="Their CSV file, instead of results/reported.csv; implies --reported.")
+    ] = None,
+) -> None:
+    """Rank finished runs: one table per setting and evaluation protocol."""
+    from stbench.cli import compare as board
+
+    form = None if format is Format.table else format.value
+    board.compare(runs or [RUNS], form, output, plot, reported_file or reported)
+
+
+@app.command(name="list")
+def list_(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plugin: Plugins = [],  # noqa: B006
+) -> None:
+    """List what is registered, with parameter counts, costs, options and defaults."""
+    from stbench.cli import list as listing
+
+    listing.list_registered(kind.value, as_json, plugin)
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Show one run: settings, stages, costs, curve."""
+    from stbench.compare import terminal
+    from stbench.runs.folder import RunFolder
+
+    folder = RunFolder(run)
+    if not folder.exists():
+        raise UserError(
+            f"{run} is no run folder (it has no spec.json); `stbench compare` lists those there are"
+        )
+    terminal.show(folder.record())
+
+
+app.command()(cli_samples.sample)
+app.command()(cli_samples.evaluate)
+
+
+def main() -> None:
+    """Entry point: one-line errors and exit code 2, unless --debug asks for the traceback."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    stopped = f"stopped; go on with: {shlex.join(['stbench', *arguments])}"
+    usage_error: type[Exception] = typer.BadParameter.__mro__[
+        1
+    ]  # click's UsageError, vendored by typer or not
+    try:
+        code = app(args=arguments or ["--help"], prog_name="stbench", standalone_mode=False)
+        if code == 130:  # typer's word for a KeyboardInterrupt
+            _fail(stopped, debug, code)
+    except UserError as error:
+        code = _fail(f"error: {error}", debug, 2)
+    except usage_error as error:
+        command = error.ctx.command_path if error.ctx else "stbench"  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        code = _fail(f"error: {message}; see `{command} --help`", debug, 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail(stopped, debug, 130)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        code = _fail(f"error: {error.strerror or error}{where}; choose another path", debug, 2)
+    sys.exit(code or 0)
+
+
+def _fail(message: str, debug: bool, code: int) -> int:
+    if debug:
+        traceback.print_exc()
+    typer.echo(" ".join(message.split()), err=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

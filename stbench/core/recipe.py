@@ -1,0 +1,195 @@
+"""Recipe, Stage, Supervision and Artifact: how the hidden features of a backbone are supervised.
+
+Shapes and conventions are listed in `stbench.core.backbone`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stbench.core.backbone import Backbone, BackboneInfo, Features, Weights
+from stbench.core.flops import forward_flops
+from stbench.core.objective import Batch, Noised, Objective
+
+
+@dataclass(frozen=True)
+class Term:
+    """One auxiliary loss: its value per sample (B,), float32, and its weight in the total."""
+
+    value: Tensor
+    weight: float
+
+
+class Encoder(Protocol):
+    """A frozen image encoder that gives one token for each patch of the latent."""
+
+    flops: float
+    """Of one image."""
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Tokens (B,N,Dz) of uint8 images (B,c,H,W)."""
+
+
+@dataclass
+class Cost:
+    """FLOPs spent so far, split by who spent them."""
+
+    student: float = 0.0
+    heads: float = 0.0
+    teachers: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.student + self.heads + self.teachers
+
+
+@dataclass(frozen=True)
+class Step:
+    """A read-only view of one training step, for a recipe's terms."""
+
+    batch: Batch
+    noised: Noised
+    prediction: Tensor
+    features: Features
+    """The student's tapped blocks."""
+    heads: nn.ModuleDict
+    ema: Backbone
+    objective: Objective
+    info: BackboneInfo
+    images_seen: int
+    dataset_size: int
+    global_batch: int
+    cost: Cost
+
+    def project(self, head: str, tokens: Tensor) -> Tensor:
+        """Run tokens (b,N,D) through a trained head; counted as one forward and one backward a row."""
+        module = self.heads[head]
+        shape = tuple(tokens.shape[1:])
+        one = forward_flops(module, lambda m: m(torch.empty(1, *shape, device="meta")), ("head", shape))
+        self.cost.heads += 3.0 * one * tokens.shape[0]
+        return module(tokens)
+
+    def teach(self, teacher: Backbone, x: Tensor, t: Tensor, y: Tensor, *, block: int) -> Tensor:
+        """A frozen network's features of one block (b,N,D), without gradient and in full precision.
+
+        Nothing behind `block` runs; counted as one forward a row.
+        """
+        if x.shape[0] == 0:
+            return x.new_zeros(0, self.info.tokens, teacher.info.width)
+        self.cost.teachers += float(teacher.flops(block)) * x.shape[0]
+        with _full_precision(x):
+            return teacher.features(x, t, y, indices=(block,))[block].float()
+
+    def encode(self, encoder: Encoder, images: Tensor) -> Tensor:
+        """A frozen encoder's tokens (B,N,Dz) of clean images, uint8 (B,c,H,W); without gradient, in full
+        precision, counted as one forward an image.
+        """
+        self.cost.teachers += encoder.flops * len(images)
+        with _full_precision(images):
+            return encoder.tokens(images).float()
+
+
+@contextmanager
+def _full_precision(x: Tensor) -> Iterator[None]:
+    """No gradient and no autocast on the device of x."""
+    with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+        yield
+
+
+class Supervision(ABC):
+    """What one stage adds to plain denoising. A dataclass whose fields are everything that shapes its terms.
+
+    Not an nn.Module: whatever it holds (a teacher, an encoder) never reaches the optimiser, the state dict or
+    DDP.
+    """
+
+    @property
+    def needs(self) -> str:
+        """What it needs from outside the model, named in its leaderboard row; "" for nothing."""
+        return ""
+
+    @property
+    def contents(self) -> Mapping[str, Any]:
+        """For options that name files: what stands for them in hashes, so that a moved file is the same
+        run.
+        """
+        return {}
+
+    @property
+    def images(self) -> bool:
+        """Whether `step.batch.extras["images"]` must hold the clean images, uint8 (B,c,H,W)."""
+        return False
+
+    @property
+    def taps(self) -> Sequence[int]:
+        """Student blocks to expose in `step.features`."""
+        return ()
+
+    def setup(self, device: torch.device) -> None:
+        """Load teachers to the device; called once, before the first step."""
+
+    def heads(self, info: BackboneInfo) -> nn.ModuleDict:
+        """Trained modules that are dropped at evaluation, by name."""
+        return nn.ModuleDict()
+
+    @abstractmethod
+    def terms(self, step: Step) -> Mapping[str, Term]:
+        """The auxiliary losses of this step by name; {} is vanilla."""
+
+
+@dataclass
+class Plain(Supervision):
+    """No auxiliary loss: plain denoising."""
+
+    def terms(self, step: Step) -> Mapping[str, Term]:
+        """Nothing to add."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a finished stage leaves behind."""
+
+    name: str
+    fingerprint: str
+    """Hash of everything that made it; equal fingerprints are equal weights."""
+    checkpoint: str
+    """Folder that holds raw.safetensors and ema.safetensors."""
+    sha256: Mapping[str, str]
+    steps: int
+    images_seen: int
+    seconds: float
+    flops: float
+    loader: Callable[[Weights], Backbone] = field(repr=False, compare=False)
+
+    def load(self, weights: Weights) -> Backbone:
+        """The network, frozen and in eval mode."""
+        return self.loader(weights).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run inside a method; the last stage's network is the one that is evaluated."""
+
+    name: str
+    recipe: Callable[[Mapping[str, Artifact]], Supervision]
+    """Called late, with what the earlier stages left, by stage name."""
+    length: float = 1.0
+    """Steps as a multiple of --steps; the last stage is always 1.0."""
+    steps: int | None = None
+    """Absolute number of steps, instead of `length`."""
+    init: Literal["scratch", "previous"] = "scratch"
+
+
+Recipe = Callable[..., Sequence[Stage]]
+"""A method: `(info: BackboneInfo, *, <settings with published defaults>) -> stages`. Its docstring is its
+help.
+"""

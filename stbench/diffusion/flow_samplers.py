@@ -1,0 +1,102 @@
+"""Samplers of the velocity flows, in REPA's form: t from 1 (noise) to 0 (data), state in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import final
+
+import torch
+from torch import Tensor
+
+from stbench.core.registry import SAMPLERS
+from stbench.diffusion.guidance import Denoiser
+from stbench.diffusion.sampler import (
+    Noise,
+    Sampler,
+    draw,
+    host,
+)
+
+
+@final
+@SAMPLERS.register_module(name="euler")
+@dataclass(frozen=True)
+class Euler(Sampler):
+    """Euler's method on the probability-flow ODE, uniform in t."""
+
+    name = "euler"
+
+    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
+        """x += v dt over `steps` equal intervals."""
+        grid = uniform_grid(steps)
+        for t, s in pairwise(grid):
+            x = x + (s - t) * denoiser(x, t)
+        return x
+
+
+@final
+@SAMPLERS.register_module(name="heun")
+@dataclass(frozen=True)
+class Heun(Sampler):
+    """Heun's method on the probability-flow ODE, uniform in t; `steps` counts intervals."""
+
+    correct_last: bool = False
+    """Correct the last step too, as torchdiffeq's heun2 does; REPA does not."""
+    name = "heun"
+
+    def nfe(self, steps: int) -> int:
+        """Two a step, one in an uncorrected last step."""
+        return 2 * steps - (not self.correct_last)
+
+    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
+        """Trapezoidal step from an Euler predictor; guidance is decided at the start of each step (REPA)."""
+        grid = uniform_grid(steps)
+        for t, s in pairwise(grid):
+            guided = denoiser.active(t)
+            v = denoiser(x, t, guided=guided)
+            predicted = x + (s - t) * v
+            if s > 0.0 or self.correct_last:
+                v_end = denoiser(predicted, s, guided=guided)
+                predicted = x + (s - t) * 0.5 * (v + v_end)
+            x = predicted
+        return x
+
+
+@final
+@SAMPLERS.register_module(name="euler-maruyama")
+@dataclass(frozen=True)
+class EulerMaruyama(Sampler):
+    """The reverse SDE with diffusion w(t) = 2t, uniform in t to `last_step`, then one step without noise.
+
+    REPA's euler_maruyama_sampler; on the linear path also SiT's sample_sde with diffusion form "sigma" and
+    last step "Mean" (on the cosine path that form is 2 sin(pi t/2)).
+    """
+
+    last_step: float = 0.04
+    name = "euler-maruyama"
+    min_steps = 2
+
+    @property
+    def stochastic(self) -> bool:
+        """True: one draw a step but the last."""
+        return True
+
+    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
+        """x += (v - w/2 score) dt + sqrt(w |dt|) z, with score = -eps/sigma."""
+        grid = [*torch.linspace(1.0, self.last_step, steps, dtype=torch.float64).tolist(), 0.0]
+        for i, (t, s) in enumerate(pairwise(grid)):
+            v = denoiser(x, t)
+            _, eps = denoiser.objective.denoise(v, x, host(t))
+            _, sigma = denoiser.coefficients(t)
+            drift = v + (t / sigma) * eps
+            x = x + (s - t) * drift
+            if s > 0.0:
+                x = x + math.sqrt(2.0 * t * (t - s)) * draw(noise, i, x)
+        return x
+
+
+def uniform_grid(steps: int) -> list[float]:
+    """`steps` + 1 times from 1 to 0."""
+    return torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).tolist()

@@ -1,0 +1,128 @@
+"""Samplers and guidance. `sample` is the front door: initial noise in, latents out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stbench.core.backbone import (
+    Backbone,
+    BackboneInfo,
+    Features,
+)
+from stbench.core.errors import UserError
+from stbench.core.objective import Objective
+from stbench.core.registry import (
+    OBJECTIVES,
+    SAMPLERS,
+    lookup,
+)
+from stbench.diffusion.ddpm_samplers import Ddim, Ddpm
+from stbench.diffusion.dpm_solver import DpmSolver
+from stbench.diffusion.flow_samplers import (
+    Euler,
+    EulerMaruyama,
+    Heun,
+)
+from stbench.diffusion.guidance import (
+    Denoiser,
+    Guidance,
+    guide,
+)
+from stbench.diffusion.sampler import Noise, Sampler
+
+__all__ = [
+    "Ddim",
+    "Ddpm",
+    "Denoiser",
+    "DpmSolver",
+    "Euler",
+    "EulerMaruyama",
+    "Guidance",
+    "Heun",
+    "Noise",
+    "Sampler",
+    "check_steps",
+    "guide",
+    "nfe",
+    "resolve",
+    "sample",
+]
+
+
+@torch.no_grad()
+def sample(
+    name: str | Sampler,
+    backbone: Backbone,
+    objective: Objective,
+    z: Tensor,
+    y: Tensor,
+    *,
+    steps: int,
+    guidance: Guidance = Guidance(),  # noqa: B008 - frozen
+    noise: Noise | None = None,
+) -> Tensor:
+    """Draw latents (B,C,H,W) float32 from initial noise z (B,C,H,W) and labels y (B,).
+
+    `name` is a registered name, or a sampler with its options set; `steps` is as published (function
+    evaluations; for Heun steps). `noise(i)` gives the i-th draw (B,C,H,W), so that a sample can be replayed.
+    Raises UserError if the sampler cannot invert the objective or run that many steps, ValueError if a
+    stochastic one has no noise.
+    """
+    sampler = resolve(name, objective)
+    if steps < sampler.min_steps:
+        raise UserError(
+            f"sampler '{sampler.name}' takes at least {sampler.min_steps} steps, found {steps}; "
+            f"set its steps to {sampler.min_steps} or more"
+        )
+    if sampler.stochastic and noise is None:
+        raise ValueError(
+            f"sampler '{sampler.name}' draws noise: pass noise=, a function of the draw's number"
+        )
+    return sampler.run(Denoiser(backbone, objective, y, guidance), z.double(), steps, noise).float()
+
+
+def resolve(name: str | Sampler, objective: Objective) -> Sampler:
+    """The sampler of that name with its default options; UserError if it cannot invert the objective."""
+    sampler: Sampler = lookup(SAMPLERS, name)() if isinstance(name, str) else name
+    if sampler.name not in objective.samplers:
+        known = {cls: label for label, cls in OBJECTIVES.module_dict.items()}
+        found = known.get(type(objective), type(objective).__name__)
+        raise UserError(
+            f"sampler '{sampler.name}' cannot invert objective '{found}'; "
+            f"use one of: {', '.join(objective.samplers)}"
+        )
+    return sampler
+
+
+def nfe(name: str | Sampler, steps: int) -> int:
+    """Network evaluations per image of `steps` steps, guidance not counted."""
+    sampler: Sampler = lookup(SAMPLERS, name)() if isinstance(name, str) else name
+    return sampler.nfe(steps)
+
+
+class _Silent(Backbone):
+    """Predicts nothing, to let a sampler walk its grid."""
+
+    def __init__(self, out_channels: int) -> None:
+        super().__init__()
+        self.info, self._out = BackboneInfo("silent", "", 1, 1, 1, 1, 1, 1, 1), out_channels
+
+    def forward_intermediates(
+        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
+    ) -> tuple[Tensor | None, Features]:
+        return x.new_zeros(x.shape[0], self._out, *x.shape[2:]), {}
+
+
+def check_steps(name: str, objective: Objective, steps: int) -> None:
+    """Walk the sampler's grid without a network: raises the UserError that sampling would end in."""
+    pixel, label = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
+    network = _Silent(objective.out_channels(1))
+    try:
+        sample(name, network, objective, pixel, label, steps=steps, noise=lambda draw: pixel)
+    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"sampler '{name}' cannot take {steps} steps: {error}; try --set eval.steps=20"
+        ) from error

@@ -1,0 +1,126 @@
+"""Discrete noise schedules: betas, what follows from them, and respacing. Index 0 is the least noisy step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stbench.core.errors import UserError
+
+
+def linear_betas(steps: int = 1000) -> Tensor:
+    """Betas from 1e-4 to 0.02 at 1000 steps, scaled for another number (DDPM, DiT), float64 (steps,)."""
+    scale = 1000 / steps
+    return torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
+
+
+def scaled_linear_betas(steps: int = 1000) -> Tensor:
+    """Betas linear in their square root, 0.00085 to 0.012 (Stable Diffusion, U-ViT), float64 (steps,)."""
+    return torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64).square()
+
+
+def like(coefficients: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """Coefficients (B,) or (1,) as factors (B,1,1,1) of x (B,C,H,W): its device and dtype."""
+    return [c.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1) for c in coefficients]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What follows from betas (T,), all float64 on the host (DDPM; improved DDPM)."""
+
+    betas: Tensor
+
+    @cached_property
+    def alphas_cumprod(self) -> Tensor:
+        """alpha-bar (T,)."""
+        return (1.0 - self.betas).cumprod(0)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> Tensor:
+        """alpha-bar of the step below (T,); 1 below the first."""
+        return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+
+    @cached_property
+    def posterior_variance(self) -> Tensor:
+        """Variance of q(x_{t-1} | x_t, x_0) (T,)."""
+        return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> Tensor:
+        """Its logarithm (T,); the first entry, log 0, is replaced by the second."""
+        return torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
+
+    @cached_property
+    def posterior_mean_coef1(self) -> Tensor:
+        """Weight of x_0 in the posterior mean (T,)."""
+        return self.betas * self.alphas_cumprod_prev.sqrt() / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_coef2(self) -> Tensor:
+        """Weight of x_t in the posterior mean (T,)."""
+        return (1.0 - self.alphas_cumprod_prev) * (1.0 - self.betas).sqrt() / (1.0 - self.alphas_cumprod)
+
+    def respaced(self, kept: Tensor) -> Schedule:
+        """The schedule of the steps `kept` (ascending indices), with the same alpha-bars there."""
+        kept_bars = self.alphas_cumprod[kept]
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), kept_bars[:-1]])
+        return Schedule(1.0 - kept_bars / previous)
+
+    def posterior(self, x0: Tensor, x_t: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B,C,H,W) and log variance (B,1,1,1) of q(x_{t-1} | x_t, x_0) at host steps `index`."""
+        tables = (self.posterior_mean_coef1, self.posterior_mean_coef2, self.posterior_log_variance_clipped)
+        coef1, coef2, log_variance = like([table[index] for table in tables], x_t)
+        return coef1 * x0 + coef2 * x_t, log_variance
+
+    def model_posterior(
+        self, prediction: Tensor, x_t: Tensor, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and log variance of p(x_{t-1} | x_t), and the clean latent it implies, each (B,C,H,W).
+
+        `prediction` (B,2C,H,W) is the noise, then v in log var = f log beta + (1-f) log beta~, f = (v+1)/2
+        (improved DDPM eq. 15).
+        """
+        eps, v = prediction.chunk(2, dim=1)
+        tables = (self.alphas_cumprod, self.betas.log())
+        bar, log_beta = (table[index] for table in tables)
+        alpha, sigma, log_beta = like((bar.sqrt(), (1.0 - bar).sqrt(), log_beta), x_t)
+        x0 = (x_t - sigma * eps) / alpha
+        mean, log_posterior = self.posterior(x0, x_t, index)
+        fraction = (v + 1.0) / 2.0
+        return mean, fraction * log_beta + (1.0 - fraction) * log_posterior, x0
+
+
+def respaced_steps(spacing: str, steps: int = 1000) -> Tensor:
+    """The steps kept out of `steps`: "250" spreads them from first to last, "ddim50" takes every 20th (DiT).
+
+    Returns ascending indices, int64. Raises UserError for a count that the spacing cannot give.
+    """
+    integer_stride = spacing.startswith("ddim")
+    count = int(spacing.removeprefix("ddim"))
+    if not 2 <= count <= steps:
+        raise UserError(f"expected 2 to {steps} sampling steps, found {count}; set --steps within that range")
+    return _strided(count, steps) if integer_stride else _spread(count, steps)
+
+
+def _strided(count: int, steps: int) -> Tensor:
+    stride = math.ceil(steps / count)
+    kept = torch.arange(0, steps, stride)
+    if len(kept) != count:
+        raise UserError(
+            f"expected a number of steps that a whole stride keeps of {steps}, found {count}; "
+            f"set the sampler's steps to {len(kept)}"
+        )
+    return kept
+
+
+def _spread(count: int, steps: int) -> Tensor:
+    stride, position, kept = (steps - 1) / (count - 1), 0.0, []
+    for _ in range(count):
+        kept.append(round(position))
+        position += stride  # accumulated, as the reference does: it decides the halves
+    return torch.tensor(kept)

@@ -1,0 +1,222 @@
+"""Autoencoders: images to latents and back, the one rounding to uint8, checked loading of weights."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from stbench.core.errors import UserError
+from stbench.models.assets import asset_manifest, load_asset
+
+ROUNDING = "clamp, round half to even of (x+1)*127.5"
+"""How `to_uint8` rounds, as named in an evaluation protocol."""
+
+
+DIGITS_VAE: dict[str, Any] = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "latent_channels": 4,
+    "block_out_channels": [16, 32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "sample_size": 32,
+}
+"""diffusers configuration of the shipped autoencoder: 1x32x32 images, 4x8x8 latents."""
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1,1] to uint8 of the same shape: clamp, then round (x+1)*127.5 half to even.
+
+    The one rounding of the program: every image that is measured, stored or shown went through it once.
+    """
+    return ((images.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images to float32 in [-1,1]; `to_uint8` undoes it exactly."""
+    return images.float() / 127.5 - 1.0
+
+
+@final
+class Autoencoder:
+    """A frozen diffusers AutoencoderKL in plain tensors: images to posterior moments, latents to images."""
+
+    def __init__(self, vae: nn.Module, fingerprint: str) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        self.fingerprint = fingerprint
+        """Hash of the weights."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B,c,H,W) in [-1,1] to the posterior's mean and std, each (B,C,h,w)."""
+        posterior = self.vae.encode(images).latent_dist  # type: ignore[operator]
+        return posterior.mean, posterior.std
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Images (B,c,H,W) in [-1,1] to the posterior's mean and, unclamped, log-variance, (B,2C,h,w)."""
+        return self.vae.encode(images).latent_dist.parameters  # type: ignore[operator]
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B,C,h,w) to images (B,c,H,W), nominally in [-1,1] and not yet clamped."""
+        return self.vae.decode(z).sample  # type: ignore[operator]
+
+    def to(self, device: torch.device | str) -> Autoencoder:
+        """A copy on `device`."""
+        return Autoencoder(copy.deepcopy(self.vae).to(device), self.fingerprint)
+
+
+def build_vae(config: dict[str, Any]) -> nn.Module:
+    """A diffusers AutoencoderKL from its configuration, initialised from torch's global random state."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_config(config)  # type: ignore[no-untyped-call]
+
+
+@cache
+def digits_autoencoder() -> Autoencoder:
+    """The shipped autoencoder of the embedded digits, on the host."""
+    weights = load_asset("digits_vae")
+    # On the meta device nothing is initialised, so loading leaves the global random state alone.
+    with torch.device("meta"):
+        vae = build_vae(DIGITS_VAE)
+    vae.load_state_dict(weights, assign=True)
+    return Autoencoder(vae, asset_manifest()["assets"]["digits_vae"]["sha256"])
+
+
+def read_vae(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """diffusers' AutoencoderKL from a local folder, its weights as `dtype`.
+
+    Raises UserError for one that does not load.
+    """
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+            str(folder),
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            torch_dtype=dtype,
+        )
+    except Exception as error:  # diffusers and safetensors raise whatever they find
+        found = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"autoencoder in {folder} does not load ({type(error).__name__}: {found}); fetch it again"
+        ) from error
+
+
+PUBLISHED = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")}
+"""Names that need no path -> their repository."""
+
+
+PUBLISHED_SCALE = 0.18215
+"""What the latents of the published ones are multiplied by."""
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class VAE:
+    """An autoencoder on disk: where it is, what it is, and how its latents are normalised."""
+
+    name: str
+    """As the user named it: a published name, or an absolute path."""
+    folder: Path
+    sha256: str
+    """Of configuration and weights."""
+    channels: int
+    """Of the images."""
+    latent_channels: int
+    factor: int
+    """Pixels a latent."""
+    scale: float
+    shift: float
+
+    def load(self, dtype: torch.dtype = torch.float32) -> Autoencoder:
+        """The network, frozen, on the host."""
+        return Autoencoder(read_vae(self.folder, dtype), self.sha256)
+
+
+@cache
+def find_vae(name: str) -> VAE:
+    """The autoencoder of a published name or in a folder, its files hashed.
+
+    Raises UserError for a name that is not cached, a folder that is missing or holds no diffusers
+    AutoencoderKL.
+    """
+    published = is_published(name)
+    folder = _cached(name) if published else Path(name).expanduser().resolve()
+    if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
+        raise UserError(
+            f"expected an autoencoder (config.json and {WEIGHTS}) in {folder}, found none; "
+            f"for example: {download('sd-vae-ft-ema')} and give that folder"
+        )
+    config = _config(folder)
+    return VAE(
+        name=name if published else str(folder),
+        folder=folder,
+        sha256=_sha256(folder),
+        channels=int(config["in_channels"]),
+        latent_channels=int(config["latent_channels"]),
+        factor=2 ** (len(config["block_out_channels"]) - 1),
+        scale=float(config.get("scaling_factor") or PUBLISHED_SCALE),
+        shift=float(config.get("shift_factor") or 0.0),
+    )
+
+
+def is_published(name: str) -> bool:
+    """Whether a name stands for a published autoencoder; a folder of that name goes before it."""
+    return name in PUBLISHED and not Path(name).is_dir()
+
+
+def download(name: str) -> str:
+    """The command that fetches a published autoencoder to a folder."""
+    return f"`hf download {PUBLISHED[name]} --local-dir {name}`"
+
+
+def _cached(name: str) -> Path:
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(PUBLISHED[name], "config.json")
+    weights = try_to_load_from_cache(PUBLISHED[name], WEIGHTS)
+    if not isinstance(config, str) or not isinstance(weights, str):
+        raise UserError(
+            f"autoencoder {name} is not in the Hugging Face cache; type `hf download {PUBLISHED[name]}`, "
+            f"or {download(name)} and give that folder instead of {name}"
+        )
+    return Path(config).parent
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        if config["_class_name"] != "AutoencoderKL" or int(config["in_channels"]) not in (1, 3):
+            raise KeyError("_class_name")
+        return {**config, "latent_channels": config["latent_channels"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}/config.json: expected diffusers' AutoencoderKL for 1 or 3 channels, "
+            f"found something else ({error}); give another folder with --vae"
+        ) from error
+
+
+def _sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("config.json", WEIGHTS):
+        with (folder / name).open("rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()

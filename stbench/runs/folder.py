@@ -1,0 +1,246 @@
+"""The only reader and writer of run folders: files and records, no torch, nothing compared.
+
+Every write is atomic, so a file is either whole or absent. The fields are in schema.py.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from stbench.core.errors import UserError
+from stbench.core.files import atomic_write
+from stbench.runs import schema
+from stbench.runs.records import (
+    SCHEMA,
+    CurvePoint,
+    RunRecord,
+    StageRecord,
+)
+from stbench.runs.schema import (
+    REMEDY,
+    Fields,
+    convert,
+    parse,
+    plain,
+)
+
+State = Literal["running", "stopped", "failed", "finished"]
+
+
+Record = TypeVar("Record")
+
+
+def find_runs(root: Path | Sequence[Path]) -> list[Path]:
+    """All run folders (those holding spec.json) at or under the given paths, sorted, each once.
+
+    Raises UserError for a path that holds none.
+    """
+    found: dict[Path, Path] = {}
+    for path in [root] if isinstance(root, Path) else root:
+        runs = list(_walk(path))
+        if not runs:
+            raise UserError(
+                f"expected a run folder (with a spec.json) at or under {path}, found none; "
+                "make one with `stbench run`"
+            )
+        found.update((run.resolve(), run) for run in runs)
+    return sorted(found.values())
+
+
+def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
+    """The records of run folders, in the order given; UserError for a broken one."""
+    return [RunFolder(path).record() for path in paths]
+
+
+class RunFolder:
+    """One folder results/runs/<run-id>/; writers hold `lock()` while they use it, readers need no lock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.samples = path / "samples"
+        self.checkpoints = path / "checkpoints"
+        self.log = path / "log"
+
+    def exists(self) -> bool:
+        """Whether a run was created here."""
+        return (self.path / "spec.json").exists()
+
+    def create(self, spec: Mapping[str, Any], env: Mapping[str, Any]) -> None:
+        """Write env.json, a first status.json and, last, spec.json, which is what makes this a run folder.
+
+        Called again for a run that goes on, it replaces spec and environment and leaves the rest.
+        """
+        self._write("env.json", env)
+        if not (self.path / "status.json").exists():
+            self.write_status("running")
+        self._write("spec.json", spec)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Own the folder for a `with` block, UserError if it is in use; after kill -9 the kernel frees it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = file.read().strip() or "unknown"
+                raise UserError(
+                    f"run folder {self.path} is in use by process {owner}; "
+                    "wait for it or choose another --output"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            for leftover in self.path.rglob(".*.tmp"):
+                leftover.unlink()
+            yield
+
+    def in_use(self) -> bool:
+        """Whether some process holds the lock now."""
+        try:
+            with open(self.path / ".lock") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def write_status(self, state: State, **fields: Any) -> None:
+        """Replace status.json by the state and whatever explains it (step, message)."""
+        self._write("status.json", {"state": state, **fields})
+
+    def status(self) -> dict[str, Any]:
+        """status.json: "state" and the fields written with it."""
+        return self._read("status.json")
+
+    def spec(self) -> dict[str, Any]:
+        """spec.json, the fully resolved settings."""
+        return self._read("spec.json")
+
+    def env(self) -> dict[str, Any]:
+        """env.json: where the run was made."""
+        return self._read("env.json")
+
+    def append_points(self, points: Iterable[CurvePoint]) -> None:
+        """Add evaluations to curve.jsonl; one that is there (same stage, step, guidance, protocol) stays."""
+        rows = {_identity(point): point for point in self.points()}
+        for point in points:
+            rows.setdefault(_identity(point), point)
+        self._write_lines("curve.jsonl", list(rows.values()))
+
+    def points(self) -> list[CurvePoint]:
+        """All evaluations of all stages, in the order they were added."""
+        return self._read_lines("curve.jsonl", CurvePoint, schema.POINT)
+
+    def add_stage(self, stage: StageRecord) -> None:
+        """Record a finished stage; one of the same index is replaced."""
+        rows = {known.index: known for known in self.stages()} | {stage.index: stage}
+        self._write_lines("stages.jsonl", [rows[index] for index in sorted(rows)])
+
+    def stages(self) -> list[StageRecord]:
+        """The finished stages by index."""
+        return self._read_lines("stages.jsonl", StageRecord, schema.STAGE)
+
+    def add_protocol(self, digest: str, fields: Mapping[str, Any]) -> None:
+        """Record what an evaluation protocol's hash stands for."""
+        known = self.protocols()
+        if digest not in known:
+            self._write("protocols.json", {"protocols": {**known, digest: fields}})
+
+    def protocols(self) -> dict[str, dict[str, Any]]:
+        """Protocol hash -> its fields."""
+        if not (self.path / "protocols.json").exists():
+            return {}
+        content = self._read("protocols.json")
+        if not isinstance(content.get("protocols"), dict):
+            raise UserError(f"{self.path / 'protocols.json'} lacks 'protocols'; {REMEDY}")
+        return dict(content["protocols"])
+
+    def record(self) -> RunRecord:
+        """All that `compare` needs; UserError naming file, line and field if it is missing or unreadable."""
+        spec, file = self.spec(), self.path / "spec.json"
+        fields = convert(spec, schema.SPEC, file)
+        backbone = convert(fields["backbone"], {"name": schema.text, "size": schema.text}, file)
+        recipe = convert(
+            fields["recipe"], {"name": schema.text, "options": schema.mapping, "needs": schema.text}, file
+        )
+        train = convert(
+            fields["train"], {"steps": schema.whole, "batch": schema.whole, "precision": schema.text}, file
+        )
+        return RunRecord(
+            run_id=fields["run_id"],
+            path=str(self.path),
+            status=convert(self.status(), {"state": schema.text}, self.path / "status.json")["state"],
+            dataset=fields["dataset"],
+            backbone=f"{backbone['name']}-{backbone['size']}",
+            objective=fields["objective"],
+            recipe=recipe["name"],
+            options=recipe["options"],
+            needs=recipe["needs"],
+            seed=fields["seed"],
+            steps=train["steps"],
+            batch=train["batch"],
+            precision=train["precision"],
+            setting_hash=fields["setting_hash"],
+            train_hash=fields["train_hash"],
+            stages=self.stages(),
+            curve=self.points(),
+            protocols=self.protocols(),
+            spec=spec,
+        )
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(plain({"schema": SCHEMA, **content}), indent=1, ensure_ascii=False, allow_nan=False)
+        atomic_write(self.path / name, text + "\n")
+
+    def _write_lines(self, name: str, records: Sequence[CurvePoint | StageRecord]) -> None:
+        rows = [plain({"schema": SCHEMA, **asdict(record)}) for record in records]
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        if lines:
+            atomic_write(self.path / name, "".join(lines))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            return parse(path.read_bytes(), path)
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}); {REMEDY}") from None
+
+    def _read_lines(self, name: str, cls: Callable[..., Record], fields: Fields) -> list[Record]:
+        path = self.path / name
+        if not path.exists():
+            return []
+        *lines, rest = path.read_bytes().split(b"\n")
+        if rest or not lines:
+            raise UserError(f"{path} line {len(lines) + 1} is cut off; {REMEDY}")
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            where = f"{path} line {number}"
+            row = parse(line, where)
+            if unknown := sorted(row.keys() - fields.keys()):
+                raise UserError(f"{where} has the unknown field '{unknown[0]}'; {REMEDY}")
+            rows.append(cls(**convert(row, fields, where)))
+        return rows
+
+
+def _walk(path: Path) -> Iterator[Path]:
+    if (path / "spec.json").is_file():
+        yield path
+        return
+    if path.is_dir():
+        for child in path.iterdir():
+            if child.is_dir():
+                yield from _walk(child)
+
+
+def _identity(point: CurvePoint) -> tuple[object, ...]:
+    return point.stage_index, point.step, point.guidance, tuple(point.interval), point.protocol

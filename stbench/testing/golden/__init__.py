@@ -1,0 +1,1 @@
+"""Checks against numbers made by the published implementations."""

@@ -1,0 +1,152 @@
+"""The golden runner: compares this code with numbers that the published implementations produced.
+
+A golden file is NAME.safetensors (weights under `sd/`, with official key names) and its sidecar NAME.json.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stbench.core.errors import UserError
+
+CHECK_MODULES = ("backbones", "self_transcendence", "baseline_losses", "samplers")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison and its outcome."""
+
+    name: str
+    error: float
+    tolerance: float
+    reason: str = ""
+    """Why it failed, where the error alone does not say."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is a number within the tolerance."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden file: its sidecar, its tensors, and its neighbours. Both are read when first asked for."""
+
+    folder: Path
+    name: str
+
+    @cached_property
+    def meta(self) -> dict[str, Any]:
+        """The sidecar NAME.json."""
+        return json.loads((self.folder / f"{self.name}.json").read_text())
+
+    @cached_property
+    def t(self) -> dict[str, Tensor]:
+        """All tensors of NAME.safetensors, weights and heads included."""
+        return load_file(self.folder / f"{self.name}.safetensors")
+
+    def other(self, name: str) -> Golden:
+        """Another file of the same folder."""
+        return Golden(self.folder, name)
+
+    def weights(self) -> Golden:
+        """The file that holds this one's weights: the first word of `weights_from`, or this file itself."""
+        named = self.meta.get("weights_from")
+        return self.other(named.split()[0]) if named else self
+
+    def group(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under `prefix`, such as "sd/" or "head/", with it cut off."""
+        return {key[len(prefix) :]: value for key, value in self.t.items() if key.startswith(prefix)}
+
+    def compare(self, name: str, actual: Tensor, expected: Tensor, tol: float) -> Check:
+        """Compare by e = max|a-b| / max(1, max|b|); unequal shapes and NaN fail."""
+        if actual.shape != expected.shape:
+            reason = f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+            return Check(name, float("inf"), tol, reason)
+        a, b = actual.detach().double().cpu(), expected.detach().double().cpu()
+        if b.numel() == 0:
+            return Check(name, 0.0, tol)
+        return Check(name, ((a - b).abs().max() / b.abs().max().clamp(min=1.0)).item(), tol)
+
+
+Checker = Callable[[Golden], Iterable[Check]]
+_checkers: dict[str, Checker] = {}
+
+
+def check(prefix: str) -> Callable[[Checker], Checker]:
+    """Register a checker for the files whose name starts with `prefix`; the longest prefix wins."""
+
+    def register(checker: Checker) -> Checker:
+        _checkers[prefix] = checker
+        return checker
+
+    return register
+
+
+def checker_for(name: str) -> Checker | None:
+    """The checker of a file name (without suffix), or None."""
+    matching = [prefix for prefix in _checkers if name.startswith(prefix)]
+    return _checkers[max(matching, key=len)] if matching else None
+
+
+def _content(golden: Golden) -> Check:
+    """Every tensor that the sidecar lists is in the file, with its shape."""
+    listed = {key: entry["shape"] for key, entry in golden.meta.get("tensors", {}).items()}
+    state = golden.meta.get("state_dict", {})
+    listed |= {state["prefix"] + key: shape for key, shape in state.get("entries", {}).items()}
+    wrong = [k for k, shape in listed.items() if k not in golden.t or list(golden.t[k].shape) != list(shape)]
+    return Check(
+        "content", float(len(wrong)), 0.0, f"missing or misshapen: {', '.join(wrong)}" if wrong else ""
+    )
+
+
+def checks_of(golden: Golden, checker: Checker) -> Iterator[Check]:
+    """All checks of one file; whatever raises becomes a failed check."""
+    try:
+        yield _content(golden)
+        yield from checker(golden)
+    except Exception as error:  # corrupt or incomplete files may raise anything, and must fail by name
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        yield Check("crashed", float("nan"), 0.0, reason)
+
+
+def _line(file: str, item: Check) -> str:
+    label = f"{file} {item.name}"
+    numbers = f"error {item.error:.1e}  tolerance {item.tolerance:.1e}  {'ok' if item.ok else 'FAIL'}"
+    return f"{label:<64} {numbers}{'  ' + item.reason if item.reason else ''}"
+
+
+def run(folder: Path, out: Callable[[str], None] = print) -> int:
+    """Check every golden file in `folder`; one line a check, then the total. Returns 1 if any failed, else 0.
+
+    Files without a check are named at the end and count as neither. Raises UserError for a folder without
+    files.
+    """
+    for module in CHECK_MODULES:
+        importlib.import_module(f"stbench.testing.golden.{module}")
+    names = sorted({f.stem for f in folder.glob("*") if f.suffix in (".json", ".safetensors")})
+    if not names:
+        raise UserError(f"no golden files in {folder}; expected a folder of NAME.safetensors with NAME.json")
+    passed = failed = 0
+    unknown = [f.name for f in sorted(folder.glob("*")) if f.stem not in names and f.name != "README.md"]
+    for name in names:
+        checker = checker_for(name)
+        if checker is None:
+            unknown.append(name)
+            continue
+        for item in checks_of(Golden(folder, name), checker):
+            out(_line(name, item))
+            passed, failed = passed + item.ok, failed + (not item.ok)
+    if unknown:
+        out(f"no check for: {', '.join(unknown)}")
+    out(f"{passed + failed} checks: {passed} ok, {failed} failed, {len(unknown)} files not checked")
+    return 1 if failed else 0

@@ -1,0 +1,179 @@
+"""Golden checks of the samplers: stored noise is replayed, and every call of the network compared too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stbench.core.backbone import Backbone, Features
+from stbench.core.objective import Objective
+from stbench.diffusion import (
+    ImprovedDdpm,
+    LinearFlow,
+    VpContinuous,
+    VpDiscrete,
+)
+from stbench.diffusion.ddpm_samplers import Spacing
+from stbench.diffusion.sample import (
+    Ddim,
+    Ddpm,
+    DpmSolver,
+    Euler,
+    EulerMaruyama,
+    Guidance,
+    Heun,
+    Sampler,
+    sample,
+)
+from stbench.testing.golden.backbones import GUIDED_CHANNELS
+from stbench.testing.golden.objectives import network
+from stbench.testing.golden.run import (
+    Check,
+    Golden,
+    check,
+)
+
+TOLERANCE = 1e-4
+CONTINUOUS_SOLVER = 1e-3
+"""The reference computes this solver's log-SNR grid in float32."""
+ADAPTIVE = 2e-2
+"""Heun at the stored number of points against an adaptive solver."""
+
+
+class Recorder(Backbone):
+    """A network that keeps the inputs of every call."""
+
+    def __init__(self, inner: Backbone) -> None:
+        super().__init__()
+        self.inner, self.info = inner, inner.info
+        self.calls: list[tuple[Tensor, float]] = []
+
+    def forward_intermediates(
+        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
+    ) -> tuple[Tensor | None, Features]:
+        """See `Backbone.forward_intermediates`."""
+        self.calls.append((x, t[0].item()))
+        return self.inner.forward_intermediates(x, t, y, indices=indices, stop_early=stop_early)
+
+    @property
+    def times(self) -> Tensor:
+        """Time of every call (n,)."""
+        return torch.tensor([t for _, t in self.calls])
+
+    @property
+    def batches(self) -> Tensor:
+        """Batch of every call (n,)."""
+        return torch.tensor([len(x) for x, _ in self.calls])
+
+    def states(self, batch: int) -> Tensor:
+        """The conditional half of every call's input (n,B,C,H,W)."""
+        return torch.stack([x[:batch] for x, _ in self.calls])
+
+
+def replay(
+    golden: Golden,
+    net: Backbone,
+    objective: Objective,
+    sampler: Sampler,
+    *,
+    steps: int,
+    guidance: Guidance = Guidance(),  # noqa: B008 - frozen
+    noise: str = "",
+) -> tuple[Tensor, Recorder]:
+    """A sample from the stored start with the noise stored under `noise`, and what the network was asked."""
+    recorder, z = Recorder(net), golden.t["in/z"]
+    draws = golden.t.get(noise)
+    drawn = None if draws is None else (lambda i: draws[i, : len(z)])
+    y = golden.t["in/y"]
+    out = sample(sampler, recorder, objective, z, y, steps=steps, guidance=guidance, noise=drawn)
+    return out, recorder
+
+
+@check("sampler_ddpm")
+def ddpm(golden: Golden) -> Iterator[Check]:
+    """Respaced ancestral sampling without and with three-channel guidance, and DDIM on the same steps."""
+    settings, objective, (net, _) = golden.meta["settings"], ImprovedDdpm(), network(golden)
+    spacing = settings["respacing"]
+    steps = int(spacing.removeprefix("ddim"))
+    guided = Guidance(settings["cfg_scale"], channels=GUIDED_CHANNELS)
+    kept: Spacing = "stride" if spacing.startswith("ddim") else "spread"
+    for group, sampler, guidance in (
+        ("plain", Ddpm(kept), Guidance()),
+        ("cfg", Ddpm(kept), guided),
+        ("ddim", Ddim(settings["ddim_eta"], kept), Guidance()),
+    ):
+        out, _ = replay(
+            golden, net, objective, sampler, steps=steps, guidance=guidance, noise=f"{group}/noise"
+        )
+        yield golden.compare(f"{group}/out", out, golden.t[f"{group}/out"], TOLERANCE)
+
+
+@check("sampler_sit_upstream")
+def sit_upstream(golden: Golden) -> Iterator[Check]:
+    """The SDE with every state on its way, and the ODE; the number of steps counts grid points."""
+    settings, objective, (net, _) = golden.meta["settings"], LinearFlow(), network(golden)
+    points, expected = settings["num_steps"], golden.t
+    sde = EulerMaruyama(settings["last_step_size"])
+    out, recorder = replay(golden, net, objective, sde, steps=points, noise="sde/noise")
+    yield golden.compare("sde/out", out, expected["sde/out"], TOLERANCE)
+    trajectory = torch.cat([recorder.states(len(out))[1:], out[None]])
+    yield golden.compare("sde/trajectory", trajectory, expected["sde/trajectory"], TOLERANCE)
+    for name, sampler, tolerance in (
+        ("ode_euler", Euler(), TOLERANCE),
+        ("ode_heun2", Heun(correct_last=True), TOLERANCE),
+        ("ode_dopri5", Heun(correct_last=True), ADAPTIVE),
+    ):
+        out, _ = replay(golden, net, objective, sampler, steps=points - 1)
+        yield golden.compare(f"{name}/out", out, expected[f"{name}/out"], tolerance)
+
+
+def repa_sampler(name: str, run: Mapping[str, Any]) -> Sampler:
+    """The sampler of a run of REPA's file."""
+    if name.startswith("em"):
+        return EulerMaruyama()
+    return Heun() if run.get("heun", False) else Euler()
+
+
+@check("sampler_repa")
+def repa(golden: Golden) -> Iterator[Check]:
+    """Every run's sample, and the input, time and batch of every call, which show where guidance was on."""
+    objective, (net, _) = LinearFlow(), network(golden)
+    for name, run in golden.meta["runs"].items():
+        scale, low, high = (
+            run.get(k, d) for k, d in (("cfg_scale", 1.0), ("guidance_low", 0.0), ("guidance_high", 1.0))
+        )
+        sampler, steps = repa_sampler(name, run), run["num_steps"]
+        out, recorder = replay(
+            golden,
+            net,
+            objective,
+            sampler,
+            steps=steps,
+            guidance=Guidance(scale, low, high),
+            noise=f"{name}/noise",
+        )
+        calls = torch.tensor([sampler.nfe(steps), len(recorder.calls)])
+        yield golden.compare(f"{name} calls", calls, torch.full_like(calls, run["model_calls"]), 0.0)
+        yield golden.compare(f"{name}/batch", recorder.batches, golden.t[f"{name}/batch"], 0.0)
+        found = {"out": out, "model_x": recorder.states(len(out)), "model_t": recorder.times}
+        for key, value in found.items():
+            yield golden.compare(f"{name}/{key}", value, golden.t[f"{name}/{key}"], TOLERANCE)
+
+
+@check("sampler_dpm_solver")
+def dpm_solver(golden: Golden) -> Iterator[Check]:
+    """Both forms of DPM-Solver, and the time of every evaluation; U-ViT's scale s is a weight of 1 + s."""
+    net, _ = network(golden)
+    for name, run in golden.meta["runs"].items():
+        discrete = name.startswith("pp")
+        objective = VpDiscrete() if discrete else VpContinuous()
+        net.time_scale, tolerance = (1000.0, TOLERANCE) if discrete else (999.0, CONTINUOUS_SOLVER)
+        guidance = Guidance(1.0 + run["scale"])
+        out, recorder = replay(golden, net, objective, DpmSolver(), steps=run["steps"], guidance=guidance)
+        calls = torch.tensor(len(recorder.calls))
+        yield golden.compare(f"{name} calls", calls, torch.full_like(calls, run["evaluations"]), 0.0)
+        yield golden.compare(f"{name}/times", recorder.times, golden.t[f"{name}/times"], tolerance)
+        yield golden.compare(f"{name}/out", out, golden.t[f"{name}/out"], tolerance)

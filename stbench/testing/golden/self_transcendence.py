@@ -1,0 +1,157 @@
+"""Golden checks of Self-Transcendence's two stages, and what checks of losses share. Blocks count from 1."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from stbench.core.backbone import Backbone
+from stbench.core.objective import (
+    Batch,
+    Noised,
+    Objective,
+)
+from stbench.core.recipe import (
+    Artifact,
+    Cost,
+    Step,
+)
+from stbench.core.rng import Rng
+from stbench.diffusion import LinearFlow
+from stbench.models import align
+from stbench.recipes.self_transcendence import SelfTranscendence, VaeAlign
+from stbench.testing.golden.objectives import (
+    TOLERANCE,
+    network,
+    tolerated,
+)
+from stbench.testing.golden.run import (
+    Check,
+    Golden,
+    check,
+)
+
+GUIDED = 1e-4
+LABEL_DROP = 0.1
+TEACHER_SCALE = 0.9
+
+Reducible = TypeVar("Reducible", VaeAlign, SelfTranscendence)
+
+
+def teacher_of(net: Backbone) -> Backbone:
+    """The golden teacher: every tensor but the position embedding times 0.9."""
+    teacher = copy.deepcopy(net)
+    state = net.state_dict()
+    teacher.load_state_dict(
+        {k: v if k.endswith("pos_embed") else TEACHER_SCALE * v for k, v in state.items()}
+    )
+    return teacher
+
+
+def filled(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> nn.Module:
+    """The module with the tensors stored under `prefix`."""
+    module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
+    return module
+
+
+def denoising(golden: Golden, objective: Objective, noised: Noised, prediction: Tensor) -> Iterator[Check]:
+    """The checks that most loss files share: input, target, prediction and loss, where stored."""
+    found = {
+        "mid/x_t": noised.x_t,
+        "mid/target": objective.velocity_target(noised),
+        "mid/pred": prediction,
+        "out/denoise": objective.loss(prediction, noised),
+    }
+    for name, value in found.items():
+        if name in golden.t:
+            yield golden.compare(name, value, golden.t[name], TOLERANCE)
+
+
+def step_of(net: Backbone, noised: Noised, y: Tensor, blocks: Sequence[int], heads: nn.ModuleDict) -> Step:
+    """What the engine would show a recipe: one batch with its prediction and 0-based blocks."""
+    prediction, features = net.forward_intermediates(noised.x_t, noised.t, y, indices=blocks)
+    assert prediction is not None
+    size = len(y)
+    batch = Batch(noised.x0, y, y, torch.arange(size), Rng(0, 0, size))
+    objective = LinearFlow()
+    return Step(batch, noised, prediction, features, heads, net, objective, net.info, 0, size, size, Cost())
+
+
+def reductions(golden: Golden, name: str, step: Step, recipe: Reducible, tolerance: float) -> Iterator[Check]:
+    """A recipe's loss (B,) before masking, and the three ways of reducing it."""
+
+    def value(**options: Any) -> Tensor:
+        (term,) = replaced(recipe, **options).terms(step).values()
+        return term.value
+
+    everywhere = value(mask="samples", interval=(0.0, 1.0))
+    found = {
+        f"out/{name}_per_sample": everywhere,
+        f"out/{name}_mean_masked_per_sample": value(mask="samples").mean(),
+        f"out/{name}_mean_as_released": value(mask="released").mean(),
+        f"out/{name}_mean_unmasked": everywhere.mean(),
+    }
+    inside = align.in_interval(step.objective, step.noised.t_host, recipe.interval)
+    yield golden.compare("mid/mask", inside.float(), golden.t["mid/mask"].float(), 0.0)
+    yield from tolerated(golden, found, tolerance)
+
+
+def replaced(recipe: Reducible, **options: Any) -> Reducible:
+    """The recipe with other options, set up anew."""
+    changed = dataclasses.replace(recipe, **options)
+    changed.setup(torch.device("cpu"))
+    return changed
+
+
+@check("loss_vae_align")
+def vae_align(golden: Golden) -> Iterator[Check]:
+    """Stage 1 of Self-Transcendence: an auxiliary velocity from one block, inside an interval of time."""
+    objective, t, settings = LinearFlow(), golden.t, golden.meta["settings"]
+    noised = objective.at(t["in/x0"], t["in/noise"], t["in/t"])
+    net, _ = network(golden)
+    block = settings["block"] - 1
+    recipe = VaeAlign(block, settings["projector_hidden"], interval=tuple(settings["t_range"]))
+    heads, stored = recipe.heads(net.info), golden.group("head/")
+    mlp, final = cast(nn.Sequential, heads["velocity"])
+    filled(mlp, stored, "projectors.")
+    filled(final, stored, "projectors_final.")
+    step = step_of(net, noised, t["in/y"], recipe.taps, heads)
+    yield from denoising(golden, objective, noised, step.prediction)
+    yield from tolerated(golden, {"mid/head_pred": step.project("velocity", step.features[block])})
+    yield from reductions(golden, "head", step, recipe, TOLERANCE)
+
+
+@check("loss_self_transcendence")
+def self_transcendence(golden: Golden) -> Iterator[Check]:
+    """Stage 2: a student's projected tokens against a teacher's guided ones, inside an interval of time."""
+    objective, t, settings = LinearFlow(), golden.t, golden.meta["settings"]
+    noised = objective.at(t["in/x0"], t["in/noise"], t["in/t"])
+    net, _ = network(golden)
+    teacher, stored = teacher_of(net), golden.group("head/")
+    student_block, block = settings["student_block"] - 1, settings["teacher_block"] - 1
+    recipe = SelfTranscendence(
+        Artifact("teacher", "golden", "", {}, 0, 0, 0.0, 0.0, lambda weights: teacher),
+        student_block,
+        block,
+        hidden=len(stored["projectors.0.bias"]),
+        guidance=settings["guidance"],
+        interval=tuple(settings["t_range"]),
+    )
+    recipe.setup(torch.device("cpu"))
+    heads = recipe.heads(net.info)
+    filled(heads["projector"], stored, "projectors.")
+    step = step_of(net, noised, t["in/y"], recipe.taps, heads)
+    yield from denoising(golden, objective, noised, step.prediction)
+    null = torch.full_like(t["in/y"], net.info.classes)
+    cond, uncond = (step.teach(teacher, noised.x_t, noised.t, y, block=block) for y in (t["in/y"], null))
+    projected = step.project("projector", step.features[student_block])
+    features = {"mid/teacher_cond": cond, "mid/teacher_uncond": uncond, "mid/student_proj": projected}
+    yield from tolerated(golden, features)
+    guided = recipe.guided(step, torch.arange(len(null)))
+    yield golden.compare("mid/guided", guided, t["mid/guided"], GUIDED)
+    yield from reductions(golden, "feat", step, recipe, GUIDED)
