@@ -10,11 +10,7 @@ from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
-from stbench.core.backbone import (
-    Backbone,
-    BackboneInfo,
-    Features,
-)
+from stbench.core.backbone import Backbone, BackboneInfo, Features
 from stbench.core.registry import BACKBONES
 from stbench.models.layers import (
     Attention,

@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from stbench.core.backbone import BackboneInfo
-from stbench.core.recipe import (
-    Stage,
-    Step,
-    Supervision,
-    Term,
-)
+from stbench.core.recipe import Stage, Step, Supervision, Term
 from stbench.core.registry import RECIPES
 from stbench.models import align
 

@@ -12,12 +12,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
-from stbench.core.recipe import (
-    Stage,
-    Step,
-    Supervision,
-    Term,
-)
+from stbench.core.recipe import Stage, Step, Supervision, Term
 from stbench.core.registry import RECIPES
 from stbench.models import align
 

@@ -16,12 +16,7 @@ from torch import Tensor, nn
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
-from stbench.core.recipe import (
-    Stage,
-    Step,
-    Supervision,
-    Term,
-)
+from stbench.core.recipe import Stage, Step, Supervision, Term
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models import encoders as teachers

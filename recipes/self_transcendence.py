@@ -15,20 +15,9 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from stbench.core.backbone import (
-    Backbone,
-    BackboneInfo,
-    Weights,
-)
+from stbench.core.backbone import Backbone, BackboneInfo, Weights
 from stbench.core.errors import UserError
-from stbench.core.recipe import (
-    Artifact,
-    Plain,
-    Stage,
-    Step,
-    Supervision,
-    Term,
-)
+from stbench.core.recipe import Artifact, Plain, Stage, Step, Supervision, Term
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models.align import Clock, Interval

@@ -25,13 +25,7 @@ from stbench.data.dataset import encode_moments, stratified_split
 from stbench.data.digits import HELD_OUT, digits_images
 from stbench.evaluate import DigitsClassifier
 from stbench.models.assets import asset_folder
-from stbench.models.autoencoder import (
-    DIGITS_VAE,
-    Autoencoder,
-    build_vae,
-    to_float,
-    to_uint8,
-)
+from stbench.models.autoencoder import DIGITS_VAE, Autoencoder, build_vae, to_float, to_uint8
 
 Loss = Callable[[nn.Module, Tensor, Tensor, torch.Generator], Tensor]
 

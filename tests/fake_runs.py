@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stbench.runs.folder import RunFolder, State
-from stbench.runs.records import (
-    CurvePoint,
-    RunRecord,
-    StageRecord,
-)
+from stbench.runs.records import CurvePoint, RunRecord, StageRecord
 
 BATCH = 64
 STEPS = (200, 400, 800)

@@ -8,11 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stbench.diffusion import (
-    ImprovedDdpm,
-    LinearFlow,
-    VpContinuous,
-)
+from stbench.diffusion import ImprovedDdpm, LinearFlow, VpContinuous
 from stbench.models import align
 
 A = torch.tensor([[[1.0, 0.0], [0.0, 2.0]], [[3.0, 4.0], [1.0, 1.0]]])

@@ -13,11 +13,7 @@ from stbench.compare import terminal, writers
 from stbench.compare.build import leaderboard
 from stbench.compare.leaderboard import Table
 from stbench.core.errors import UserError
-from stbench.runs.journal import (
-    FILE,
-    Entry,
-    write_journal,
-)
+from stbench.runs.journal import FILE, Entry, write_journal
 from stbench.runs.records import RunRecord
 from tests.fake_runs import build
 

@@ -11,12 +11,7 @@ from torch import Tensor
 
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
-from stbench.core.registry import (
-    BACKBONES,
-    load_builtins,
-    lookup,
-    names,
-)
+from stbench.core.registry import BACKBONES, load_builtins, lookup, names
 from stbench.diffusion import VpContinuous
 from stbench.diffusion.sample import Denoiser, Guidance
 from stbench.models.layers import attend

@@ -13,23 +13,10 @@ import pytest
 from stbench.compare import writers
 from stbench.compare.build import leaderboard
 from stbench.compare.leaderboard import Row, Table
-from stbench.compare.stats import (
-    cell,
-    crossing,
-    holm,
-    paired_interval,
-    paired_p,
-    student_p,
-    value_at,
-)
+from stbench.compare.stats import cell, crossing, holm, paired_interval, paired_p, student_p, value_at
 from stbench.core.errors import UserError
 from stbench.runs.records import RunRecord
-from tests.fake_runs import (
-    LONG,
-    STEPS,
-    build,
-    digits,
-)
+from tests.fake_runs import LONG, STEPS, build, digits
 
 
 def table(records: list[RunRecord]) -> Table:

@@ -11,25 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stbench.core.backbone import (
-    Backbone,
-    BackboneInfo,
-    Features,
-)
-from stbench.core.recipe import (
-    Artifact,
-    Stage,
-    Step,
-    Supervision,
-    Term,
-)
-from stbench.core.registry import (
-    BACKBONES,
-    OBJECTIVES,
-    RECIPES,
-    load_builtins,
-    names,
-)
+from stbench.core.backbone import Backbone, BackboneInfo, Features
+from stbench.core.recipe import Artifact, Stage, Step, Supervision, Term
+from stbench.core.registry import BACKBONES, OBJECTIVES, RECIPES, load_builtins, names
 from stbench.models import layers
 from stbench.testing import check_backbone, check_recipe
 

@@ -11,22 +11,10 @@ import torch
 from torch import Tensor
 
 from stbench.core.errors import UserError
-from stbench.data.dataset import (
-    Dataset,
-    get_dataset,
-    stratified_split,
-)
+from stbench.data.dataset import Dataset, get_dataset, stratified_split
 from stbench.data.digits import HELD_OUT, digits_images
-from stbench.models.assets import (
-    asset_folder,
-    asset_manifest,
-    load_asset,
-)
-from stbench.models.autoencoder import (
-    digits_autoencoder,
-    to_float,
-    to_uint8,
-)
+from stbench.models.assets import asset_folder, asset_manifest, load_asset
+from stbench.models.autoencoder import digits_autoencoder, to_float, to_uint8
 
 ASSETS = ("digits_vae", "digits_classifier", "digits_encoder")
 

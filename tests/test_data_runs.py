@@ -24,16 +24,8 @@ from stbench.config.overrides import parse_set
 from stbench.config.resolve import Request, resolve
 from stbench.core.errors import UserError
 from stbench.data.dataset import get_dataset
-from stbench.data.prepare import (
-    Job,
-    open_job,
-    prepare,
-)
-from stbench.data.repa_layout import (
-    Repa,
-    convert,
-    decoder_of,
-)
+from stbench.data.prepare import Job, open_job, prepare
+from stbench.data.repa_layout import Repa, convert, decoder_of
 from stbench.data.shards import REFERENCE
 from stbench.data.spec import DataSpec
 from stbench.evaluate import past_run, points

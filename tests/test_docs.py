@@ -13,15 +13,7 @@ import pytest
 import typer
 
 from stbench.cli import app as cli
-from stbench.core.registry import (
-    BACKBONES,
-    DATASETS,
-    OBJECTIVES,
-    RECIPES,
-    SAMPLERS,
-    load_builtins,
-    names,
-)
+from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, load_builtins, names
 from stbench.evaluate import METRICS
 
 load_builtins()

@@ -16,13 +16,7 @@ from safetensors.torch import load_file
 
 from stbench.config.plan import StageJob
 from stbench.core.errors import UserError
-from stbench.core.registry import (
-    BACKBONES,
-    RECIPES,
-    load_builtins,
-    lookup,
-    names,
-)
+from stbench.core.registry import BACKBONES, RECIPES, load_builtins, lookup, names
 from stbench.runs.folder import RunFolder
 from stbench.runs.records import RunRecord
 from stbench.train import engine

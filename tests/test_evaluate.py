@@ -19,11 +19,7 @@ from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-from stbench.core.backbone import (
-    Backbone,
-    BackboneInfo,
-    Features,
-)
+from stbench.core.backbone import Backbone, BackboneInfo, Features
 from stbench.core.errors import UserError
 from stbench.data.dataset import Dataset, get_dataset
 from stbench.diffusion import LinearFlow
@@ -47,12 +43,8 @@ from stbench.evaluate import (
     statistics,
     validation_loss,
 )
-from stbench.evaluate import (
-    generate as drawing,
-)
-from stbench.evaluate import (
-    metrics as fidelity,
-)
+from stbench.evaluate import generate as drawing
+from stbench.evaluate import metrics as fidelity
 from stbench.evaluate.extractors import tensors_hash
 from stbench.evaluate.generate import block_noise, step_noise
 from stbench.models.assets import asset_manifest

@@ -16,18 +16,8 @@ import torch
 from rich.console import Console
 
 from stbench.cli.sweep import slots
-from stbench.sweep.executor import (
-    Executor,
-    LocalExecutor,
-    Outcome,
-    last_line,
-    log_file,
-)
-from stbench.sweep.monitor import (
-    Lines,
-    LiveTable,
-    duration,
-)
+from stbench.sweep.executor import Executor, LocalExecutor, Outcome, last_line, log_file
+from stbench.sweep.monitor import Lines, LiveTable, duration
 from tests.test_sweep import job
 
 

@@ -10,11 +10,7 @@ from scipy.special import softmax
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from stbench.evaluate.adm_formulas import (
-    Moments,
-    inception_score_in_order,
-    precision_recall,
-)
+from stbench.evaluate.adm_formulas import Moments, inception_score_in_order, precision_recall
 from stbench.evaluate.metrics import frechet_distance
 
 

@@ -16,11 +16,7 @@ import pytest
 from PIL import Image
 
 from stbench.core.errors import UserError
-from stbench.data.crop import (
-    UNREADABLE,
-    centre_crop,
-    decode_image,
-)
+from stbench.data.crop import UNREADABLE, centre_crop, decode_image
 from stbench.data.sources import _checked, open_source
 from tests.datafiles import make_images, make_tar, picture
 

@@ -11,11 +11,7 @@ from PIL import Image
 
 from stbench.core.errors import UserError
 from stbench.data.dataset import get_dataset
-from stbench.data.prepare import (
-    Job,
-    open_job,
-    prepare,
-)
+from stbench.data.prepare import Job, open_job, prepare
 from stbench.data.spec import DataSpec
 from stbench.evaluate.image_sets import ImageSet, open_images
 from tests.datafiles import make_images

@@ -9,14 +9,7 @@ import pytest
 
 from stbench.core.errors import UserError
 from stbench.runs.folder import find_runs, read_runs
-from stbench.runs.journal import (
-    FILE,
-    Entry,
-    merge_journals,
-    read_journal,
-    settled,
-    write_journal,
-)
+from stbench.runs.journal import FILE, Entry, merge_journals, read_journal, settled, write_journal
 from tests import fake_runs as runs
 
 ENTRY = Entry(

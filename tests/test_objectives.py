@@ -10,11 +10,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from stbench.core.errors import UserError
-from stbench.core.objective import (
-    Batch,
-    Noised,
-    Objective,
-)
+from stbench.core.objective import Batch, Noised, Objective
 from stbench.core.registry import OBJECTIVES, lookup
 from stbench.core.rng import Rng
 from stbench.diffusion import (

@@ -16,12 +16,7 @@ from torch import Tensor
 
 from stbench.core.errors import UserError
 from stbench.core.registry import BACKBONES, lookup
-from stbench.models.official import (
-    ORIGINALS,
-    OfficialModel,
-    from_state,
-    load_official,
-)
+from stbench.models.official import ORIGINALS, OfficialModel, from_state, load_official
 from stbench.testing.golden.backbones import original
 from stbench.testing.golden.run import Golden
 from tests.test_backbones import batch, tiny

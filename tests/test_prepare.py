@@ -20,24 +20,9 @@ from stbench.core.errors import UserError
 from stbench.core.files import write_whole
 from stbench.data import shard_writer
 from stbench.data.crop import decode_image
-from stbench.data.prepare import (
-    Job,
-    _plan,
-    make_encoder,
-    open_job,
-    prepare,
-)
+from stbench.data.prepare import Job, _plan, make_encoder, open_job, prepare
 from stbench.data.shard_writer import shard_bounds, split_of
-from stbench.data.shards import (
-    HELDOUT,
-    MANIFEST,
-    REFERENCE,
-    TRAIN,
-    Manifest,
-    Shards,
-    read_manifest,
-    verify,
-)
+from stbench.data.shards import HELDOUT, MANIFEST, REFERENCE, TRAIN, Manifest, Shards, read_manifest, verify
 from stbench.data.sources import Folder
 from stbench.models.autoencoder import find_vae
 from tests.datafiles import make_images, make_tar, make_vae

@@ -14,17 +14,8 @@ from stbench.core.errors import UserError
 from stbench.data.crop import decode_image
 from stbench.data.dataset import Dataset, get_dataset
 from stbench.data.prefetch import Prefetch
-from stbench.data.prepare import (
-    Job,
-    make_encoder,
-    open_job,
-    prepare,
-)
-from stbench.data.prepared import (
-    Custom,
-    ImageNet256,
-    ImageNet512,
-)
+from stbench.data.prepare import Job, make_encoder, open_job, prepare
+from stbench.data.prepared import Custom, ImageNet256, ImageNet512
 from stbench.data.spec import DataSpec
 from stbench.models.autoencoder import Autoencoder, find_vae, to_uint8
 from tests.datafiles import make_images, make_repa, make_vae

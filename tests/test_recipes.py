@@ -21,19 +21,10 @@ from stbench.config.resolve import Request, resolve
 from stbench.core.backbone import Backbone, BackboneInfo
 from stbench.core.errors import UserError
 from stbench.core.objective import Batch, Objective
-from stbench.core.recipe import (
-    Cost,
-    Step,
-    Supervision,
-)
+from stbench.core.recipe import Cost, Step, Supervision
 from stbench.core.rng import Rng
 from stbench.data.dataset import get_dataset
-from stbench.diffusion import (
-    ImprovedDdpm,
-    LinearFlow,
-    VpContinuous,
-    VpDiscrete,
-)
+from stbench.diffusion import ImprovedDdpm, LinearFlow, VpContinuous, VpDiscrete
 from stbench.models import align
 from stbench.models import encoders as teachers
 from stbench.recipes.dispersive import Dispersive, dispersive

@@ -11,16 +11,8 @@ import pytest
 
 from stbench.cli import data as data_commands
 from stbench.core.errors import UserError
-from stbench.data.repa_layout import (
-    Repa,
-    decoder_of,
-    is_repa,
-)
-from stbench.data.shards import (
-    TRAIN,
-    read_manifest,
-    verify,
-)
+from stbench.data.repa_layout import Repa, decoder_of, is_repa
+from stbench.data.shards import TRAIN, read_manifest, verify
 from tests.datafiles import make_images, make_repa, make_vae, picture
 
 COUNT = 45

@@ -14,23 +14,13 @@ import pytest
 from stbench.compare import terminal, writers
 from stbench.compare.all_backbones import summaries
 from stbench.compare.build import leaderboard
-from stbench.compare.format import (
-    count,
-    duration,
-    flop,
-    number,
-)
+from stbench.compare.format import count, duration, flop, number
 from stbench.compare.leaderboard import Leaderboard
 from stbench.compare.tables import sampling
 from stbench.core.errors import UserError
 from stbench.runs.folder import RunFolder
 from stbench.runs.records import RunRecord
-from tests.fake_runs import (
-    LONG,
-    build,
-    digits,
-    point,
-)
+from tests.fake_runs import LONG, build, digits, point
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

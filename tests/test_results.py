@@ -15,11 +15,7 @@ import pytest
 
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
-from stbench.runs.folder import (
-    RunFolder,
-    find_runs,
-    read_runs,
-)
+from stbench.runs.folder import RunFolder, find_runs, read_runs
 from tests import fake_runs as runs
 
 AWKWARD = [0.1 + 0.2, 1 / 3, 5e-324, 1.7976931348623157e308, -0.0, math.nan, math.inf, -math.inf]

@@ -9,11 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stbench.core.backbone import (
-    Backbone,
-    BackboneInfo,
-    Features,
-)
+from stbench.core.backbone import Backbone, BackboneInfo, Features
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
 from stbench.core.registry import SAMPLERS, names
@@ -28,17 +24,7 @@ from stbench.diffusion import (
 )
 from stbench.diffusion.ddpm_samplers import keep
 from stbench.diffusion.dpm_solver import fast_orders
-from stbench.diffusion.sample import (
-    Ddim,
-    Ddpm,
-    EulerMaruyama,
-    Guidance,
-    Heun,
-    Sampler,
-    guide,
-    nfe,
-    sample,
-)
+from stbench.diffusion.sample import Ddim, Ddpm, EulerMaruyama, Guidance, Heun, Sampler, guide, nfe, sample
 
 FLOWS = [LinearFlow(), CosineFlow()]
 CASES: list[tuple[str | Sampler, Objective]] = [

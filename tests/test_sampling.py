@@ -17,29 +17,17 @@ from PIL import Image
 from torch import Tensor
 
 from stbench.core import files as outputs
-from stbench.core.backbone import (
-    Backbone,
-    BackboneInfo,
-    Features,
-)
+from stbench.core.backbone import Backbone, BackboneInfo, Features
 from stbench.core.device import arithmetic, pick_devices
 from stbench.core.errors import UserError
 from stbench.diffusion import LinearFlow
 from stbench.diffusion.sample import Guidance, sample
 from stbench.evaluate import image_noise
 from stbench.evaluate import sample_job as sampling
-from stbench.evaluate.sample_batch import (
-    ROWS,
-    Order,
-    Painter,
-)
+from stbench.evaluate.sample_batch import ROWS, Order, Painter
 from stbench.evaluate.sample_job import Asked
 from stbench.evaluate.sample_parts import Parts, settings_of
-from stbench.evaluate.sample_source import (
-    Origin,
-    Source,
-    open_source,
-)
+from stbench.evaluate.sample_source import Origin, Source, open_source
 from tests.conftest import Runner
 from tests.test_cli import Command, stbench
 

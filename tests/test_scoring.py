@@ -20,30 +20,12 @@ from stbench.cli import evaluate
 from stbench.cli import evaluate as scoring
 from stbench.core.errors import UserError
 from stbench.evaluate.extractors import get_extractor
-from stbench.evaluate.feature_networks import (
-    INCEPTION_FILE,
-    Inception,
-    Network,
-    load_dino,
-    load_inception,
-)
+from stbench.evaluate.feature_networks import INCEPTION_FILE, Inception, Network, load_dino, load_inception
 from stbench.evaluate.image_sets import open_images
 from stbench.evaluate.metrics import frechet_distance
-from stbench.evaluate.reference import (
-    load_reference,
-    of_survey,
-    write_statistics,
-)
-from stbench.evaluate.scores import (
-    SCORES,
-    full_name,
-    score,
-)
-from stbench.evaluate.statistics import (
-    Survey,
-    evenly_spaced,
-    survey,
-)
+from stbench.evaluate.reference import load_reference, of_survey, write_statistics
+from stbench.evaluate.scores import SCORES, full_name, score
+from stbench.evaluate.statistics import Survey, evenly_spaced, survey
 from stbench.runs.folder import RunFolder
 from tests.conftest import Runner
 from tests.test_cli import Command, stbench

@@ -10,17 +10,9 @@ import pytest
 
 from stbench.core.errors import UserError
 from stbench.runs.folder import RunFolder
-from stbench.runs.journal import (
-    Entry,
-    read_journal,
-    write_journal,
-)
+from stbench.runs.journal import Entry, read_journal, write_journal
 from stbench.sweep import queue as sweep
-from stbench.sweep.executor import (
-    Executor,
-    Job,
-    Outcome,
-)
+from stbench.sweep.executor import Executor, Job, Outcome
 from tests import fake_runs as runs
 
 

@@ -15,11 +15,7 @@ from typing import Any
 
 import pytest
 
-from stbench.runs.folder import (
-    RunFolder,
-    find_runs,
-    read_runs,
-)
+from stbench.runs.folder import RunFolder, find_runs, read_runs
 from stbench.runs.journal import read_journal
 from tests.conftest import BLOCKS, TINY
 from tests.kill_driver import digest

@@ -19,14 +19,7 @@ from stbench import __version__
 from stbench.cli import data_options as cli_data
 from stbench.cli import samples_options as cli_samples
 from stbench.cli.export_options import export
-from stbench.cli.options import (
-    RUNS,
-    Device,
-    KeepChoice,
-    Original,
-    Output,
-    Plugins,
-)
+from stbench.cli.options import RUNS, Device, KeepChoice, Original, Output, Plugins
 from stbench.cli.sweep_options import sweep
 from stbench.core.errors import UserError
 

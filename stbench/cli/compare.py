@@ -12,12 +12,7 @@ from stbench.compare.published import Figure, read_reported
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.runs.folder import find_runs, read_runs
-from stbench.runs.journal import (
-    FILE,
-    Entry,
-    merge_journals,
-    read_journal,
-)
+from stbench.runs.journal import FILE, Entry, merge_journals, read_journal
 
 
 def compare(

@@ -15,45 +15,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stbench.config.overrides import parse_set
-from stbench.config.resolve import (
-    evaluation,
-    scales,
-)
+from stbench.config.resolve import evaluation, scales
 from stbench.config.spec import EvalSpec
 from stbench.core.device import pick_device, pick_devices
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write, room_for
 from stbench.core.registry import load_builtins
 from stbench.evaluate import past_run, points
-from stbench.evaluate.feature_networks import (
-    INCEPTION_SHA256,
-    Network,
-    load_dino,
-    load_inception,
-)
+from stbench.evaluate.feature_networks import INCEPTION_SHA256, Network, load_dino, load_inception
 from stbench.evaluate.image_sets import ImageSet, open_images
 from stbench.evaluate.past_run import open_run
-from stbench.evaluate.reference import (
-    load_reference,
-    size_of,
-    write_statistics,
-)
+from stbench.evaluate.reference import load_reference, size_of, write_statistics
 from stbench.evaluate.sample_job import Asked, draw
 from stbench.evaluate.sample_parts import settings_of
 from stbench.evaluate.sample_source import Origin
-from stbench.evaluate.scores import (
-    SCORES,
-    Verdict,
-    full_name,
-    require_comparable,
-    score,
-)
+from stbench.evaluate.scores import SCORES, Verdict, full_name, require_comparable, score
 from stbench.evaluate.statistics import survey
 from stbench.runs.folder import RunFolder
 from stbench.runs.records import SCHEMA
-from stbench.train.progress import (
-    point_line,
-)
+from stbench.train.progress import point_line
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,7 @@ from stbench.core.errors import UserError
 from stbench.core.registry import BACKBONES, lookup
 from stbench.evaluate.past_run import PastRun, open_run
 from stbench.models.export import Kind, _require_native, _write_diffusers, _write_official
-from stbench.models.weights import (
-    load_weights,
-)
+from stbench.models.weights import load_weights
 
 
 def export_run(path: Path, kind: Kind, output: Path, weights: Weights) -> list[str]:

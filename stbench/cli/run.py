@@ -19,25 +19,14 @@ from stbench.config.build import build_backbone
 from stbench.config.init_from import note
 from stbench.config.overrides import parse_set, read_config
 from stbench.config.plan import describe, planned_recipes
-from stbench.config.resolve import (
-    completed,
-    specify,
-)
+from stbench.config.resolve import completed, specify
 from stbench.config.spec import RunSpec
 from stbench.core.device import pick_device
 from stbench.core.recipe import Artifact
 from stbench.core.registry import load_builtins, load_plugins
 from stbench.train import engine
-from stbench.train.cost import (
-    disk_bytes,
-    meta_loader,
-    rehearse,
-)
-from stbench.train.progress import (
-    Hook,
-    Tracker,
-    progress_hook,
-)
+from stbench.train.cost import disk_bytes, meta_loader, rehearse
+from stbench.train.progress import Hook, Tracker, progress_hook
 
 
 @dataclass(frozen=True)

@@ -21,27 +21,12 @@ from stbench.config.resolve import completed
 from stbench.core.device import pick_device
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
-from stbench.core.registry import (
-    BACKBONES,
-    RECIPES,
-    load_builtins,
-    load_plugins,
-    names,
-)
+from stbench.core.registry import BACKBONES, RECIPES, load_builtins, load_plugins, names
 from stbench.runs.folder import RunFolder
 from stbench.runs.journal import Entry
-from stbench.sweep import (
-    monitor,
-    suite,
-)
-from stbench.sweep import (
-    queue as sweep,
-)
-from stbench.sweep.executor import (
-    Job,
-    LocalExecutor,
-    log_file,
-)
+from stbench.sweep import monitor, suite
+from stbench.sweep import queue as sweep
+from stbench.sweep.executor import Job, LocalExecutor, log_file
 from stbench.train import engine
 
 

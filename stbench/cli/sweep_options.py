@@ -6,13 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stbench.cli.options import (
-    RUNS,
-    Device,
-    KeepChoice,
-    Output,
-    Plugins,
-)
+from stbench.cli.options import RUNS, Device, KeepChoice, Output, Plugins
 
 
 def sweep(

@@ -8,27 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stbench.compare.format import (
-    NONE,
-    Section,
-    count,
-)
-from stbench.compare.leaderboard import (
-    Absent,
-    Leaderboard,
-    Row,
-    Standing,
-    Table,
-    Versus,
-)
-from stbench.compare.tables import (
-    best,
-    fid,
-    missing,
-    names,
-    ratio,
-    sampling,
-)
+from stbench.compare.format import NONE, Section, count
+from stbench.compare.leaderboard import Absent, Leaderboard, Row, Standing, Table, Versus
+from stbench.compare.tables import best, fid, missing, names, ratio, sampling
 from stbench.compare.verdicts import BASELINE
 
 NO_RANKING = (

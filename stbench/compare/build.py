@@ -9,33 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from stbench.compare.budgets import (
-    edges,
-    gaps,
-    paid_budget,
-    student_budget,
-)
-from stbench.compare.leaderboard import (
-    Leaderboard,
-    Point,
-    Row,
-    Standing,
-    Table,
-)
+from stbench.compare.budgets import edges, gaps, paid_budget, student_budget
+from stbench.compare.leaderboard import Leaderboard, Point, Row, Standing, Table
 from stbench.compare.rows import Group, group_runs
 from stbench.compare.stats import cell
-from stbench.compare.unfinished import (
-    Claims,
-    absent,
-    claims,
-    final_points,
-    row_key,
-)
-from stbench.compare.verdicts import (
-    BASELINE,
-    nan_last,
-    standings,
-)
+from stbench.compare.unfinished import Claims, absent, claims, final_points, row_key
+from stbench.compare.verdicts import BASELINE, nan_last, standings
 from stbench.runs.journal import Entry
 from stbench.runs.records import RunRecord
 

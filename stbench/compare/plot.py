@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stbench.compare.format import count
-from stbench.compare.leaderboard import (
-    Leaderboard,
-    Row,
-    Table,
-)
+from stbench.compare.leaderboard import Leaderboard, Row, Table
 from stbench.compare.tables import heading
 from stbench.compare.verdicts import BASELINE
 from stbench.core.errors import UserError

@@ -8,11 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from stbench.compare.format import (
-    NONE,
-    Section,
-    count,
-)
+from stbench.compare.format import NONE, Section, count
 from stbench.core.errors import UserError
 
 FILE = Path("results/reported.csv")

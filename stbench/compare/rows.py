@@ -8,13 +8,7 @@ from functools import cached_property
 
 from stbench.compare.leaderboard import Interval
 from stbench.compare.stats import value_at
-from stbench.compare.unfinished import (
-    Claim,
-    Claims,
-    RowKey,
-    final_points,
-    row_key,
-)
+from stbench.compare.unfinished import Claim, Claims, RowKey, final_points, row_key
 from stbench.core.errors import UserError
 from stbench.runs.records import CurvePoint, RunRecord
 

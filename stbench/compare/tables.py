@@ -10,24 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from textwrap import shorten
 from typing import Any
 
-from stbench.compare.format import (
-    NONE,
-    Section,
-    count,
-    duration,
-    flop,
-    number,
-    spread,
-)
-from stbench.compare.leaderboard import (
-    Absent,
-    Guided,
-    Reach,
-    Row,
-    Standing,
-    Table,
-    Versus,
-)
+from stbench.compare.format import NONE, Section, count, duration, flop, number, spread
+from stbench.compare.leaderboard import Absent, Guided, Reach, Row, Standing, Table, Versus
 from stbench.compare.stats import Cell
 from stbench.compare.verdicts import BASELINE
 

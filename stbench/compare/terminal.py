@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stbench.compare.format import Section
-from stbench.compare.leaderboard import (
-    Leaderboard,
-)
+from stbench.compare.leaderboard import Leaderboard
 from stbench.compare.published import Figure
 from stbench.runs.folder import RunFolder
 from stbench.runs.records import RunRecord

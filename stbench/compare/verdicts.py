@@ -9,23 +9,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from stbench.compare.leaderboard import (
-    Guided,
-    Interval,
-    Reach,
-    Standing,
-    Versus,
-)
+from stbench.compare.leaderboard import Guided, Interval, Reach, Standing, Versus
 from stbench.compare.rows import Group
-from stbench.compare.stats import (
-    Cell,
-    cell,
-    crossing,
-    holm,
-    mean,
-    paired_interval,
-    paired_p,
-)
+from stbench.compare.stats import Cell, cell, crossing, holm, mean, paired_interval, paired_p
 
 BASELINE = "vanilla"
 """The recipe, without options, that every other row is measured against."""

@@ -15,12 +15,7 @@ from stbench.compare import tables
 from stbench.compare.all_backbones import summaries
 from stbench.compare.build import leaderboard
 from stbench.compare.format import Section
-from stbench.compare.leaderboard import (
-    Absent,
-    Leaderboard,
-    Row,
-    Table,
-)
+from stbench.compare.leaderboard import Absent, Leaderboard, Row, Table
 from stbench.compare.published import Figure
 from stbench.core.errors import UserError
 from stbench.runs.records import SCHEMA, RunRecord

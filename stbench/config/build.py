@@ -11,12 +11,7 @@ from stbench.core.backbone import Backbone, BackboneInfo
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
 from stbench.core.recipe import Stage
-from stbench.core.registry import (
-    BACKBONES,
-    OBJECTIVES,
-    RECIPES,
-    lookup,
-)
+from stbench.core.registry import BACKBONES, OBJECTIVES, RECIPES, lookup
 
 
 def build_backbone(

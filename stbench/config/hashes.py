@@ -9,12 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stbench.config.spec import RunSpec
-from stbench.core.registry import (
-    BACKBONES,
-    RECIPES,
-    lookup,
-    plugin_hash,
-)
+from stbench.core.registry import BACKBONES, RECIPES, lookup, plugin_hash
 
 
 def fingerprint(value: Any) -> str:

@@ -13,12 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from stbench.core.errors import UserError
-from stbench.core.registry import (
-    BACKBONES,
-    lookup,
-    names,
-    suggest,
-)
+from stbench.core.registry import BACKBONES, lookup, names, suggest
 
 SECTIONS = ("backbone", "recipe", "train", "eval", "data")
 """First words of the options that --set takes."""

@@ -11,23 +11,12 @@ from typing import Any
 
 import torch
 
-from stbench.config.build import (
-    build_backbone,
-    stages_of,
-)
+from stbench.config.build import build_backbone, stages_of
 from stbench.config.hashes import Hashes, fingerprint, hashes, setting_fields
 from stbench.config.spec import RunSpec
-from stbench.core.backbone import (
-    Backbone,
-    BackboneInfo,
-    Weights,
-)
+from stbench.core.backbone import Backbone, BackboneInfo, Weights
 from stbench.core.errors import UserError
-from stbench.core.recipe import (
-    Artifact,
-    Stage,
-    Supervision,
-)
+from stbench.core.recipe import Artifact, Stage, Supervision
 from stbench.core.registry import plugin_hash
 from stbench.data.dataset import Dataset, get_dataset
 

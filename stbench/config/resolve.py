@@ -13,24 +13,10 @@ from stbench.config import plan
 from stbench.config.build import build_objective
 from stbench.config.init_from import require_fit, take_up
 from stbench.config.overrides import SECTIONS, _near, _section, _validate, split_backbone
-from stbench.config.spec import (
-    BackboneSpec,
-    EvalSpec,
-    RecipeSpec,
-    RunSpec,
-    TrainSpec,
-)
+from stbench.config.spec import BackboneSpec, EvalSpec, RecipeSpec, RunSpec, TrainSpec
 from stbench.core.device import default_precision
 from stbench.core.errors import UserError
-from stbench.core.registry import (
-    BACKBONES,
-    DATASETS,
-    OBJECTIVES,
-    RECIPES,
-    SAMPLERS,
-    lookup,
-    suggest,
-)
+from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, lookup, suggest
 from stbench.data.dataset import get_dataset
 from stbench.data.spec import DataSpec, data_fields
 from stbench.diffusion.sample import check_steps

@@ -13,20 +13,10 @@ from torch import Tensor
 
 from stbench.core.errors import UserError
 from stbench.core.files import require_room
-from stbench.data.crop import (
-    UNREADABLE,
-    decode_image,
-    reason,
-)
+from stbench.data.crop import UNREADABLE, decode_image, reason
 from stbench.data.prepare import Advance
 from stbench.data.repa_layout import Repa, is_repa
-from stbench.data.shards import (
-    HELDOUT,
-    REFERENCE,
-    Manifest,
-    open_array,
-    read_manifest,
-)
+from stbench.data.shards import HELDOUT, REFERENCE, Manifest, open_array, read_manifest
 from stbench.data.sources import open_source
 from stbench.models import encoders as teachers
 

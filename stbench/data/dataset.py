@@ -15,10 +15,7 @@ from torch import Tensor
 from stbench.core.errors import UserError
 from stbench.core.registry import DATASETS, lookup
 from stbench.data.spec import DataSpec
-from stbench.models.autoencoder import (
-    Autoencoder,
-    to_float,
-)
+from stbench.models.autoencoder import Autoencoder, to_float
 
 
 @dataclass(frozen=True)

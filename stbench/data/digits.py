@@ -14,10 +14,7 @@ from stbench.core.registry import DATASETS
 from stbench.core.rng import generator
 from stbench.data.dataset import Dataset, Preset, encode_moments, stratified_split
 from stbench.models.assets import asset_manifest
-from stbench.models.autoencoder import (
-    digits_autoencoder,
-    to_uint8,
-)
+from stbench.models.autoencoder import digits_autoencoder, to_uint8
 
 HELD_OUT = 297
 """Digits that no network was trained on."""

@@ -20,33 +20,11 @@ import numpy as np
 
 from stbench.core.device import pick_device
 from stbench.core.errors import UserError
-from stbench.data.crop import (
-    UNREADABLE,
-    decode_image,
-    reason,
-    same_size,
-)
+from stbench.data.crop import UNREADABLE, decode_image, reason, same_size
 from stbench.data.prepare import PIXELS, Listed, encode, make_encoder
-from stbench.data.repa_layout import (
-    DEFAULT_VAE,
-    Repa,
-    decoder_of,
-    is_repa,
-)
-from stbench.data.shard_writer import (
-    PLAN,
-    REFERENCES,
-    split_of,
-)
-from stbench.data.shards import (
-    MANIFEST,
-    TRAIN,
-    Kind,
-    Manifest,
-    Shards,
-    open_array,
-    read_manifest,
-)
+from stbench.data.repa_layout import DEFAULT_VAE, Repa, decoder_of, is_repa
+from stbench.data.shard_writer import PLAN, REFERENCES, split_of
+from stbench.data.shards import MANIFEST, TRAIN, Kind, Manifest, Shards, open_array, read_manifest
 from stbench.data.sources import Source, open_source
 from stbench.data.spec import DataSpec
 

@@ -15,18 +15,8 @@ import torch
 
 from stbench.core.device import arithmetic
 from stbench.core.errors import UserError
-from stbench.data.crop import (
-    UNREADABLE,
-    decode_image,
-    reason,
-)
-from stbench.data.shard_writer import (
-    REFERENCES,
-    Rows,
-    build,
-    shard_bounds,
-    split_of,
-)
+from stbench.data.crop import UNREADABLE, decode_image, reason
+from stbench.data.shard_writer import REFERENCES, Rows, build, shard_bounds, split_of
 from stbench.data.shards import TRAIN, Kind, Manifest
 from stbench.data.sources import Source, open_source
 from stbench.models.autoencoder import VAE, Autoencoder, find_vae, to_float

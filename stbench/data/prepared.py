@@ -24,13 +24,7 @@ from stbench.data.open import Collection, open_collection
 from stbench.data.prefetch import Prefetch
 from stbench.data.shards import HELDOUT, REFERENCE
 from stbench.data.spec import DataSpec
-from stbench.models.autoencoder import (
-    VAE,
-    Autoencoder,
-    find_vae,
-    to_float,
-    to_uint8,
-)
+from stbench.models.autoencoder import VAE, Autoencoder, find_vae, to_float, to_uint8
 
 DECODED = 16
 """Latents that are decoded at a time."""

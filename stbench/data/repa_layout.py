@@ -19,26 +19,10 @@ from zipfile import BadZipFile
 import numpy as np
 
 from stbench.core.errors import UserError
-from stbench.data.crop import (
-    SUFFIXES,
-    UNREADABLE,
-    decode_image,
-    reason,
-    same_size,
-)
-from stbench.data.shard_writer import (
-    Rows,
-    build,
-    shard_bounds,
-    split_of,
-)
+from stbench.data.crop import SUFFIXES, UNREADABLE, decode_image, reason, same_size
+from stbench.data.shard_writer import Rows, build, shard_bounds, split_of
 from stbench.data.shards import TRAIN, Manifest
-from stbench.models.autoencoder import (
-    PUBLISHED_SCALE,
-    VAE,
-    find_vae,
-    is_published,
-)
+from stbench.models.autoencoder import PUBLISHED_SCALE, VAE, find_vae, is_published
 
 FEATURES, IMAGES, LABELS = "vae-sd", "images", "dataset.json"
 DEFAULT_VAE = "sd-vae-ft-mse"

@@ -13,11 +13,7 @@ from stbench.core.errors import UserError
 from stbench.core.registry import SAMPLERS
 from stbench.diffusion import Discrete, respaced_steps
 from stbench.diffusion.guidance import Denoiser
-from stbench.diffusion.sampler import (
-    Noise,
-    Sampler,
-    draw,
-)
+from stbench.diffusion.sampler import Noise, Sampler, draw
 
 Spacing = Literal["stride", "spread"]
 """Every k-th step ("ddimN" in improved DDPM's code), or N steps from the first to the last ("N")."""

@@ -11,12 +11,8 @@ from torch import Tensor
 
 from stbench.core.registry import SAMPLERS
 from stbench.diffusion import Discrete
-from stbench.diffusion.guidance import Denoiser
-from stbench.diffusion.sampler import (
-    Noise,
-    Sampler,
-    host,
-)
+from stbench.diffusion.guidance import Denoiser, host
+from stbench.diffusion.sampler import Noise, Sampler
 
 _CONTINUOUS_END = 1e-4
 """Last time of a continuous process; a discrete one ends at its first step (U-ViT)."""

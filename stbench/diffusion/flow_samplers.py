@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from stbench.core.registry import SAMPLERS
-from stbench.diffusion.guidance import Denoiser
-from stbench.diffusion.sampler import (
-    Noise,
-    Sampler,
-    draw,
-    host,
-)
+from stbench.diffusion.guidance import Denoiser, host
+from stbench.diffusion.sampler import Noise, Sampler, draw
 
 
 @final

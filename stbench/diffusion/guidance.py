@@ -11,7 +11,6 @@ from torch import Tensor
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
-from stbench.diffusion.sampler import host
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,11 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, channels: int | None = Non
         return uncond + scale * (cond - uncond)
     guided = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
     return torch.cat([guided, cond[:, channels:]], dim=1)
+
+
+def host(t: float) -> Tensor:
+    """A time as a host tensor (1,) float64."""
+    return torch.tensor([t], dtype=torch.float64)
 
 
 @final

@@ -11,12 +11,7 @@ from torch import Tensor
 from stbench.core.objective import Noised, Objective
 from stbench.core.registry import OBJECTIVES
 from stbench.core.rng import Rng
-from stbench.diffusion.schedule import (
-    Schedule,
-    like,
-    linear_betas,
-    scaled_linear_betas,
-)
+from stbench.diffusion.schedule import Schedule, like, linear_betas, scaled_linear_betas
 
 
 class NoisePrediction(Objective):

@@ -7,30 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stbench.core.backbone import (
-    Backbone,
-    BackboneInfo,
-    Features,
-)
+from stbench.core.backbone import Backbone, BackboneInfo, Features
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
-from stbench.core.registry import (
-    OBJECTIVES,
-    SAMPLERS,
-    lookup,
-)
+from stbench.core.registry import OBJECTIVES, SAMPLERS, lookup
 from stbench.diffusion.ddpm_samplers import Ddim, Ddpm
 from stbench.diffusion.dpm_solver import DpmSolver
-from stbench.diffusion.flow_samplers import (
-    Euler,
-    EulerMaruyama,
-    Heun,
-)
-from stbench.diffusion.guidance import (
-    Denoiser,
-    Guidance,
-    guide,
-)
+from stbench.diffusion.flow_samplers import Euler, EulerMaruyama, Heun
+from stbench.diffusion.guidance import Denoiser, Guidance, guide
 from stbench.diffusion.sampler import Noise, Sampler
 
 __all__ = [

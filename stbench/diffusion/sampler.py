@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from stbench.diffusion.guidance import Denoiser
@@ -33,11 +32,6 @@ class Sampler(ABC):
     @abstractmethod
     def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
         """From x (B,C,H,W) float64 at the noisiest time to the sample, float64."""
-
-
-def host(t: float) -> Tensor:
-    """A time as a host tensor (1,) float64."""
-    return torch.tensor([t], dtype=torch.float64)
 
 
 def draw(noise: Noise | None, index: int, x: Tensor) -> Tensor:

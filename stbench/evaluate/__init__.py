@@ -2,19 +2,8 @@
 
 from __future__ import annotations
 
-from stbench.evaluate.extractors import (
-    DigitsClassifier,
-    DigitsExtractor,
-    extract,
-    get_extractor,
-)
-from stbench.evaluate.generate import (
-    draw_labels,
-    generate,
-    grid,
-    image_noise,
-    validation_loss,
-)
+from stbench.evaluate.extractors import DigitsClassifier, DigitsExtractor, extract, get_extractor
+from stbench.evaluate.generate import draw_labels, generate, grid, image_noise, validation_loss
 from stbench.evaluate.metrics import (
     BASIC,
     EXTRAS,

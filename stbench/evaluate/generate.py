@@ -21,11 +21,7 @@ from stbench.core.files import atomic_write
 from stbench.core.objective import Objective
 from stbench.core.rng import generator
 from stbench.data.dataset import Dataset
-from stbench.diffusion.sample import (
-    Guidance,
-    Noise,
-    sample,
-)
+from stbench.diffusion.sample import Guidance, Noise, sample
 
 BLOCK = 50
 """Images whose evaluation noise shares one generator."""

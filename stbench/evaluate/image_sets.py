@@ -18,11 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from stbench.core.errors import UserError
-from stbench.data.crop import (
-    SUFFIXES,
-    UNREADABLE,
-    centre_crop,
-)
+from stbench.data.crop import SUFFIXES, UNREADABLE, centre_crop
 from stbench.data.open import open_collection
 from stbench.data.shards import MANIFEST, REFERENCE
 from stbench.data.spec import DataSpec

@@ -25,12 +25,7 @@ from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.core.registry import suggest
 from stbench.data.dataset import Dataset
-from stbench.evaluate.extractors import (
-    extract,
-    extractor_hash,
-    get_extractor,
-    tensors_hash,
-)
+from stbench.evaluate.extractors import extract, extractor_hash, get_extractor, tensors_hash
 
 BASIC = ("fid", "fid_all", "is", "accuracy")
 """Metrics of every evaluation point."""

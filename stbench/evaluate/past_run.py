@@ -8,10 +8,7 @@ from pathlib import Path
 
 from stbench.config.build import build_backbone
 from stbench.config.plan import StageJob, prepare
-from stbench.config.spec import (
-    RunSpec,
-    revalidate,
-)
+from stbench.config.spec import RunSpec, revalidate
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
 from stbench.core.registry import load_plugins

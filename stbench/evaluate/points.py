@@ -13,18 +13,11 @@ import torch
 from stbench import evaluate
 from stbench.config.build import build_objective
 from stbench.config.plan import StageJob
-from stbench.config.spec import (
-    EvalSpec,
-    RunSpec,
-)
+from stbench.config.spec import EvalSpec, RunSpec
 from stbench.core.backbone import Backbone
 from stbench.data.dataset import Dataset
 from stbench.diffusion.sample import Guidance
-from stbench.evaluate.extractors import (
-    extractor_hash,
-    get_extractor,
-    tensors_hash,
-)
+from stbench.evaluate.extractors import extractor_hash, get_extractor, tensors_hash
 from stbench.evaluate.past_run import PastRun, _cache
 from stbench.models.autoencoder import ROUNDING
 from stbench.runs.folder import RunFolder

@@ -29,12 +29,7 @@ from stbench.evaluate.image_sets import (
     open_member,
     open_npz,
 )
-from stbench.evaluate.statistics import (
-    ROWS,
-    Fit,
-    Survey,
-    survey,
-)
+from stbench.evaluate.statistics import ROWS, Fit, Survey, survey
 
 NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dino": ("mu_dino", "sigma_dino")}
 """Feature space -> names of its mean and covariance in a file; the first two are ADM's."""

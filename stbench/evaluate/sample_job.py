@@ -21,22 +21,9 @@ from stbench.core.registry import suggest
 from stbench.diffusion.sample import Guidance, check_steps
 from stbench.diffusion.sample import resolve as resolve_sampler
 from stbench.evaluate import draw_labels
-from stbench.evaluate.sample_batch import (
-    Order,
-    Painter,
-    rows,
-)
-from stbench.evaluate.sample_parts import (
-    Parts,
-    is_made,
-    join,
-)
-from stbench.evaluate.sample_source import (
-    PRECISIONS,
-    Origin,
-    Source,
-    open_source,
-)
+from stbench.evaluate.sample_batch import Order, Painter, rows
+from stbench.evaluate.sample_parts import Parts, is_made, join
+from stbench.evaluate.sample_source import PRECISIONS, Origin, Source, open_source
 from stbench.runs.records import SCHEMA
 
 Report = Callable[[int], None]

@@ -17,12 +17,7 @@ from typing import Any
 import numpy as np
 
 from stbench.core.errors import UserError
-from stbench.core.files import (
-    atomic_write,
-    room_for,
-    write_npz,
-    write_pictures,
-)
+from stbench.core.files import atomic_write, room_for, write_npz, write_pictures
 from stbench.evaluate.image_sets import open_member, open_npz
 
 

@@ -11,11 +11,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 
 from stbench.core.errors import UserError
 from stbench.evaluate.adm_formulas import inception_score_in_order, precision_recall
-from stbench.evaluate.metrics import (
-    FEWEST,
-    frechet_distance,
-    kernel_distance,
-)
+from stbench.evaluate.metrics import FEWEST, frechet_distance, kernel_distance
 from stbench.evaluate.reference import Reference
 from stbench.evaluate.statistics import Survey
 

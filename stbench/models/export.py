@@ -19,10 +19,7 @@ from torch import Tensor
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write, room_for, write_whole
-from stbench.models.weights import (
-    State,
-    save_weights,
-)
+from stbench.models.weights import State, save_weights
 
 Kind = Literal["official", "diffusers"]
 

@@ -17,16 +17,8 @@ from torch import Tensor
 
 from stbench.core.backbone import Backbone, Weights
 from stbench.core.errors import UserError
-from stbench.core.registry import (
-    BACKBONES,
-    lookup,
-    suggest,
-)
-from stbench.models.weights import (
-    State,
-    read_foreign,
-    tensors_sha256,
-)
+from stbench.core.registry import BACKBONES, lookup, suggest
+from stbench.models.weights import State, read_foreign, tensors_sha256
 
 
 @dataclass(frozen=True)

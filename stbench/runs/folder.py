@@ -17,19 +17,8 @@ from typing import Any, Literal, TypeVar
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.runs import schema
-from stbench.runs.records import (
-    SCHEMA,
-    CurvePoint,
-    RunRecord,
-    StageRecord,
-)
-from stbench.runs.schema import (
-    REMEDY,
-    Fields,
-    convert,
-    parse,
-    plain,
-)
+from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord
+from stbench.runs.schema import REMEDY, Fields, convert, parse, plain
 
 State = Literal["running", "stopped", "failed", "finished"]
 

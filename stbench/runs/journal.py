@@ -15,11 +15,7 @@ from typing import Any, Literal, get_args
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.runs import schema
-from stbench.runs.records import (
-    SCHEMA,
-    RunRecord,
-    row_label,
-)
+from stbench.runs.records import SCHEMA, RunRecord, row_label
 
 FILE = "sweep.json"
 State = Literal["waiting", "running", "failed", "finished"]

@@ -14,14 +14,7 @@ from pathlib import Path
 
 from stbench.core.errors import UserError
 from stbench.runs.folder import RunFolder
-from stbench.runs.journal import (
-    Entry,
-    State,
-    merge_journals,
-    read_journal,
-    settled,
-    write_journal,
-)
+from stbench.runs.journal import Entry, State, merge_journals, read_journal, settled, write_journal
 from stbench.runs.records import RunRecord
 from stbench.sweep.executor import Executor, Job
 

@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stbench.config import plan
-from stbench.config.overrides import (
-    OPTIONS,
-    checked_options,
-    read_file,
-)
+from stbench.config.overrides import OPTIONS, checked_options, read_file
 from stbench.config.plan import stage_fingerprints
 from stbench.config.resolve import specify
 from stbench.config.spec import RunSpec

@@ -10,11 +10,7 @@ from torch import Tensor, nn
 from stbench.config.build import build_backbone, build_objective
 from stbench.config.resolve import Request, resolve
 from stbench.core.backbone import Backbone, BackboneInfo
-from stbench.core.registry import (
-    DATASETS,
-    load_builtins,
-    lookup,
-)
+from stbench.core.registry import DATASETS, load_builtins, lookup
 from stbench.core.rng import generator
 
 Factory = Callable[..., Backbone]

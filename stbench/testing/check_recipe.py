@@ -12,39 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from stbench.config.build import build_backbone, build_objective
-from stbench.config.plan import (
-    StageJob,
-    plan,
-    planned_recipes,
-    stage_fingerprint,
-)
+from stbench.config.plan import StageJob, plan, planned_recipes, stage_fingerprint
 from stbench.config.resolve import Request, resolve
 from stbench.config.spec import RunSpec
-from stbench.core.backbone import (
-    Backbone,
-    BackboneInfo,
-    Weights,
-)
-from stbench.core.recipe import (
-    Artifact,
-    Step,
-    Supervision,
-    Term,
-)
-from stbench.core.registry import (
-    DATASETS,
-    load_builtins,
-    lookup,
-)
+from stbench.core.backbone import Backbone, BackboneInfo, Weights
+from stbench.core.recipe import Artifact, Step, Supervision, Term
+from stbench.core.registry import DATASETS, load_builtins, lookup
 from stbench.core.rng import Rng, key
 from stbench.testing.check_backbone import require
 from stbench.train.cost import meta_loader, rehearse
-from stbench.train.step import (
-    StageModule,
-    make_batch,
-    make_optimizer,
-    update_ema,
-)
+from stbench.train.step import StageModule, make_batch, make_optimizer, update_ema
 
 BATCH, STEPS = 16, 3
 

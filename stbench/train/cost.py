@@ -6,19 +6,11 @@ from typing import Any
 
 import torch
 
-from stbench.config.build import (
-    build_backbone,
-    build_objective,
-)
+from stbench.config.build import build_backbone, build_objective
 from stbench.config.plan import Loader, StageJob
 from stbench.config.spec import RunSpec
-from stbench.core.backbone import (
-    Backbone,
-)
-from stbench.core.recipe import (
-    Cost,
-    Supervision,
-)
+from stbench.core.backbone import Backbone
+from stbench.core.recipe import Cost, Supervision
 from stbench.core.rng import Rng
 from stbench.train.step import StageModule, make_batch
 

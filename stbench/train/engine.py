@@ -9,13 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from stbench.config.hashes import Hashes
-from stbench.config.plan import (
-    StageJob,
-    describe,
-    planned_recipes,
-    prepare,
-    run_id,
-)
+from stbench.config.plan import StageJob, describe, planned_recipes, prepare, run_id
 from stbench.config.spec import RunSpec
 from stbench.core.errors import UserError
 from stbench.core.recipe import Artifact
@@ -23,11 +17,7 @@ from stbench.runs.folder import RunFolder
 from stbench.runs.records import RunRecord
 from stbench.train.environment import environment
 from stbench.train.interrupt import Interrupt
-from stbench.train.loop import (
-    Interrupted,
-    Options,
-    StageRun,
-)
+from stbench.train.loop import Interrupted, Options, StageRun
 from stbench.train.progress import Hook
 
 

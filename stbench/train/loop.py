@@ -33,13 +33,7 @@ from stbench.runs.records import StageRecord
 from stbench.train import step as stages
 from stbench.train.interrupt import Interrupt
 from stbench.train.progress import Hook
-from stbench.train.state import (
-    TrainingState,
-    load_state,
-    read_artifact,
-    save_state,
-    write_artifact,
-)
+from stbench.train.state import TrainingState, load_state, read_artifact, save_state, write_artifact
 
 Keep = Literal["all", "last"]
 

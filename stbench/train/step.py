@@ -15,11 +15,7 @@ from torch import Tensor, nn
 from stbench.config.spec import TrainSpec
 from stbench.core.backbone import Backbone
 from stbench.core.objective import Batch, Objective
-from stbench.core.recipe import (
-    Cost,
-    Step,
-    Supervision,
-)
+from stbench.core.recipe import Cost, Step, Supervision
 from stbench.core.rng import Rng, key
 
 

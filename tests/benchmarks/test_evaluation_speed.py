@@ -10,25 +10,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from stbench.config.build import build_backbone, build_objective
 from stbench.config.resolve import Request, resolve
-from stbench.core.registry import (
-    OBJECTIVES,
-    load_builtins,
-    lookup,
-    names,
-)
+from stbench.core.registry import OBJECTIVES, load_builtins, lookup, names
 from stbench.core.rng import Rng
 from stbench.data.dataset import get_dataset
-from stbench.diffusion.sample import (
-    Guidance,
-    nfe,
-    sample,
-)
+from stbench.diffusion.sample import Guidance, nfe, sample
 from stbench.diffusion.sample import resolve as resolve_sampler
-from stbench.evaluate import (
-    BASIC,
-    EXTRAS,
-    metrics,
-)
+from stbench.evaluate import BASIC, EXTRAS, metrics
 
 load_builtins()
 pytestmark = pytest.mark.benchmark

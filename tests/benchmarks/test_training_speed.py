@@ -19,20 +19,10 @@ from stbench.config.resolve import Request, resolve
 from stbench.config.spec import RunSpec
 from stbench.core.backbone import Backbone, Weights
 from stbench.core.recipe import Artifact
-from stbench.core.registry import (
-    BACKBONES,
-    RECIPES,
-    load_builtins,
-    names,
-)
+from stbench.core.registry import BACKBONES, RECIPES, load_builtins, names
 from stbench.core.rng import Rng
 from stbench.data.dataset import get_dataset
-from stbench.train.step import (
-    StageModule,
-    make_batch,
-    make_optimizer,
-    update_ema,
-)
+from stbench.train.step import StageModule, make_batch, make_optimizer, update_ema
 
 load_builtins()
 pytestmark = pytest.mark.benchmark

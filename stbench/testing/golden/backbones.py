@@ -11,24 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from stbench.core.backbone import Backbone
-from stbench.core.registry import (
-    BACKBONES,
-    load_builtins,
-    lookup,
-)
+from stbench.core.registry import BACKBONES, load_builtins, lookup
 from stbench.diffusion.sample import guide
 from stbench.models.align import projector
-from stbench.models.layers import (
-    sincos_2d,
-    timestep_sinusoid,
-    unpatchify,
-)
+from stbench.models.layers import sincos_2d, timestep_sinusoid, unpatchify
 from stbench.models.official import from_state
-from stbench.testing.golden.run import (
-    Check,
-    Golden,
-    check,
-)
+from stbench.testing.golden.run import Check, Golden, check
 
 TOLERANCE = 2e-5
 GUIDED_CHANNELS = 3

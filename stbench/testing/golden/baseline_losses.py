@@ -9,11 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from stbench.core.recipe import (
-    Cost,
-    Step,
-    Supervision,
-)
+from stbench.core.recipe import Cost, Step, Supervision
 from stbench.diffusion import ImprovedDdpm, LinearFlow
 from stbench.models import align
 from stbench.models.align import Clock
@@ -21,29 +17,10 @@ from stbench.models.encoders import Source
 from stbench.recipes.dispersive import Dispersive
 from stbench.recipes.layersync import LayerSync
 from stbench.recipes.repa import Repa
-from stbench.recipes.sra import (
-    Decay,
-    Distance,
-    Sra,
-)
-from stbench.testing.golden.objectives import (
-    TOLERANCE,
-    gradient,
-    network,
-    tolerated,
-)
-from stbench.testing.golden.run import (
-    Check,
-    Golden,
-    check,
-)
-from stbench.testing.golden.self_transcendence import (
-    LABEL_DROP,
-    denoising,
-    filled,
-    step_of,
-    teacher_of,
-)
+from stbench.recipes.sra import Decay, Distance, Sra
+from stbench.testing.golden.objectives import TOLERANCE, gradient, network, tolerated
+from stbench.testing.golden.run import Check, Golden, check
+from stbench.testing.golden.self_transcendence import LABEL_DROP, denoising, filled, step_of, teacher_of
 
 
 def value(recipe: Supervision, step: Step) -> Tensor:

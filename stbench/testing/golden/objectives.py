@@ -20,11 +20,7 @@ from stbench.diffusion import (
     scaled_linear_betas,
 )
 from stbench.testing.golden.backbones import load_network
-from stbench.testing.golden.run import (
-    Check,
-    Golden,
-    check,
-)
+from stbench.testing.golden.run import Check, Golden, check
 
 TOLERANCE = 2e-5
 SCHEDULE = 1e-10

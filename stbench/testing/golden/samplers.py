@@ -10,12 +10,7 @@ from torch import Tensor
 
 from stbench.core.backbone import Backbone, Features
 from stbench.core.objective import Objective
-from stbench.diffusion import (
-    ImprovedDdpm,
-    LinearFlow,
-    VpContinuous,
-    VpDiscrete,
-)
+from stbench.diffusion import ImprovedDdpm, LinearFlow, VpContinuous, VpDiscrete
 from stbench.diffusion.ddpm_samplers import Spacing
 from stbench.diffusion.sample import (
     Ddim,
@@ -30,11 +25,7 @@ from stbench.diffusion.sample import (
 )
 from stbench.testing.golden.backbones import GUIDED_CHANNELS
 from stbench.testing.golden.objectives import network
-from stbench.testing.golden.run import (
-    Check,
-    Golden,
-    check,
-)
+from stbench.testing.golden.run import Check, Golden, check
 
 TOLERANCE = 1e-4
 CONTINUOUS_SOLVER = 1e-3

@@ -11,30 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from stbench.core.backbone import Backbone
-from stbench.core.objective import (
-    Batch,
-    Noised,
-    Objective,
-)
-from stbench.core.recipe import (
-    Artifact,
-    Cost,
-    Step,
-)
+from stbench.core.objective import Batch, Noised, Objective
+from stbench.core.recipe import Artifact, Cost, Step
 from stbench.core.rng import Rng
 from stbench.diffusion import LinearFlow
 from stbench.models import align
 from stbench.recipes.self_transcendence import SelfTranscendence, VaeAlign
-from stbench.testing.golden.objectives import (
-    TOLERANCE,
-    network,
-    tolerated,
-)
-from stbench.testing.golden.run import (
-    Check,
-    Golden,
-    check,
-)
+from stbench.testing.golden.objectives import TOLERANCE, network, tolerated
+from stbench.testing.golden.run import Check, Golden, check
 
 GUIDED = 1e-4
 LABEL_DROP = 0.1
