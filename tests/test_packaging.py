@@ -83,8 +83,8 @@ def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
 def test_the_wheel_runs_on_its_own(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import stbench, json; from stbench.registry import *; from stbench import registry as r;"
-        "r.load_builtins(); from stbench.latents import digits_autoencoder; digits_autoencoder();"
+        "import stbench, json; from stbench.core.registry import *; from stbench.core import registry as r;"
+        "r.load_builtins(); from stbench.models.autoencoder import digits_autoencoder; digits_autoencoder();"
         "print(json.dumps([stbench.__file__, r.names(r.BACKBONES), r.names(r.RECIPES)]))"
     )
     file, backbones, recipes = json.loads(python(code, cwd=tmp_path, path=tmp_path))

@@ -19,7 +19,7 @@ COMPARE = """
 import sys; from pathlib import Path
 from stbench import report
 from stbench.compare import leaderboard
-from stbench.results import find_runs, read_runs
+from stbench.runs.folder import find_runs, read_runs
 report.print_leaderboard(leaderboard(read_runs(find_runs(Path(sys.argv[1])))))
 """
 

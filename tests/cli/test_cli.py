@@ -200,7 +200,7 @@ def test_a_path_that_cannot_be_written_is_one_line(stbench: Command, tmp_path: P
 def test_a_broken_method_is_one_line(stbench: Command, tmp_path: Path) -> None:
     plugin = tmp_path / "methods.py"
     plugin.write_text(
-        "from stbench.registry import RECIPES\n"
+        "from stbench.core.registry import RECIPES\n"
         "@RECIPES.register_module(name='raises', force=True)\ndef raises(info):\n    return 1 / 0\n"
         "@RECIPES.register_module(name='none', force=True)\ndef none(info):\n    return []\n"
     )

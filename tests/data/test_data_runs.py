@@ -34,9 +34,9 @@ from stbench.evaluate.sample_source import Origin
 from stbench.models import encoders as teachers
 from stbench.runs.records import RunRecord
 from stbench.train import engine
+from tests.cli.test_cli import Command, stbench
 from tests.conftest import BLOCKS, TINY
 from tests.datafiles import EXTRACTOR, make_images, make_repa, make_vae, picture
-from tests.test_cli import Command, stbench
 from tests.weights import random_inception
 
 __all__ = ["stbench"]
@@ -325,7 +325,7 @@ def test_the_preset_follows_the_backbone(root: Path) -> None:
     assert spec.data is not None and spec.data.path == str(root / "set")
 
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "imagenet.md"
+SCRIPT = Path(__file__).parents[2] / "docs" / "imagenet.md"
 SMALL = {"DATASET": "custom", "SIZE": "64", "BACKBONE": "sit-ti/2", "STEPS": str(STEPS)}
 
 

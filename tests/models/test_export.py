@@ -21,10 +21,10 @@ from stbench.models.official import load_official
 from stbench.models.weights import save_weights
 from stbench.runs.folder import RunFolder
 from stbench.train import engine
+from tests.backbones.test_backbones import batch
+from tests.backbones.test_backbones import tiny as network
+from tests.cli.test_cli import Command, stbench
 from tests.conftest import tiny_spec
-from tests.test_backbones import batch
-from tests.test_backbones import tiny as network
-from tests.test_cli import Command, stbench
 
 __all__ = ["stbench"]
 PLAIN: dict[str, Any] = {"backbone__qk_norm": False}

@@ -437,7 +437,7 @@ def test_a_disk_without_room_for_the_whole_set_is_told_first(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from stbench.prepare import Job, open_job, prepare
+from stbench.data.prepare import Job, open_job, prepare
 from stbench import store_writer
 real, calls = os.fsync, [0]
 def fsync(handle):

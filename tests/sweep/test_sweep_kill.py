@@ -18,7 +18,7 @@ import pytest
 from stbench.runs.folder import RunFolder, find_runs, read_runs
 from stbench.runs.journal import read_journal
 from tests.conftest import BLOCKS, TINY
-from tests.kill_driver import digest
+from tests.train.kill_driver import digest
 
 STEPS = 30
 CLOCK = ("seconds", "paths")

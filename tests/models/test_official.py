@@ -19,9 +19,9 @@ from stbench.core.registry import BACKBONES, lookup
 from stbench.models.official import ORIGINALS, OfficialModel, from_state, load_official
 from stbench.testing.golden.backbones import original
 from stbench.testing.golden.run import Golden
-from tests.test_backbones import batch, tiny
+from tests.backbones.test_backbones import batch, tiny
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 BACKBONE_FILES = sorted(file.stem for file in GOLDEN.glob("backbone_*.safetensors"))
 
 

@@ -16,7 +16,7 @@ from stbench.models.layers import frequencies, timestep_sinusoid
 from stbench.testing.__main__ import main
 from stbench.testing.golden.run import Golden, run
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 
 
 def check(folder: Path) -> tuple[int, list[str]]:

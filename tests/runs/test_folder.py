@@ -190,7 +190,7 @@ def test_a_path_without_runs_is_refused(tmp_path: Path, name: str) -> None:
         find_runs([tmp_path / name])
 
 
-HOLD = "import sys, time; from pathlib import Path; from stbench.results import RunFolder\n" \
+HOLD = "import sys, time; from pathlib import Path; from stbench.runs.folder import RunFolder\n" \
     "with RunFolder(Path(sys.argv[1])).lock():\n    print('held', flush=True); time.sleep(60)"  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from stbench.compare.published import read_reported
 from stbench.core.errors import UserError
 from tests.fake_runs import build
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILE = ROOT / "results" / "reported.csv"
 
 

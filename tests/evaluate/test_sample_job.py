@@ -28,8 +28,8 @@ from stbench.evaluate.sample_batch import ROWS, Order, Painter
 from stbench.evaluate.sample_job import Asked
 from stbench.evaluate.sample_parts import Parts, settings_of
 from stbench.evaluate.sample_source import Origin, Source, open_source
+from tests.cli.test_cli import Command, stbench
 from tests.conftest import Runner
-from tests.test_cli import Command, stbench
 
 __all__ = ["stbench"]
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from stbench.cli.sweep import slots
 from stbench.sweep.executor import Executor, LocalExecutor, Outcome, last_line, log_file
 from stbench.sweep.monitor import Lines, LiveTable, duration
-from tests.test_sweep import job
+from tests.sweep.test_queue import job
 
 
 def wait_for(executor: Executor) -> list[Outcome]:

@@ -43,7 +43,7 @@ OVERRIDES = {
     "eval.steps": 2,
     "eval.guidance": [1.0, 1.5],
 }
-PACKAGE = str(Path(engine.__file__).parent)
+PACKAGE = str(Path(engine.__file__).parents[1])
 
 
 def train(output: Path) -> None:

@@ -22,7 +22,7 @@ from stbench.runs.folder import RunFolder
 from stbench.runs.records import RunRecord
 from tests.fake_runs import LONG, build, digits, point
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.fixture(scope="module")
