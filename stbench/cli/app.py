@@ -206,10 +206,16 @@ def compare(
     ] = None,
 ) -> None:
     """Rank finished runs: one table per setting and evaluation protocol."""
-    from stbench.cli import compare as board
+    from stbench.cli import compare as command
 
-    form = None if format is Format.table else format.value
-    board.compare(runs or [RUNS], form, output, plot, reported_file or reported)
+    command.compare(
+        runs or [RUNS],
+        form=None if format is Format.table else format.value,
+        output=output,
+        plot=plot,
+        reported=reported,
+        reported_file=reported_file,
+    )
 
 
 @app.command(name="list")
@@ -235,7 +241,7 @@ def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
         raise UserError(
             f"{run} is no run folder (it has no spec.json); `stbench compare` lists those there are"
         )
-    terminal.show(folder.record())
+    terminal.print_run(folder.record())
 
 
 app.command()(cli_samples.sample)

@@ -17,8 +17,8 @@ from tests import fake_runs as runs
 
 
 def job(recipe: str, seed: int = 0, stages: Sequence[str] = ()) -> Job:
-    """A job whose run folder is one of stbench.testing.runs; its last stage is its own unless named."""
-    spec = runs.spec(recipe, seed, runs.STEPS[-1], {})
+    """A job whose run folder is one of tests.fake_runs; its last stage is its own unless named."""
+    spec = runs.make_spec(recipe, seed, runs.STEPS[-1], {})
     entry = JournalEntry(
         run_id=spec["run_id"],
         dataset="digits",
@@ -64,7 +64,7 @@ class Scripted(Executor):
                 continue
             del self._left[run_id]
             if run_id not in self._errors:
-                runs.build(self._root, job.entry.recipe, job.entry.seed, [9.0, 4.0, 2.0])
+                runs.write_run(self._root, job.entry.recipe, job.entry.seed, [9.0, 4.0, 2.0])
             self.events.append(f"end {job.entry.recipe}-{job.entry.seed}")
             outcomes.append(Outcome(run_id, self._errors.get(run_id, "")))
         return outcomes
@@ -133,7 +133,7 @@ def test_the_same_command_skips_what_is_finished_and_tries_the_failed_once_more(
 
 
 def test_a_finished_run_is_known_without_a_journal(tmp_path: Path) -> None:
-    runs.build(tmp_path, "vanilla", 0, [9.0, 4.0, 2.0])
+    runs.write_run(tmp_path, "vanilla", 0, [9.0, 4.0, 2.0])
     longer = job("vanilla", 0)
     longer = replace(longer, entry=replace(longer.entry, steps=2 * longer.entry.steps))
     assert carry_out(tmp_path, [job("vanilla", 0)])[1].events == ["stop"]
@@ -141,7 +141,7 @@ def test_a_finished_run_is_known_without_a_journal(tmp_path: Path) -> None:
 
 
 def test_a_damaged_folder_is_run_again_so_that_its_error_is_seen(tmp_path: Path) -> None:
-    record = runs.build(tmp_path, "vanilla", 0, [9.0, 4.0, 2.0])
+    record = runs.write_run(tmp_path, "vanilla", 0, [9.0, 4.0, 2.0])
     (Path(record.path) / "stages.jsonl").write_text("{")
     damaged = job("vanilla", 0)
     entries, executor, _ = carry_out(tmp_path, [damaged], errors={damaged.run_id: "line 1 is cut off"})
