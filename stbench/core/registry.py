@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -22,6 +21,7 @@ from typing import Any
 from mmengine.registry import Registry
 
 from stbench.core.errors import UserError
+from stbench.core.files import hash_file
 from stbench.core.renamed import renamed_imports
 
 BACKBONES = Registry("backbone")
@@ -86,12 +86,12 @@ def load_plugins(files: Iterable[Path] = (), group: str = "stbench.plugins") -> 
     for point in entry_points(group=group):
         loaded = _load_plugin(point.value, point.load)
         source = getattr(loaded, "__file__", None) or getattr(sys.modules.get(point.module), "__file__", None)
-        hashes[point.value] = _sha256(Path(source)) if source else ""
+        hashes[point.value] = hash_file(Path(source)) if source else ""
     for file in files:
         if not file.is_file():
             raise UserError(f"plug-in file not found: {file}; expected a Python file after --plugin")
         _load_plugin(str(file), functools.partial(_import_file, file))
-        hashes[str(file)] = _sha256(file)
+        hashes[str(file)] = hash_file(file)
     return hashes
 
 
@@ -99,7 +99,7 @@ def plugin_hash(registered: Any) -> str:
     """Return the sha256 of the plug-in file that defines a registered object; "" for a built-in one."""
     module = sys.modules.get(registered.__module__)
     source = getattr(module, "__file__", None)
-    return "" if source is None or registered.__module__.startswith("stbench.") else _sha256(Path(source))
+    return "" if source is None or registered.__module__.startswith("stbench.") else hash_file(Path(source))
 
 
 def _load_plugin(plugin: str, load: Callable[[], Any]) -> Any:
@@ -128,7 +128,7 @@ def _renamed_imports_behind(error: ImportError) -> dict[str, str]:
 
 def _import_file(file: Path) -> ModuleType:
     """Import a Python file under a name made from its content, once per content."""
-    name = f"stbench_plugin_{_sha256(file)[:12]}"
+    name = f"stbench_plugin_{hash_file(file)[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
@@ -143,7 +143,3 @@ def _import_file(file: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
