@@ -1,4 +1,4 @@
-"""The import rules of pyproject.toml: they hold today, and import-linter reports an import that breaks them."""
+"""The import rules of pyproject.toml: they hold, and import-linter reports an import that breaks one."""
 
 from __future__ import annotations
 
