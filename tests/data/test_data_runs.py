@@ -177,7 +177,7 @@ def test_the_tokens_of_a_prepared_set_are_those_of_its_training_images(
         ("other", "is not the one that .* was made from"),
         ("patch", "--patch wants a divisor of 8, the latents' side, got 3"),
         ("encoder", "unknown encoder 'vit_huge'"),
-        ("full", "no room in .*tokens"),
+        ("full", "not enough disk space in .*tokens"),
     ],
 )
 def test_tokens_of_other_images_are_not_written(
