@@ -9,11 +9,12 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from stbench.core.errors import UserError
+from stbench.core.files import lock_folder, remove_unfinished
 from stbench.runs.folder import RunFolder
 from stbench.runs.journal import JournalEntry, State, merge_journals, read_journal, reconcile, write_journal
 from stbench.runs.records import RunRecord
@@ -48,14 +49,9 @@ def lock_sweep(root: Path) -> Iterator[None]:
     Raises:
         UserError: Another sweep is running there.
     """
-    folder = RunFolder(root / SWEEP_FOLDER)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(folder.lock())
-        except UserError:
-            raise UserError(
-                f"another sweep is running in {root}; wait for it, stop it, or choose another --output"
-            ) from None
+    folder = root / SWEEP_FOLDER
+    with lock_folder(folder, "wait for that sweep, stop it, or choose another --output"):
+        remove_unfinished(folder)
         yield
 
 

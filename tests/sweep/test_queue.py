@@ -228,7 +228,7 @@ def test_an_interruption_stops_the_running_runs_and_sets_them_back_to_waiting(tm
 def test_two_sweeps_into_one_folder_are_refused(tmp_path: Path) -> None:
     with (
         lock_sweep(tmp_path),
-        pytest.raises(UserError, match="another sweep is running"),
+        pytest.raises(UserError, match="in use by process .*; wait for that sweep"),
         lock_sweep(tmp_path),
     ):
         pass
