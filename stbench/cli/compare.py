@@ -1,68 +1,90 @@
-"""The `compare` command: reads runs and journals, prints or writes their leaderboard."""
+"""`stbench compare`: read runs and journals, print or write their leaderboard."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from stbench.compare.build import build_leaderboard
-from stbench.compare.leaderboard import Leaderboard
-from stbench.compare.published import PublishedValue, read_published
-from stbench.compare.terminal import print_leaderboard
-from stbench.compare.writers import Format, render
+import typer
+
+from stbench.cli.options import RUNS
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write
-from stbench.runs.folder import find_runs, read_runs
-from stbench.runs.journal import JOURNAL_FILE, JournalEntry, merge_journals, read_journal
+
+if TYPE_CHECKING:
+    from stbench.compare.leaderboard import Leaderboard
+    from stbench.compare.published import PublishedValue
+    from stbench.runs.journal import JournalEntry
+
+
+class Format(str, Enum):
+    """Output formats; `table` is the terminal's."""
+
+    table = "table"
+    md = "md"
+    csv = "csv"
+    json = "json"
+    tex = "tex"
 
 
 def compare(
-    paths: Sequence[Path],
-    *,
-    form: Format | None = None,
-    output: Path | None = None,
-    plot: Path | None = None,
-    reported: bool = False,
-    reported_file: Path | None = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or directories of them.")] = None,
+    format: Annotated[Format, typer.Option(help="Output format.")] = Format.table,
+    output: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Image file for a plot of FID against training images, such as curves.png."),
+    ] = None,
+    reported: Annotated[
+        bool, typer.Option("--reported", help="Add published values in a separate section.")
+    ] = False,
+    reported_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file of published values, instead of results/reported.csv; implies --reported."
+        ),
+    ] = None,
 ) -> None:
-    """Print the leaderboard of the runs in `paths`, or write it to a file.
+    """Compare finished runs: one table per setting and evaluation protocol."""
+    from stbench.compare.plot import plot_curves
+    from stbench.compare.published import read_published
+    from stbench.compare.terminal import print_leaderboard
+    from stbench.compare.writers import render
+    from stbench.core.files import atomic_write
 
-    Args:
-        paths: Run folders, or directories of run folders and journals.
-        form: Output format; None selects the terminal's table, or Markdown if there is an `output`.
-        output: File to write instead of printing.
-        plot: File for a plot of the learning curves.
-        reported: Add the published values of results/reported.csv.
-        reported_file: Read the published values from this file; implies `reported`.
-
-    Raises:
-        UserError: A path contains neither runs nor a journal, or a file is damaged.
-    """
-    # Read everything before anything is written
+    # Read and render everything before anything is written
     published: Sequence[PublishedValue] = ()
     if reported or reported_file:
         published = read_published(reported_file)
-    leaderboard = read_leaderboard(paths)
-    text = render(leaderboard, form or "md", published) if form or output else ""
+    leaderboard = read_leaderboard(runs or [RUNS])
+    text = ""
+    if format is not Format.table:
+        text = render(leaderboard, format.value, published)
+    elif output is not None:
+        text = render(leaderboard, "md", published)  # the terminal's table as a file is Markdown
 
     if plot is not None:
-        from stbench.compare.plot import plot_curves  # loads matplotlib
-
         plot_curves(leaderboard, plot)
     if output is not None:
         atomic_write(output, text)
-    elif form:
-        print(text, end="")
-    else:
+    elif format is Format.table:
         print_leaderboard(leaderboard, published=published)
+    else:
+        print(text, end="")
 
 
 def read_leaderboard(paths: Iterable[Path]) -> Leaderboard:
-    """Build the leaderboard of run folders, or directories of run folders with their journals.
+    """Build the leaderboard of run folders, or of directories of run folders with their journals.
 
     Raises:
         UserError: A path contains neither runs nor a journal, or a file is damaged.
     """
+    from stbench.compare.build import build_leaderboard
+    from stbench.runs.folder import find_runs, read_runs
+    from stbench.runs.journal import JOURNAL_FILE, merge_journals, read_journal
+
+    # Run folders, and the directories that may have a journal
     folders: list[Path] = []
     journals: dict[Path, None] = {}
     for path in paths:
@@ -75,6 +97,7 @@ def read_leaderboard(paths: Iterable[Path]) -> Leaderboard:
         folders += found
         # A run that is named by its own folder does not bring the journal of its siblings.
         journals |= dict.fromkeys([path, *(run.parent for run in found if run != path)])
+
     entries: list[JournalEntry] = []
     for folder in journals:
         entries = merge_journals(entries, read_journal(folder))

@@ -6,32 +6,14 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stbench.cli import app as cli
 from stbench.core.registry import RECIPES
 from stbench.runs.folder import RunFolder
-from tests.conftest import BLOCKS, TINY, Runner
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture()
-def stbench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Call the entry point in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stbench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+from tests.conftest import BLOCKS, TINY, Command, Runner
 
 
 def tiny_options(recipe: str = "vanilla") -> list[str]:
@@ -161,7 +143,7 @@ MISTAKES = {
     "command": (("runn",), "No such command 'runn'"),
     "flag": ((*VANILLA, "--stepz", "3"), "No such option: --stepz"),
     "kind": (("list", "backbone"), "'backbone' is not one of"),
-    "no run": (("show", "nowhere"), "nowhere is no run folder"),
+    "no run": (("show", "nowhere"), "nowhere is not a run folder"),
     "nothing to compare": (("compare", "nowhere"), "expected a run folder"),
     "sample of nothing": (("sample", "nowhere"), "nowhere is no run folder"),
     "evaluate of nothing": (("evaluate", "nowhere"), "nowhere is no run folder"),
@@ -228,7 +210,9 @@ def test_ctrl_c_prints_the_command_that_goes_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130
-    assert rest.splitlines()[-1].startswith("stopped; go on with: stbench run --backbone sit")
+    assert rest.splitlines()[-1].startswith(
+        "stopped; rerun the same command to resume: stbench run --backbone sit"
+    )
 
 
 def test_version(stbench: Command) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stbench.cli.compare import compare, read_leaderboard
+from stbench.cli.compare import Format, compare, read_leaderboard
 from stbench.core.errors import UserError
 from stbench.runs.journal import JOURNAL_FILE, write_journal
 from tests.fake_runs import make_entry, write_run
@@ -55,7 +55,7 @@ def test_a_damaged_journal_is_a_one_line_error(runs: Path) -> None:
 
 
 def test_output_and_plot_are_written(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare([runs], form="csv", output=tmp_path / "out.csv", plot=tmp_path / "curves.svg")
+    compare([runs], format=Format.csv, output=tmp_path / "out.csv", plot=tmp_path / "curves.svg")
     assert capsys.readouterr().out == ""
     assert (tmp_path / "out.csv").read_text().startswith("dataset,setting,protocol")
     assert "<svg" in (tmp_path / "curves.svg").read_text()
@@ -68,10 +68,10 @@ def test_output_without_a_format_is_markdown(runs: Path, tmp_path: Path) -> None
 
 def test_nothing_is_written_if_the_published_values_cannot_be_read(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        compare([runs], form="md", output=tmp_path / "out.md", reported_file=tmp_path / "nowhere.csv")
+        compare([runs], format=Format.md, output=tmp_path / "out.md", reported_file=tmp_path / "nowhere.csv")
     assert not (tmp_path / "out.md").exists()
 
 
 def test_published_values_are_added(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compare([runs], form="md", reported=True)
+    compare([runs], format=Format.md, reported=True)
     assert "Reported by papers and repositories" in capsys.readouterr().out
