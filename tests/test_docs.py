@@ -14,7 +14,7 @@ import typer
 
 from stbench.cli import app as cli
 from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, load_builtins, names
-from stbench.evaluate import METRICS
+from stbench.evaluate.metrics import METRICS
 
 load_builtins()
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from stbench.core.errors import UserError
 from stbench.core.files import atomic_write, room_for
 from stbench.core.registry import load_builtins
 from stbench.evaluate import past_run, points
-from stbench.evaluate.feature_networks import INCEPTION_SHA256, Network, load_dino, load_inception
+from stbench.evaluate.feature_networks import NetworkFiles
 from stbench.evaluate.image_sets import ImageSet, open_images
 from stbench.evaluate.past_run import open_run
 from stbench.evaluate.reference import load_reference, size_of, write_statistics
