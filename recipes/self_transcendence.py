@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stbench.core.backbone import Backbone, BackboneInfo, Weights
 from stbench.core.errors import UserError
-from stbench.core.recipe import Artifact, Plain, Stage, Step, Supervision, Term
+from stbench.core.recipe import Artifact, NoSupervision, Stage, Step, Supervision, Term
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models.align import Clock, Interval
@@ -240,6 +240,6 @@ def self_transcendence(
             source, student, deep, width, scale, weights, coefficient, interval, mask, time, guidance_stop
         )
 
-    trained_by = first if teacher == "vae-align" else lambda earlier: Plain()
+    trained_by = first if teacher == "vae-align" else lambda earlier: NoSupervision()
     first_stage = Stage(teacher, trained_by, known.teacher_length, teacher_steps)
     return [first_stage, Stage("self-transcendence", second)]

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from stbench.train import engine
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 
+from stbench.cli import app as cli
 from stbench.config.resolve import Request, resolve
 from stbench.config.spec import RunSpec
 from stbench.core.registry import load_builtins
 from stbench.runs.records import RunRecord
+from stbench.train import engine
 
 TINY: dict[str, Any] = {
     "train.batch": 8,
@@ -32,6 +33,7 @@ TINY: dict[str, Any] = {
 BLOCKS: dict[str, Any] = {"recipe.teacher_block": 2, "recipe.student_block": 1}
 
 Runner = Callable[..., RunRecord]
+Command = Callable[..., tuple[int, str, str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,3 +65,17 @@ def tiny(tmp_path: Path) -> Runner:
         return engine.run(tiny_spec(recipe, **more), engine.Options(tmp_path / output, **options), hooks)[0]
 
     return run
+
+
+@pytest.fixture()
+def stbench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Call the command line in this process; returns (exit code, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stbench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call

@@ -23,7 +23,7 @@ from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.core.registry import BACKBONES, RECIPES, load_builtins, load_plugins, names
 from stbench.runs.folder import RunFolder
-from stbench.runs.journal import Entry
+from stbench.runs.journal import JournalEntry
 from stbench.sweep import monitor, suite
 from stbench.sweep import queue as sweep
 from stbench.sweep.executor import Job, LocalExecutor, log_file
@@ -183,7 +183,7 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _summary(output: Path, entries: Sequence[Entry]) -> int:
+def _summary(output: Path, entries: Sequence[JournalEntry]) -> int:
     failed = [entry for entry in entries if entry.state == "failed"]
     for entry in failed:
         print(f"failed: {entry.run_id}: {entry.error} (log: {log_file(output, entry.run_id)})")

@@ -80,7 +80,7 @@ def planned_recipes(jobs: list[StageJob], loader: Loader | None = None) -> list[
     earlier: dict[str, Artifact] = {}
     recipes: list[Supervision] = []
     for job in jobs:
-        recipe = job.stage.recipe(dict(earlier))
+        recipe = job.stage.supervision(dict(earlier))
         if not dataclasses.is_dataclass(recipe):
             raise UserError(
                 f"recipe class {type(recipe).__name__} is no dataclass; "
@@ -125,7 +125,7 @@ def stage_fingerprints(jobs: list[StageJob], spec: RunSpec, dataset_fingerprint:
     earlier: dict[str, Artifact] = {}
     previous = None
     for job in jobs:
-        recipe = job.stage.recipe(dict(earlier))
+        recipe = job.stage.supervision(dict(earlier))
         digest = stage_fingerprint(job, recipe, spec, dataset_fingerprint, previous)
         previous = Artifact(job.name, digest, "", {}, job.steps, job.images, 0.0, 0.0, _unfinished)
         earlier[job.name] = previous

@@ -18,7 +18,7 @@ from stbench.config.resolve import specify
 from stbench.config.spec import RunSpec
 from stbench.core.errors import UserError
 from stbench.core.registry import suggest
-from stbench.runs.journal import Entry
+from stbench.runs.journal import JournalEntry
 
 KEYS = (*OPTIONS, "seeds")
 SHIPPED = Path(str(files("stbench.recipes"))) / "suites"
@@ -41,7 +41,7 @@ class Expanded:
     """One run, resolved and checked."""
 
     wanted: Wanted
-    entry: Entry
+    entry: JournalEntry
     stages: tuple[str, ...]
     """Fingerprints of its stages, in order."""
     spec: RunSpec
@@ -116,9 +116,9 @@ def _expand(run: Wanted) -> Expanded:
     return Expanded(run, entry, tuple(stage_fingerprints(jobs, spec, dataset.fingerprint)), spec)
 
 
-def _entry(spec: RunSpec, run_id: str, setting_hash: str, row_hash: str) -> Entry:
+def _entry(spec: RunSpec, run_id: str, setting_hash: str, row_hash: str) -> JournalEntry:
     plain = spec.model_dump(mode="json")
-    return Entry(
+    return JournalEntry(
         run_id=run_id,
         dataset=spec.dataset,
         backbone=f"{spec.backbone.name}-{spec.backbone.size}",

@@ -117,7 +117,7 @@ def _train_all(jobs: Sequence[StageJob], spec: RunSpec) -> Iterator[dict[str, Te
     """Train the stages in order; yields the final weights of each, heads included."""
     left: list[_Left] = []
     for job in jobs:
-        recipe = job.stage.recipe({item.artifact.name: item.artifact for item in left})
+        recipe = job.stage.supervision({item.artifact.name: item.artifact for item in left})
         module = _module(job, recipe, spec, left[-1].artifact if left else None)
         teachers = [network for item in left for network in item.networks] + _held(recipe)
         before = copy.deepcopy([teacher.state_dict() for teacher in teachers])

@@ -79,7 +79,7 @@ class StageRun:
     ) -> None:
         self.job, self.spec, self.dataset, self.folder = job, spec, dataset, folder
         self.options, self.hooks, self.interrupt = options, hooks, interrupt
-        self.recipe = job.stage.recipe(earlier)
+        self.recipe = job.stage.supervision(earlier)
         self.previous = list(earlier.values())[-1] if earlier else None
         self.fingerprint = stage_fingerprint(job, self.recipe, spec, dataset.fingerprint, self.previous)
         self.place = folder.path / "checkpoints" / f"{job.index}-{job.name}"

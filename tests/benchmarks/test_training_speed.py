@@ -41,7 +41,7 @@ def last_stage(spec: RunSpec) -> StageModule:
 
     jobs = plan(spec, student.info)
     earlier = {j.name: Artifact(j.name, "", "", {}, j.steps, j.images, 0.0, 0.0, load) for j in jobs[:-1]}
-    recipe = jobs[-1].stage.recipe(earlier)
+    recipe = jobs[-1].stage.supervision(earlier)
     module = StageModule(student, recipe, build_objective(spec.objective), spec.seed, dataset.size)
     module.prepare(torch.device("cpu"))
     return module

@@ -34,12 +34,9 @@ from stbench.evaluate.sample_source import Origin
 from stbench.models import encoders as teachers
 from stbench.runs.records import RunRecord
 from stbench.train import engine
-from tests.cli.test_cli import Command, stbench
-from tests.conftest import BLOCKS, TINY
+from tests.conftest import BLOCKS, TINY, Command
 from tests.datafiles import EXTRACTOR, make_images, make_repa, make_vae, picture
 from tests.weights import random_inception
-
-__all__ = ["stbench"]
 
 STEPS = 6
 

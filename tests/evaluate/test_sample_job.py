@@ -28,10 +28,7 @@ from stbench.evaluate.sample_batch import ROWS, Order, Painter
 from stbench.evaluate.sample_job import Asked
 from stbench.evaluate.sample_parts import Parts, settings_of
 from stbench.evaluate.sample_source import Origin, Source, open_source
-from tests.cli.test_cli import Command, stbench
-from tests.conftest import Runner
-
-__all__ = ["stbench"]
+from tests.conftest import Command, Runner
 
 CPU = torch.device("cpu")
 COUNT = 2 * ROWS + 6
