@@ -47,7 +47,7 @@ class DigitsClassifier(nn.Module):
 
 @final
 class DigitsExtractor(FeatureExtractorBase):
-    """The shipped classifier as a torch-fidelity extractor: uint8 (B,1,32,32) to features "64" and "logits"."""
+    """The shipped classifier for torch-fidelity: uint8 (B,1,32,32) to features "64" and "logits"."""
 
     def __init__(self, name: str, features_list: Sequence[str], **_options: object) -> None:
         # torch-fidelity passes all its options to every extractor; this one has none.

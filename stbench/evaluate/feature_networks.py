@@ -71,7 +71,7 @@ class Inception(FeatureNetwork):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return "pool", "spatial" and "logits"."""
         seen: list[Tensor] = []
-        # Registered per call: `get_extractor` hands out the same net, and its calls must not collect features.
+        # Registered per call: `get_extractor` returns the same net, and its calls must not collect features.
         hook = self.net.Mixed_6d.register_forward_hook(
             lambda module, inputs, output: seen.append(output[:, :SPATIAL_CHANNELS])
         )
@@ -85,7 +85,7 @@ class Inception(FeatureNetwork):
 
 @final
 class DinoV2(FeatureNetwork):
-    """DINOv2's class token, "dino" (B,D), of images resized to 224x224 with PIL's bicubic filter (dgm-eval)."""
+    """DINOv2's class token, "dino" (B,D), of images resized to 224x224 by PIL's bicubic filter (dgm-eval)."""
 
     spaces: ClassVar[Mapping[str, int | None]] = {"dino": None}
     _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -111,13 +111,15 @@ class NetworkFiles:
 
     inception: Path | None = None
     """None for the file in torch hub's cache."""
-    inception_sha256: str = INCEPTION_SHA256
+    inception_sha256: str | None = None
+    """First digits of that file's sha256; None for the published file's."""
     dino: Path | None = None
     """None to leave out FD-DINOv2."""
 
     def load(self, device: torch.device | str = "cpu") -> list[FeatureNetwork]:
         """Load the networks on `device`. Raises UserError for a missing or wrong file."""
-        networks: list[FeatureNetwork] = [load_inception(self.inception, self.inception_sha256)]
+        sha256 = INCEPTION_SHA256 if self.inception_sha256 is None else self.inception_sha256
+        networks: list[FeatureNetwork] = [load_inception(self.inception, sha256)]
         if self.dino is not None:
             networks.append(load_dino(self.dino))
         return [network.to(device) for network in networks]
@@ -146,8 +148,7 @@ def load_inception(
         )
     state, digest = _read_checked(path, sha256, "Inception")
 
-    # torch-fidelity unpickles the file it is given without restrictions. Our reader has accepted only tensors,
-    # so it gets a fresh file of those.
+    # torch-fidelity unpickles its file without restrictions, so it gets a new one, with the tensors we read.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -167,7 +168,9 @@ def load_dino(file: Path) -> DinoV2:
     Raises UserError if the file is missing or contains other weights.
     """
     if not file.is_file():
-        raise UserError(f"DINOv2 weights not found: expected them at {file}; fetch them with `{DINO_COMMAND}`")
+        raise UserError(
+            f"DINOv2 weights not found: expected them at {file}; fetch them with `{DINO_COMMAND}`"
+        )
     state, digest = _read_checked(file, "", "DINOv2")
     if "cls_token" not in state or state["cls_token"].shape[-1] not in DINO_SIZES:
         raise _wrong_weights(file, "DINOv2", "no cls_token of a known width")

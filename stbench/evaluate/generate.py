@@ -59,9 +59,7 @@ def block_noise(seed: int, stream: str, *, start: int, stop: int, shape: tuple[i
 
 def step_noise(seed: int, *, start: int, stop: int, shape: tuple[int, ...]) -> Noise:
     """Return the noise source of a stochastic sampler for images start..stop: one stream per draw."""
-    return lambda draw: block_noise(
-        seed, f"evaluation-step-{draw}", start=start, stop=stop, shape=shape
-    )
+    return lambda draw: block_noise(seed, f"evaluation-step-{draw}", start=start, stop=stop, shape=shape)
 
 
 def image_noise(seed: int, stream: str, *, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:

@@ -29,6 +29,7 @@ from stbench.evaluate.image_sets import (
     open_npz,
     open_npz_array,
 )
+from stbench.evaluate.progress import Report, ignore
 from stbench.evaluate.statistics import REFERENCE_FEATURES, ImageStatistics, Moments, measure_images
 
 ARRAY_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dino": ("mu_dino", "sigma_dino")}
@@ -63,12 +64,12 @@ def load_reference(
     *,
     batch: int = 64,
     device: torch.device | str = "cpu",
-    report: Callable[[int], None] = lambda done: None,
+    report: Report = ignore,
 ) -> Reference:
     """Read the reference at `path`, or measure it if `path` contains images.
 
-    Raises UserError for a file that is damaged or incomplete, has arrays of other shapes, or was made with
-    other weights.
+    Raises UserError for a file that is missing, damaged or incomplete, that has arrays of other shapes, or
+    that was made with other weights.
     """
 
     def measure(images: ImageSet) -> ImageStatistics:
@@ -76,6 +77,7 @@ def load_reference(
             images, networks, keep=REFERENCE_FEATURES, batch=batch, device=device, report=report
         )
 
+    _require_exists(path)
     arrays = _array_names(path) if path.is_file() else set()
     if "about" in arrays:
         return _read_statistics(path, networks)
@@ -86,6 +88,7 @@ def load_reference(
 
 def reference_size(path: Path) -> tuple[int, int] | None:
     """Return (H,W) of the images behind a reference without measuring them; None if the file does not say."""
+    _require_exists(path)
     arrays = _array_names(path) if path.is_file() else set()
     if "about" in arrays:
         height, width = _read_about(path)["size"]
@@ -113,7 +116,7 @@ def write_statistics(
     *,
     batch: int = 64,
     device: torch.device | str = "cpu",
-    report: Callable[[int], None] = lambda done: None,
+    report: Report = ignore,
 ) -> ImageStatistics:
     """Measure images and write their statistics file atomically."""
     measured = measure_images(
@@ -155,16 +158,26 @@ def _read_statistics(path: Path, networks: Sequence[FeatureNetwork]) -> Referenc
                     "make it again by `stbench data statistics` with the weights you give now"
                 )
             moments[space] = _read_moments(path, space, network)
-    dimension = len(moments["pool"][0])
+    features = None
+    if "features" in _array_names(path):
+        features = _read_array(path, "features", (None, len(moments["pool"][0])))
     return Reference(
         name=str(path),
         digest=about["digest"],
         count=about["count"],
         size=tuple(about["size"]),  # type: ignore[arg-type]
         moments=moments,
-        features=_read_array(path, "features", (None, dimension)) if "features" in _array_names(path) else None,
+        features=features,
         other_counts={},
     )
+
+
+def _require_exists(path: Path) -> None:
+    if not path.exists():
+        raise UserError(
+            f"reference {path} not found; expected an ADM npz, a file of `stbench data statistics`, "
+            "a prepared data set, or a folder of images"
+        )
 
 
 def _read_about(path: Path) -> dict[str, Any]:

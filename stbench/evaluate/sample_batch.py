@@ -24,7 +24,7 @@ CPU_ROWS = 32
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """Everything besides the network that changes a pixel, and the batch size, which does so on a GPU only."""
+    """Everything besides the network that changes a pixel. `batch` does so on a GPU only."""
 
     count: int
     guidance: Guidance

@@ -1,11 +1,10 @@
-"""Sampling jobs: complete a request, generate its images in one or more processes, resume an interrupted job."""
+"""Sampling jobs: complete a request and generate its images, in one or more processes, resumably."""
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from stbench.core.registry import suggest
 from stbench.diffusion.sample import Guidance, check_steps
 from stbench.diffusion.sample import resolve as resolve_sampler
 from stbench.evaluate.generate import draw_labels
+from stbench.evaluate.progress import ProgressBar, Report, ignore, no_progress
 from stbench.evaluate.sample_batch import BatchSampler, SampleSpec, rows_per_call
 from stbench.evaluate.sample_model import ModelLocation, SamplingModel, load_model
 from stbench.evaluate.sample_parts import PartsFolder, is_finished, join_parts
@@ -25,11 +25,6 @@ from stbench.runs.records import SCHEMA
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 """Arithmetic that the network may use."""
-
-Report = Callable[[int], None]
-"""Called with the number of images generated so far."""
-ProgressBar = Callable[[int], AbstractContextManager[Report]]
-"""Opens a progress bar for a total number of images."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +50,6 @@ class Job:
     location: ModelLocation
     spec: SampleSpec
     parts: PartsFolder
-
-
-def no_progress(total: int) -> AbstractContextManager[Report]:
-    """Show no progress."""
-    return nullcontext(lambda done: None)
 
 
 def resolve_request(request: SampleRequest, model: SamplingModel) -> SampleSpec:
@@ -127,7 +117,7 @@ def sample_images(
     job = Job(location, spec, parts)
     with parts.lock():
         parts.open()
-        with progress(spec.count) as report:
+        with progress("images", spec.count) as report:
             _generate_missing(job, model, devices, report)
         labels = draw_labels(spec.labels, spec.count, classes=model.backbone.info.classes, seed=spec.seed)
         for output in missing:
@@ -175,7 +165,7 @@ def generate_in_processes(
     job: Job,
     devices: Sequence[torch.device],
     shards: Sequence[tuple[int, int]],
-    report: Report = lambda done: None,
+    report: Report = ignore,
 ) -> None:
     """Generate shards in one process per device, each with every n-th shard.
 
@@ -226,7 +216,7 @@ def _work(
     """Run in a worker process: load the model on its device and generate its shards."""
     torch.set_num_threads(threads)
     try:
-        _generate_shards(job, load_model(job.location, device), device, shards, lambda done: None)
+        _generate_shards(job, load_model(job.location, device), device, shards, ignore)
     except KeyboardInterrupt:
         return
     except UserError as error:

@@ -113,7 +113,9 @@ def _with_decoder(dataset: Dataset, vae: str | None) -> Dataset:
     if vae is None:
         return dataset
     if not isinstance(dataset, Prepared):
-        raise UserError(f"--vae applies to runs on prepared data; {dataset.name} has its own decoder; drop it")
+        raise UserError(
+            f"--vae applies to runs on prepared data; {dataset.name} has its own decoder; drop it"
+        )
     return dataset.decoded_by(vae)
 
 

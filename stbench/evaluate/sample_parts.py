@@ -1,4 +1,4 @@
-"""Store the shards of a sampling job in `<output>.parts/`, and join them into an npz or a folder of PNG files.
+"""Store the shards of a sampling job in `<output>.parts/` and join them into an npz or a folder of PNGs.
 
 The settings that made the images are stored with them, both in the parts and in the output.
 """

@@ -110,9 +110,7 @@ def compute_scores(
     return ScoreReport(metrics, _protocol(samples, reference), warnings)
 
 
-def _singular_warnings(
-    name: str, space: str, samples: ImageStatistics, reference: Reference
-) -> list[str]:
+def _singular_warnings(name: str, space: str, samples: ImageStatistics, reference: Reference) -> list[str]:
     """Return a warning for each side with too few images for a covariance of full rank."""
     dimension = len(samples.moments[space][0])
     real = reference.other_counts.get(space, reference.count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from stbench.core.errors import UserError
 from stbench.evaluate.adm_formulas import RunningMoments
 from stbench.evaluate.feature_networks import FeatureNetwork
 from stbench.evaluate.image_sets import ImageSet
+from stbench.evaluate.progress import Report, ignore
 
 Moments = tuple[Tensor, Tensor]
 """Mean (D,) and covariance (D,D), float64, on the CPU."""
@@ -47,7 +48,7 @@ def measure_images(
     keep: int | None = None,
     batch: int = 64,
     device: torch.device | str = "cpu",
-    report: Callable[[int], None] = lambda done: None,
+    report: Report = ignore,
 ) -> ImageStatistics:
     """Run the networks over all images and collect their statistics.
 
