@@ -30,7 +30,7 @@ class Repa(Supervision):
     float32.
     """
 
-    sources: Sequence[teachers.Source]
+    sources: Sequence[teachers.EncoderSpec]
     block: int
     weight: float
     hidden: int
@@ -127,7 +127,8 @@ def repa(
             f"name them all"
         )
     sources = tuple(
-        teachers.source(name, Path(file) if file else None) for name, file in zip(names, files, strict=True)
+        teachers.find_encoder(name, Path(file) if file else None)
+        for name, file in zip(names, files, strict=True)
     )
     chosen = info.block("recipe.block", published_block(info) if block is None else block)
     recipe = Repa(sources, chosen, weight, hidden or (4 * info.width if tiny else 2048), info.tokens)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stbench.core.errors import UserError
 from stbench.data.crop import SUFFIXES, UNREADABLE, centre_crop
-from stbench.data.open import open_collection
+from stbench.data.open import open_data
 from stbench.data.shards import MANIFEST, REFERENCE
 from stbench.data.spec import DataSpec
 
@@ -193,11 +193,11 @@ class PreparedImages(ImageSet):
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._collection = open_collection(DataSpec(path=str(path.resolve())))
-        self._rows = np.flatnonzero(self._collection.split == REFERENCE)
+        self._data = open_data(DataSpec(path=str(path.resolve())))
+        self._rows = np.flatnonzero(self._data.split == REFERENCE)
         if not len(self._rows):
             raise UserError(f"{path} has no reference images; prepare it again with --references 10000")
-        self.size = self._collection.image_shape[1:]
+        self.size = self._data.image_shape[1:]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -205,7 +205,7 @@ class PreparedImages(ImageSet):
     def batches(self, batch: int) -> Iterator[Tensor]:
         """Yield the images by row."""
         for start in range(0, len(self._rows), batch):
-            images = torch.from_numpy(self._collection.pictures(self._rows[start : start + batch]))
+            images = torch.from_numpy(self._data.pixels(self._rows[start : start + batch]))
             yield images.expand(-1, 3, -1, -1)
 
 

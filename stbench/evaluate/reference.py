@@ -6,7 +6,6 @@ A statistics file uses ADM's names for ADM's arrays, stores the features for pre
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stbench.core.errors import UserError
-from stbench.core.files import whole_file
+from stbench.core.files import atomic_file, hash_file
 from stbench.evaluate.feature_networks import FeatureNetwork
 from stbench.evaluate.image_sets import (
     NPZ_ERRORS,
@@ -134,7 +133,7 @@ def write_statistics(
         "size": list(measured.size),
         "networks": {space: network.label for network in networks for space in network.spaces},
     }
-    with whole_file(output) as file:
+    with atomic_file(output) as file:
         np.savez(file, **arrays, about=np.array(json.dumps(about)))  # type: ignore[arg-type]
     return measured
 
@@ -212,13 +211,9 @@ def _read_adm(
         size, features = measured.size, _features_or_none(measured)
         for space in measured.moments.keys() - moments.keys():
             moments[space], other_counts[space] = measured.moments[space], measured.count
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
     return Reference(
         name=str(path),
-        digest=digest.hexdigest(),
+        digest=hash_file(path),
         count=None,
         size=size,
         moments=moments,

@@ -16,11 +16,11 @@ from stbench.core.errors import UserError
 from stbench.core.objective import Objective
 from stbench.core.registry import load_builtins
 from stbench.data.dataset import Dataset
+from stbench.data.path_dataset import PathDataset
 from stbench.data.prepare import PIXELS
-from stbench.data.prepared import Prepared
 from stbench.evaluate.extractors import tensors_hash
 from stbench.evaluate.past_run import open_run
-from stbench.models.autoencoder import ROUNDING, VAE, find_vae, to_uint8
+from stbench.models.autoencoder import ROUNDING, VAEInfo, find_vae, to_uint8
 from stbench.models.official import load_official
 
 PUBLISHED_SAMPLERS = {"dit": "ddpm", "sit": "euler-maruyama", "uvit": "dpm-solver"}
@@ -112,7 +112,7 @@ def _with_decoder(dataset: Dataset, vae: str | None) -> Dataset:
     """Return the data set with another decoder, or unchanged for None."""
     if vae is None:
         return dataset
-    if not isinstance(dataset, Prepared):
+    if not isinstance(dataset, PathDataset):
         raise UserError(
             f"--vae applies to runs on prepared data; {dataset.name} has its own decoder; drop it"
         )
@@ -160,7 +160,7 @@ def _load_official(location: ModelLocation, device: torch.device | str) -> Sampl
     )
 
 
-def _decoder(vae: VAE | None, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+def _decoder(vae: VAEInfo | None, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     """Return the map from generated latents (B,C,h,w) to uint8 images; None decodes pixels."""
     if vae is None:
         return to_uint8

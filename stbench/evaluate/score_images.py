@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stbench.core.files import atomic_write, room_for
+from stbench.core.files import atomic_write
 from stbench.evaluate.feature_networks import FeatureNetwork
 from stbench.evaluate.image_sets import ImageSet, open_images
 from stbench.evaluate.progress import ProgressBar, no_progress
@@ -98,5 +98,4 @@ def _write_scores(target: Path, scores: ScoreReport) -> None:
         "warnings": scores.warnings,
         "protocol": dict(scores.protocol),
     }
-    with room_for(target):
-        atomic_write(target, json.dumps(content, indent=1) + "\n")
+    atomic_write(target, json.dumps(content, indent=1) + "\n")
