@@ -200,7 +200,7 @@ def main() -> None:
     except click_exceptions.UsageError as error:
         code = USER_ERROR
         command = error.ctx.command_path if error.ctx else "stbench"
-        _report(f"error: {error.format_message()}; see `{command} --help`", debug)
+        _report(f"error: {error.format_message().rstrip('.')}; see `{command} --help`", debug)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
         _report(stopped, debug)
