@@ -181,7 +181,7 @@ def test_sra_distances_differ_and_the_released_cosine_is_over_tokens() -> None:
 def test_the_flow_clock_lowers_the_noise_by_the_same_amount_everywhere(objective: Objective) -> None:
     tau = torch.linspace(0.05, 0.9, 9, dtype=torch.float64)
     t, u = objective.t_of_tau(tau), torch.full((9,), 0.5, dtype=torch.float64)
-    lowered = objective.tau(align.cleaner(objective, t, 0.2, u, "flow"))
+    lowered = objective.tau(align.cleaner(objective, t, amount=0.2, u=u, clock="flow"))
     lowest = objective.tau(objective.t_of_tau(torch.zeros(1, dtype=torch.float64)))
     torch.testing.assert_close(lowered, (tau - 0.1).clamp(min=0).maximum(lowest), atol=2e-3, rtol=0)
 
@@ -190,9 +190,14 @@ def test_the_native_clock_moves_whole_steps_and_dits_teacher_stays_above_step_0(
     ddpm, vp = ImprovedDdpm(), VpDiscrete()
     steps = torch.tensor([0, 1, 150, 999])
     u = torch.tensor([0.0, 0.999, 0.5, 0.0], dtype=torch.float64)
-    moved = ddpm.index(align.cleaner(ddpm, ddpm.time(steps), 0.2, u, "native"))
+    moved = ddpm.index(align.cleaner(ddpm, ddpm.time(steps), amount=0.2, u=u, clock="native"))
     assert moved.tolist() == [1, 1, 50, 999]
-    assert vp.index(align.cleaner(vp, vp.time(steps), 0.2, u, "native")).tolist() == [0, 0, 50, 999]
+    assert vp.index(align.cleaner(vp, vp.time(steps), amount=0.2, u=u, clock="native")).tolist() == [
+        0,
+        0,
+        50,
+        999,
+    ]
 
 
 def test_sra_refuses_a_beta_that_has_no_meaning() -> None:
