@@ -28,7 +28,7 @@ T = TypeVar("T")
 class Repa(Supervision):
     """-weight * cosine(projector_j(h_k), z_j) over channels, averaged over tokens and encoders j, float32."""
 
-    sources: Sequence[encoders.Source]
+    sources: Sequence[encoders.EncoderSpec]
     """The encoders, or caches of their tokens."""
     block: int
     weight: float
@@ -134,7 +134,8 @@ def repa(
             f"list one per encoder, null for none"
         )
     sources = tuple(
-        encoders.source(name, Path(file) if file else None) for name, file in zip(names, files, strict=True)
+        encoders.find_encoder(name, Path(file) if file else None)
+        for name, file in zip(names, files, strict=True)
     )
     supervision = Repa(
         sources=sources,

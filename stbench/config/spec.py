@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from stbench.core.errors import UserError
-from stbench.data.spec import DataSpec, _Model
+from stbench.data.spec import DataSpec, SpecModel
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -22,7 +22,7 @@ Time = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "tf32", "bf16"]
 
 
-class BackboneSpec(_Model):
+class BackboneSpec(SpecModel):
     """Family, size and the options that differ from the size's preset."""
 
     name: str
@@ -30,7 +30,7 @@ class BackboneSpec(_Model):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-class RecipeSpec(_Model):
+class RecipeSpec(SpecModel):
     """A method, the options the user set, and all options with their defaults."""
 
     name: str
@@ -39,7 +39,7 @@ class RecipeSpec(_Model):
     needs: str = ""
 
 
-class TrainSpec(_Model):
+class TrainSpec(SpecModel):
     """How every stage is trained. `steps` is the length of the last stage."""
 
     steps: int = Field(gt=0)
@@ -59,7 +59,7 @@ class TrainSpec(_Model):
     save_every: int = Field(default=100, gt=0)
 
 
-class EvalSpec(_Model):
+class EvalSpec(SpecModel):
     """When and how the EMA weights are evaluated. `steps` is the number of function evaluations a sample
     costs; `extras` says where the guidance grid and the costly metrics are due: at the last point, at all, or
     at these steps and the last.
@@ -77,7 +77,7 @@ class EvalSpec(_Model):
     extras: Literal["last", "all"] | list[int] = "last"
 
 
-class InitSpec(_Model):
+class InitSpec(SpecModel):
     """An official checkpoint that the first stage's student starts from; only `sha256` is in a hash."""
 
     file: str
@@ -93,7 +93,7 @@ class InitSpec(_Model):
     """What it was found to be, in words."""
 
 
-class RunSpec(_Model):
+class RunSpec(SpecModel):
     """One run, fully resolved."""
 
     dataset: str

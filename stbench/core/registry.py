@@ -37,7 +37,7 @@ BUILTINS = (
     "diffusion.dpm_solver",
     "diffusion.flow_samplers",
     "data.digits",
-    "data.prepared",
+    "data.path_dataset",
 )
 """Modules of stbench that register objectives, samplers and data sets, in the order of listings."""
 

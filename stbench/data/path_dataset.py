@@ -20,11 +20,11 @@ from stbench.core.registry import DATASETS
 from stbench.core.rng import generator
 from stbench.data import presets
 from stbench.data.dataset import Dataset
-from stbench.data.open import Collection, open_collection
+from stbench.data.open import EncodedImages, open_data
 from stbench.data.prefetch import Prefetch
 from stbench.data.shards import HELDOUT, REFERENCE
 from stbench.data.spec import DataSpec
-from stbench.models.autoencoder import VAE, Autoencoder, find_vae, to_float, to_uint8
+from stbench.models.autoencoder import Autoencoder, VAEInfo, find_vae, to_float, to_uint8
 
 DECODED = 16
 """Latents that are decoded at a time."""
@@ -32,7 +32,7 @@ RESIDENT_SHARE = 0.4
 """Of a device's free memory that moments may take without being asked to."""
 
 
-class Prepared(Dataset):
+class PathDataset(Dataset):
     """Latents of a user's images. An epoch is a permutation of them, and a batch may straddle two epochs.
 
     Held out are min(1000, 5 %) of the images, at least one, chosen by a hash of their names. References for
@@ -49,7 +49,7 @@ class Prepared(Dataset):
     """Image size and classes that a path must hold; None for any."""
 
     def __init__(self, data: DataSpec) -> None:
-        found = open_collection(data)
+        found = open_data(data)
         self._check(found, data)
         self._found, self._data, self._device = found, data, torch.device("cpu")
         self._rows = np.flatnonzero(found.split != HELDOUT)
@@ -71,7 +71,7 @@ class Prepared(Dataset):
         self._resident: Tensor | None = None
         self._ahead = Prefetch(self._host_rows)
 
-    def _check(self, found: Collection, data: DataSpec) -> None:
+    def _check(self, found: EncodedImages, data: DataSpec) -> None:
         held = (found.image_shape[1], found.classes)
         if self.expected is not None and held != self.expected:
             raise UserError(
@@ -89,7 +89,7 @@ class Prepared(Dataset):
         """Hash of the autoencoder, "pixels" for none. Raises UserError if it is missing or another one."""
         return "pixels" if self._found.kind == "pixels" else self._vae().sha256
 
-    def _vae(self) -> VAE:
+    def _vae(self) -> VAEInfo:
         own = not self._data.vae or self._data.vae == self._found.vae
         try:
             vae = find_vae(self._data.vae or self._found.vae)
@@ -110,7 +110,7 @@ class Prepared(Dataset):
             )
         return vae
 
-    def decoded_by(self, vae: str) -> Prepared:
+    def decoded_by(self, vae: str) -> PathDataset:
         """A copy that decodes with another autoencoder. Raises UserError for pixels, which need none."""
         if self._found.kind == "pixels":
             raise UserError(f"{self._data.path} holds pixels, which no autoencoder decodes; leave --vae out")
@@ -166,13 +166,13 @@ class Prepared(Dataset):
 
     def images(self, index: Tensor) -> Tensor:
         """Pixels (B,c,H,W) of the rows, mirror images mirrored. Raises UserError if only latents are kept."""
-        if not self._found.pictured:
+        if not self._found.all_pixels:
             raise UserError(
                 f"{self._data.path} keeps latents and no images for an encoder to look at; train from images "
                 f"or from REPA's layout, or give cached tokens with --set recipe.encoder=FOLDER"
             )
         stored, view = self._places(index.cpu())
-        pixels = torch.from_numpy(self._found.pictures(stored))
+        pixels = torch.from_numpy(self._found.pixels(stored))
         mirror = torch.from_numpy(view == 1).view(-1, 1, 1, 1)
         return torch.where(mirror, pixels.flip(-1), pixels).to(self._device, non_blocking=True)
 
@@ -190,11 +190,11 @@ class Prepared(Dataset):
 
     def train_images(self) -> Tensor:
         """The training images that are kept as references, uint8 (R,c,H,W), on the host."""
-        return torch.from_numpy(self._found.pictures(np.flatnonzero(self._found.split == REFERENCE)))
+        return torch.from_numpy(self._found.pixels(np.flatnonzero(self._found.split == REFERENCE)))
 
     def heldout_images(self) -> Tensor:
         """The held-out images, uint8 (M,c,H,W), on the host."""
-        return torch.from_numpy(self._found.pictures(self._heldout_rows))
+        return torch.from_numpy(self._found.pixels(self._heldout_rows))
 
     def _all_images(self) -> Tensor:
         return torch.cat([self.train_images(), self.heldout_images()])
@@ -225,7 +225,7 @@ class Prepared(Dataset):
             parts.append(self._epoch(seed, epoch)[max(start - begin, 0) : stop - begin])
         return torch.cat(parts)
 
-    def to(self, device: torch.device | str) -> Prepared:
+    def to(self, device: torch.device | str) -> PathDataset:
         """A copy whose labels and held-out latents lie on `device`, and whose moments do where they fit."""
         moved = copy.copy(self)
         moved._device = torch.device(device)
@@ -261,13 +261,13 @@ class Prepared(Dataset):
 
 
 @cache
-def _decoder(vae: VAE, device: str) -> Autoencoder:
+def _decoder(vae: VAEInfo, device: str) -> Autoencoder:
     return vae.load().to(device)
 
 
 @final
 @DATASETS.register_module(name="imagenet256")
-class ImageNet256(Prepared):
+class ImageNet256(PathDataset):
     """ImageNet at 256 pixels, from --data PATH; every backbone's published training settings."""
 
     name = "imagenet256"
@@ -282,7 +282,7 @@ class ImageNet256(Prepared):
 
 @final
 @DATASETS.register_module(name="imagenet512")
-class ImageNet512(Prepared):
+class ImageNet512(PathDataset):
     """ImageNet at 512 pixels, from --data PATH; every backbone's published training settings."""
 
     name = "imagenet512"
@@ -297,7 +297,7 @@ class ImageNet512(Prepared):
 
 @final
 @DATASETS.register_module(name="custom")
-class Custom(Prepared):
+class Custom(PathDataset):
     """Any images, from --data PATH: prepared latents, REPA's layout, or a small folder."""
 
     name = "custom"

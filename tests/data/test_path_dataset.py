@@ -13,9 +13,9 @@ from torch import Tensor
 from stbench.core.errors import UserError
 from stbench.data.crop import decode_image
 from stbench.data.dataset import Dataset, get_dataset
+from stbench.data.path_dataset import Custom, ImageNet256, ImageNet512
 from stbench.data.prefetch import Prefetch
-from stbench.data.prepare import Job, make_encoder, open_job, prepare
-from stbench.data.prepared import Custom, ImageNet256, ImageNet512
+from stbench.data.prepare import PrepareOptions, make_encoder, open_task, prepare
 from stbench.data.spec import DataSpec
 from stbench.models.autoencoder import Autoencoder, find_vae, to_uint8
 from tests.datafiles import make_images, make_repa, make_vae
@@ -29,13 +29,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     make_vae(root / "vae")
     make_images(root / "images", COUNT, SIZE)
-    job = Job(root / "images", root / "plain", str(root / "vae"), SIZE, shards=4, batch=8, references=20)
+    job = PrepareOptions(
+        root / "images", root / "plain", str(root / "vae"), SIZE, shards=4, batch=8, references=20
+    )
     for one in (
         job,
         replace(job, target=root / "flip", flip=True),
         replace(job, target=root / "pixels", vae="none", flip=True),
     ):
-        prepare(one, open_job(one), lambda count: None)
+        prepare(one, open_task(one), lambda count: None)
     return root
 
 
@@ -232,8 +234,8 @@ def test_what_a_folder_of_images_wants_is_told(root: Path, tmp_path: Path) -> No
 
 
 def test_truncated_shards_and_unfinished_sets_are_refused_at_once(root: Path, tmp_path: Path) -> None:
-    job = Job(root / "images", tmp_path / "set", str(root / "vae"), SIZE, shards=2, batch=8)
-    prepare(job, open_job(job), lambda count: None)
+    job = PrepareOptions(root / "images", tmp_path / "set", str(root / "vae"), SIZE, shards=2, batch=8)
+    prepare(job, open_task(job), lambda count: None)
     file = tmp_path / "set" / "00001-moments.npy"
     file.write_bytes(file.read_bytes()[:-64])
     with pytest.raises(UserError, match=r"00001-moments.npy is truncated or changed: expected 7808 bytes"):
@@ -248,8 +250,8 @@ def test_truncated_shards_and_unfinished_sets_are_refused_at_once(root: Path, tm
 
 def test_another_autoencoder_is_noticed_and_can_be_chosen(root: Path, tmp_path: Path) -> None:
     own = make_vae(tmp_path / "own")
-    job = Job(root / "images", tmp_path / "set", str(own), SIZE, batch=8)
-    prepare(job, open_job(job), lambda count: None)
+    job = PrepareOptions(root / "images", tmp_path / "set", str(own), SIZE, batch=8)
+    prepare(job, open_task(job), lambda count: None)
     before = opened(tmp_path / "set").fingerprint
     make_vae(own, seed=1)
     find_vae.cache_clear()
