@@ -13,8 +13,9 @@ import pytest
 import typer
 
 from stbench.cli import app as cli
+from stbench.cli.completion import registered_names
 from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, load_builtins, names
-from stbench.evaluate import METRICS
+from stbench.evaluate.metrics import METRICS
 from stbench.evaluate.scores import SCORES
 from tests.conftest import Command
 
@@ -236,7 +237,7 @@ def test_the_usage_page_lists_every_suite() -> None:
 
 @pytest.mark.parametrize("kind", REGISTRIES)
 def test_completion_knows_the_registered_names(kind: str) -> None:
-    assert set(cli.registered(kind)) == builtin(REGISTRIES[kind])
+    assert set(registered_names(kind)) == builtin(REGISTRIES[kind])
 
 
 # The recipe of the README
