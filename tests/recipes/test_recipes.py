@@ -374,12 +374,12 @@ def test_damaged_and_foreign_caches_are_refused(cache: Path) -> None:
     net = network()
     recipe = cast(Repa, only(repa(net.info, encoder=str(cache))))
     step = step_of(recipe, net, LinearFlow())
-    with pytest.raises(UserError, match=r"cached tokens are of 1500 images, the data set has 1281167"):
+    with pytest.raises(UserError, match=r"expected cached tokens of 1281167 images, found 1500"):
         recipe.terms(dataclasses.replace(step, dataset_size=1281167))
     mirrored = dataclasses.replace(step.batch, index=step.batch.index + 1500)
-    with pytest.raises(UserError, match=r"found mirror images; type --set data\.flip=false"):
+    with pytest.raises(UserError, match=r"no cached tokens of mirror images; type --set data\.flip=false"):
         recipe.terms(dataclasses.replace(step, batch=mirrored))
-    with pytest.raises(UserError, match=r"holds 16 tokens an image, the backbone has 64"):
+    with pytest.raises(UserError, match=r"contains 16 tokens per image, the backbone has 64"):
         teachers.open_encoder(recipe.sources[0], 64, torch.device("cpu"))
     tokens = np.load(cache / "tokens.npy")
     np.save(cache / "tokens.npy", tokens[:-1])
@@ -400,8 +400,11 @@ def test_damaged_and_foreign_caches_are_refused(cache: Path) -> None:
         ({"encoder": "no/such/folder"}, "no cached tokens at no/such/folder"),
         ({"encoder": "vit_tiny_patch16_224", "checkpoint": "none.safetensors"}, "hf download timm/vit_tiny"),
         ({"encoder": ["digits", "digits"], "checkpoint": "x"}, "a file for each of 2 encoders, found 1"),
-        ({"checkpoint": "x"}, "has no meaning for encoder 'digits', which has its own; leave it out"),
-        ({"encoder": "resnet18"}, "encoder 'resnet18' gives no patch tokens"),
+        (
+            {"checkpoint": "x"},
+            "cannot be used with encoder 'digits', which has its own weights; leave it out",
+        ),
+        ({"encoder": "resnet18"}, "encoder 'resnet18' has no patch tokens"),
     ],
 )
 def test_repa_errors_say_what_to_type(options: dict[str, Any], message: str) -> None:
@@ -411,7 +414,9 @@ def test_repa_errors_say_what_to_type(options: dict[str, Any], message: str) -> 
 
 def test_weights_that_are_not_here_name_the_download() -> None:
     missing = teachers.find_encoder("vit_tiny_patch16_224.augreg_in21k")
-    with pytest.raises(UserError, match=r"cannot be loaded.*hf download timm/vit_tiny_patch16_224\.augreg"):
+    with pytest.raises(
+        UserError, match=r"cannot load encoder .*hf download timm/vit_tiny_patch16_224\.augreg"
+    ):
         teachers.open_encoder(missing, 16, torch.device("cpu"))
 
 
@@ -420,7 +425,7 @@ def test_a_cache_of_another_number_of_images_is_not_made(tmp_path: Path) -> None
     assert isinstance(encoder, teachers.ImageEncoder)
     images = get_dataset("digits").train_images()[:6]
     for count in (5, 7):
-        with pytest.raises(UserError, match=f"expected {count} images to cache tokens of"):
+        with pytest.raises(UserError, match=f"expected {count} images, found"):
             teachers.cache_tokens(tmp_path, encoder, torch.split(images, 4), count)
         assert not (tmp_path / "tokens.json").exists()
 
