@@ -289,6 +289,6 @@ def test_damaged_weights_are_refused(tmp_path: Any) -> None:
 
 def test_a_network_without_a_row_for_the_null_label_says_so() -> None:
     assert [tiny("uvit", label_rows=rows).info.null_label for rows in (0, 10, 11)] == [True, False, True]
-    with pytest.raises(UserError, match=r"without a null label, so it has no guidance: .* found 1.5"):
+    with pytest.raises(UserError, match=r"has no null label and cannot be guided: .* got 1.5"):
         Denoiser(tiny("uvit", label_rows=10), VpContinuous(), torch.zeros(2).long(), Guidance(1.5))
     Denoiser(tiny("uvit", label_rows=10), VpContinuous(), torch.zeros(2).long(), Guidance(1.0))

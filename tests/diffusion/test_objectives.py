@@ -259,9 +259,17 @@ def test_ddim_spacing_has_a_whole_stride() -> None:
     assert respaced_steps("ddim334").tolist() == list(range(0, 1000, 3))
 
 
-@pytest.mark.parametrize("spacing", ["ddim300", "1", "1001", "ddim0"])
-def test_impossible_spacings_are_user_errors(spacing: str) -> None:
-    with pytest.raises(UserError, match="expected"):
+@pytest.mark.parametrize(
+    ("spacing", "message"),
+    [
+        ("ddim300", "no whole stride takes 300 of 1000 sampling steps; use 250 steps"),
+        ("1", "the number of sampling steps must be 2 to 1000, got 1"),
+        ("1001", "must be 2 to 1000, got 1001"),
+        ("ddim0", "must be 2 to 1000, got 0"),
+    ],
+)
+def test_impossible_spacings_are_user_errors(spacing: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         respaced_steps(spacing)
 
 
