@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from stbench import evaluate
 from stbench.config.build import build_objective
 from stbench.config.plan import StageJob
 from stbench.config.spec import EvalSpec, RunSpec
@@ -18,6 +17,8 @@ from stbench.core.backbone import Backbone
 from stbench.data.dataset import Dataset
 from stbench.diffusion.sample import Guidance
 from stbench.evaluate.extractors import extractor_hash, get_extractor, tensors_hash
+from stbench.evaluate.generate import generate, save_grid, validation_loss
+from stbench.evaluate.metrics import BASIC_METRICS, EXTRA_METRICS, compute_metrics
 from stbench.evaluate.past_run import PastRun, _cache
 from stbench.models.autoencoder import ROUNDING
 from stbench.runs.folder import RunFolder
@@ -114,7 +115,7 @@ class Evaluation:
         self._folder, self._cache, self._device = folder, cache, device
         self._objective = build_objective(spec.objective)
         settings = spec.eval
-        self.protocol = evaluate.protocol_of(
+        self.protocol = protocol_of(
             dataset,
             samples=settings.samples,
             labels=settings.labels,
@@ -138,7 +139,7 @@ class Evaluation:
         due = [s for s in scales if (*place, s, tuple(settings.interval), self.protocol.hash) not in have]
         if not due:
             return []
-        val_loss = evaluate.validation_loss(
+        val_loss = validation_loss(
             ema, self._objective, self._dataset, seed=settings.seed, device=self._device
         )
         points = [self._point(ema, step, s, full, val_loss, seconds, flops) for s in due]
@@ -158,7 +159,7 @@ class Evaluation:
     ) -> CurvePoint:
         settings = self._spec.eval
         guidance = Guidance(scale, *settings.interval, channels=settings.channels)
-        images, labels = evaluate.generate(
+        images, labels = generate(
             ema,
             self._objective,
             self._dataset,
@@ -172,9 +173,11 @@ class Evaluation:
         )
         name = f"{self._job.index}-{self._job.name}-{step:08d}-g{scale:g}.png"
         columns = self._dataset.classes if settings.labels == "balanced" else 10
-        evaluate.grid(images[: 10 * columns], self._folder.path / "samples" / name, columns)
-        names = evaluate.BASIC + (evaluate.EXTRAS if full else ())
-        metrics = evaluate.metrics(images, self._dataset, names, self._cache, labels, self._device)
+        save_grid(images[: 10 * columns], self._folder.path / "samples" / name, columns)
+        names = BASIC_METRICS + (EXTRA_METRICS if full else ())
+        metrics = compute_metrics(
+            images, self._dataset, names, cache_dir=self._cache, labels=labels, device=self._device
+        )
         return CurvePoint(
             stage=self._job.name,
             stage_index=self._job.index,

@@ -26,8 +26,8 @@ from stbench.data.dataset import _build
 from stbench.data.prepare import PrepareOptions
 from stbench.data.repa_layout import RepaFolder, convert, find_decoder
 from stbench.evaluate import past_run, points
-from stbench.evaluate.sample_job import Asked, draw
-from stbench.evaluate.sample_source import Origin
+from stbench.evaluate.sample_job import SampleRequest, sample_images
+from stbench.evaluate.sample_model import ModelLocation
 from stbench.runs.records import RunRecord
 from stbench.train import engine
 from tests.conftest import BLOCKS, TINY, Command
@@ -84,10 +84,10 @@ def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
         assert last.metrics.keys() >= {"fid", "fid_all", "is", "kid", "nn_distance"}
         assert all(np.isfinite(value) for value in last.val_loss)
     run = past_run.open_run(Path(records[1].path))
-    device, wanted = engine.Options(tmp_path).device, Asked(5, 1.5)
+    device, wanted = engine.Options(tmp_path).device, SampleRequest(5, 1.5)
     again: Any = run.dataset.to(device)
     assert run.spec.data is not None and run.spec.data.resident == "yes" and again._resident is None
-    draw(Origin(Path(records[1].path)), wanted, [tmp_path / "five.npz"], [device])
+    sample_images(ModelLocation(Path(records[1].path)), wanted, [tmp_path / "five.npz"], [device])
     with np.load(tmp_path / "five.npz") as found:
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((5, SIZE, SIZE, 3), np.uint8)
     changed = run.spec.eval.model_copy(update={"seed": 1})
