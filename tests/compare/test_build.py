@@ -8,7 +8,7 @@ import sys
 from stbench.compare.build import build_leaderboard
 from tests.fake_runs import make_digits_records
 
-HEAVY = {"torch", "mmengine", "matplotlib", "scipy", "pydantic", "rich"}
+HEAVY = {"torch", "mmengine", "matplotlib", "scipy", "numpy", "PIL", "pydantic", "rich"}
 
 
 def test_the_order_of_the_records_does_not_matter() -> None:
