@@ -12,7 +12,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
-from stbench.core.recipe import Stage, Step, Supervision, Term
+from stbench.core.recipe import OptionContext, Stage, Step, Supervision, Term, computed
 from stbench.core.registry import RECIPES
 from stbench.models import align
 
@@ -44,7 +44,8 @@ class Dispersive(Supervision):
     weight: float
     tau: float
     scope: Scope
-    local_batch: int
+    local_batch: int | None
+    """None with scope "gathered"."""
 
     @property
     def taps(self) -> Sequence[int]:
@@ -63,16 +64,24 @@ class Dispersive(Supervision):
         return {"dispersive": Term(align.dispersive_rows(tokens, self.tau, batch), self.weight)}
 
 
+def _published_block(c: OptionContext) -> int:
+    return max(1, c.info.depth // 4) - 1 if c.options["setting"] == "jax" else c.info.depth - 1
+
+
+def _published_batch(c: OptionContext) -> int | None:
+    return None if c.options["scope"] == "gathered" else PUBLISHED[c.options["setting"]].local_batch
+
+
 @RECIPES.register_module(name="dispersive")
 def dispersive(
     info: BackboneInfo,
     *,
     setting: Setting = "jax",
-    block: int | None = None,
-    weight: NonNegativeFloat | None = None,
-    tau: PositiveFloat | None = None,
+    block: int = computed(_published_block),
+    weight: NonNegativeFloat = computed(lambda c: PUBLISHED[c.options["setting"]].weight),
+    tau: PositiveFloat = computed(lambda c: PUBLISHED[c.options["setting"]].tau),
     scope: Scope = "local",
-    local_batch: PositiveInt | None = None,
+    local_batch: PositiveInt | None = computed(_published_batch),
 ) -> Sequence[Stage]:
     """Spread the samples of a batch apart in one block's features (InfoNCE with L2 distance, no positives).
 
@@ -81,16 +90,8 @@ def dispersive(
     it. block: 0-based. scope: `local` computes the loss on `local_batch` samples at a time, as on one
     device of the published runs; `gathered` on the global batch.
     """
-    known = PUBLISHED[setting]
-    place = max(1, info.depth // 4) - 1 if setting == "jax" else info.depth - 1
-    place = info.block("recipe.block", place if block is None else block)
+    block = info.block("recipe.block", block)
     if scope == "gathered" and local_batch is not None:
         raise UserError("recipe.local_batch has no meaning with recipe.scope=gathered; leave one of them out")
-    recipe = Dispersive(
-        place,
-        known.weight if weight is None else weight,
-        tau or known.tau,
-        scope,
-        local_batch or known.local_batch,
-    )
+    recipe = Dispersive(block, weight, tau, scope, local_batch)
     return [Stage("dispersive", lambda earlier: recipe)]

@@ -11,7 +11,7 @@ from pydantic import NonNegativeFloat
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
-from stbench.core.recipe import Stage, Step, Supervision, Term
+from stbench.core.recipe import Stage, Step, Supervision, Term, computed
 from stbench.core.registry import RECIPES
 from stbench.models import align
 
@@ -40,11 +40,16 @@ class LayerSync(Supervision):
         return {"layersync": Term(torch.stack(values).sum(0), self.weight)}
 
 
+def published_pairs(info: BackboneInfo) -> Pairs:
+    """Blocks 8 and 16 (1-based) of SiT-XL's 28; other depths keep the relative position."""
+    return [(align.relative_block(info.depth, 8, 28), align.relative_block(info.depth, 16, 28))]
+
+
 @RECIPES.register_module(name="layersync")
 def layersync(
     info: BackboneInfo,
     *,
-    pairs: Sequence[tuple[int, int]] | None = None,
+    pairs: Sequence[tuple[int, int]] = computed(lambda c: published_pairs(c.info)),
     weight: NonNegativeFloat = 0.2,
     several: Several = "sum",
 ) -> Sequence[Stage]:
@@ -54,8 +59,6 @@ def layersync(
     its relative depth). weight: 0.2 as published for XL. several: `sum` adds the pairs up; `released` keeps
     the last one, as the released loop does.
     """
-    if pairs is None:
-        pairs = [(align.relative_block(info.depth, 8, 28), align.relative_block(info.depth, 16, 28))]
     if not pairs:
         raise UserError("recipe.pairs wants at least one pair, got none; for example [[1,3]]")
     for weak, strong in pairs:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
-from stbench.core.recipe import Stage, Step, Supervision, Term
+from stbench.core.recipe import Stage, Step, Supervision, Term, computed
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models import encoders as teachers
@@ -100,15 +100,19 @@ def published_block(info: BackboneInfo) -> int:
     return named[info.depth] - 1 if info.depth in named else align.relative_block(info.depth, 8, 28)
 
 
+def _tiny(info: BackboneInfo) -> bool:
+    return info.size.startswith("ti")
+
+
 @RECIPES.register_module(name="repa")
 def repa(
     info: BackboneInfo,
     *,
-    encoder: str | Sequence[str] | None = None,
+    encoder: str | Sequence[str] = computed(lambda c: teachers.DIGITS if _tiny(c.info) else teachers.DINOV2),
     checkpoint: str | Sequence[str | None] | None = None,
-    block: int | None = None,
+    block: int = computed(lambda c: published_block(c.info)),
     weight: NonNegativeFloat = 0.5,
-    hidden: PositiveInt | None = None,
+    hidden: PositiveInt = computed(lambda c: 4 * c.info.width if _tiny(c.info) else 2048),
 ) -> Sequence[Stage]:
     """Align one block with a frozen external encoder's tokens of the clean image.
 
@@ -118,8 +122,9 @@ def repa(
     8 for XL and L, 4 for B). weight: 0.5 as published. hidden: projector width, 2048 as published; 4 D on
     ti.
     """
-    tiny = info.size.startswith("ti")
-    names = _listed(encoder) or [teachers.DIGITS if tiny else teachers.DINOV2]
+    names = _listed(encoder)
+    if not names:
+        raise UserError(f"recipe.encoder must name at least one encoder; for example {teachers.DINOV2}")
     files = _listed(checkpoint) or [None] * len(names)
     if len(files) != len(names):
         raise UserError(
@@ -129,8 +134,7 @@ def repa(
     sources = tuple(
         teachers.source(name, Path(file) if file else None) for name, file in zip(names, files, strict=True)
     )
-    chosen = info.block("recipe.block", published_block(info) if block is None else block)
-    recipe = Repa(sources, chosen, weight, hidden or (4 * info.width if tiny else 2048), info.tokens)
+    recipe = Repa(sources, info.block("recipe.block", block), weight, hidden, info.tokens)
     return [Stage("repa", lambda earlier: recipe)]
 
 

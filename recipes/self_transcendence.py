@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stbench.core.backbone import Backbone, BackboneInfo, Weights
 from stbench.core.errors import UserError
-from stbench.core.recipe import Artifact, Plain, Stage, Step, Supervision, Term
+from stbench.core.recipe import Artifact, OptionContext, Plain, Stage, Step, Supervision, Term, computed
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models.align import Clock, Interval
@@ -165,14 +165,18 @@ def _reduced(error: Tensor, rows: Tensor, inside: Tensor, mask: Mask) -> Tensor:
     return align.masked(error, rows, len(inside))
 
 
+def _teacher_steps(c: OptionContext) -> int | None:
+    return None if c.steps is None else max(1, round(defaults(c.info).teacher_length * c.steps))
+
+
 @RECIPES.register_module(name="vae-align")
 def vae_align(
     info: BackboneInfo,
     *,
-    align_block: int | None = None,
+    align_block: int = computed(lambda c: defaults(c.info).align_block),
     coefficient: float = 0.5,
     interval: Interval = (0.4, 0.7),
-    hidden: PositiveInt | None = None,
+    hidden: PositiveInt = computed(lambda c: defaults(c.info).hidden),
     mask: Mask = "samples",
     time: Clock = "flow",
 ) -> Sequence[Stage]:
@@ -183,10 +187,9 @@ def vae_align(
     `released` scales all of them by the share inside, as the released code does. time: `flow` or `native`
     clock of the interval.
     """
-    known = defaults(info)
     align.check_interval(interval)
-    block = info.block("recipe.align_block", known.align_block if align_block is None else align_block)
-    recipe = VaeAlign(block, hidden or known.hidden, coefficient, interval, mask, time)
+    block = info.block("recipe.align_block", align_block)
+    recipe = VaeAlign(block, hidden, coefficient, interval, mask, time)
     return [Stage("vae-align", lambda earlier: recipe)]
 
 
@@ -194,18 +197,18 @@ def vae_align(
 def self_transcendence(
     info: BackboneInfo,
     *,
-    align_block: int | None = None,
-    student_block: int | None = None,
-    teacher_block: int | None = None,
-    guidance: float | None = None,
+    align_block: int = computed(lambda c: defaults(c.info).align_block),
+    student_block: int = computed(lambda c: defaults(c.info).student_block),
+    teacher_block: int = computed(lambda c: defaults(c.info).teacher_block),
+    guidance: float = computed(lambda c: defaults(c.info).guidance),
     coefficient: float = 0.5,
     interval: Interval = (0.4, 0.7),
-    hidden: PositiveInt | None = None,
+    hidden: PositiveInt = computed(lambda c: defaults(c.info).hidden),
     mask: Mask = "samples",
     time: Clock = "flow",
     teacher: Literal["vae-align", "vanilla"] = "vae-align",
-    teacher_weights: Weights | None = None,
-    teacher_steps: PositiveInt | None = None,
+    teacher_weights: Weights = computed(lambda c: defaults(c.info).weights),
+    teacher_steps: PositiveInt | None = computed(_teacher_steps),
     guidance_stop: int = 100_000,
 ) -> Sequence[Stage]:
     """Train a teacher by VAE alignment, freeze it, and let its guided features teach a fresh network.
@@ -216,30 +219,35 @@ def self_transcendence(
     default --steps on ti, half of it elsewhere (200K for 400K). guidance_stop: step after which the alignment
     ends. mask, time, interval, hidden: as in vae-align, for both stages.
     """
-    known = defaults(info)
     align.check_interval(interval)
-    shallow = info.block("recipe.align_block", known.align_block if align_block is None else align_block)
-    student = info.block(
-        "recipe.student_block", known.student_block if student_block is None else student_block
-    )
-    deep = info.block("recipe.teacher_block", known.teacher_block if teacher_block is None else teacher_block)
-    width, scale = hidden or known.hidden, known.guidance if guidance is None else guidance
-    weights = teacher_weights or known.weights
-    if scale != 1.0 and not info.null_label:
+    shallow = info.block("recipe.align_block", align_block)
+    student = info.block("recipe.student_block", student_block)
+    deep = info.block("recipe.teacher_block", teacher_block)
+    if guidance != 1.0 and not info.null_label:
         raise UserError(
-            f"recipe.guidance={scale} wants a null label, which {info.name}-{info.size} has no row for; "
+            f"recipe.guidance={guidance} wants a null label, which {info.name}-{info.size} has no row for; "
             f"type --set recipe.guidance=1"
         )
 
     def first(earlier: Mapping[str, Artifact]) -> Supervision:
-        return VaeAlign(shallow, width, coefficient, interval, mask, time)
+        return VaeAlign(shallow, hidden, coefficient, interval, mask, time)
 
     def second(earlier: Mapping[str, Artifact]) -> Supervision:
         source = earlier[teacher]
         return SelfTranscendence(
-            source, student, deep, width, scale, weights, coefficient, interval, mask, time, guidance_stop
+            source,
+            student,
+            deep,
+            hidden,
+            guidance,
+            teacher_weights,
+            coefficient,
+            interval,
+            mask,
+            time,
+            guidance_stop,
         )
 
     trained_by = first if teacher == "vae-align" else lambda earlier: Plain()
-    first_stage = Stage(teacher, trained_by, known.teacher_length, teacher_steps)
+    first_stage = Stage(teacher, trained_by, defaults(info).teacher_length, teacher_steps)
     return [first_stage, Stage("self-transcendence", second)]

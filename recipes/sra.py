@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
-from stbench.core.recipe import Stage, Step, Supervision, Term
+from stbench.core.recipe import OptionContext, Stage, Step, Supervision, Term, computed
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models.align import Clock, Time
@@ -93,17 +93,29 @@ def published_blocks(info: BackboneInfo) -> tuple[int, int]:
     return align.relative_block(info.depth, 8, 28), align.relative_block(info.depth, teacher, 28)
 
 
+def _published_weight(c: OptionContext) -> float:
+    if c.options["distance"] in COSINES:
+        return 0.5
+    return 0.04 if c.info.name == "dit" else 0.2
+
+
+def _published_schedule(c: OptionContext) -> Decay:
+    if c.options["distance"] in COSINES:
+        return "constant"
+    return "512" if c.info.input_size >= 64 and c.info.channels > 3 else "256"
+
+
 @RECIPES.register_module(name="sra")
 def sra(
     info: BackboneInfo,
     *,
-    student_block: int | None = None,
-    teacher_block: int | None = None,
+    student_block: int = computed(lambda c: published_blocks(c.info)[0]),
+    teacher_block: int = computed(lambda c: published_blocks(c.info)[1]),
     distance: Distance = "smooth-l1",
-    weight: NonNegativeFloat | None = None,
-    schedule: Decay | None = None,
+    weight: NonNegativeFloat = computed(_published_weight),
+    schedule: Decay = computed(_published_schedule),
     t_max: Time = 0.2,
-    time: Clock | None = None,
+    time: Clock = computed(lambda c: "native" if c.info.name == "dit" else "flow"),
     beta: PositiveFloat = 0.05,
 ) -> Sequence[Stage]:
     """Align a block with a deeper block of the EMA network at a cleaner time: same noise, same labels.
@@ -116,15 +128,9 @@ def sra(
     t_max: the teacher has up to this much less noise. time: `flow`-equivalent or `native` clock of t_max;
     DiT's default is native, by whole steps. beta: of smooth-l1.
     """
-    student, teacher = published_blocks(info)
-    student = info.block("recipe.student_block", student if student_block is None else student_block)
-    teacher = info.block("recipe.teacher_block", teacher if teacher_block is None else teacher_block)
+    student = info.block("recipe.student_block", student_block)
+    teacher = info.block("recipe.teacher_block", teacher_block)
     if distance != "smooth-l1" and beta != 0.05:
         raise UserError(f"recipe.beta={beta} has no meaning for distance '{distance}'; it is smooth-l1's")
-    if weight is None:
-        weight = 0.5 if distance in COSINES else 0.04 if info.name == "dit" else 0.2
-    resolution: Decay = "512" if info.input_size >= 64 and info.channels > 3 else "256"
-    chosen = schedule or ("constant" if distance in COSINES else resolution)
-    clock = time or ("native" if info.name == "dit" else "flow")
-    recipe = Sra(student, teacher, distance, weight, chosen, t_max, clock, beta)
+    recipe = Sra(student, teacher, distance, weight, schedule, t_max, time, beta)
     return [Stage("sra", lambda earlier: recipe)]

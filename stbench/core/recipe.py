@@ -5,6 +5,7 @@ Shapes and conventions are listed in `stbench.core.backbone`.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -189,7 +190,59 @@ class Stage:
     init: Literal["scratch", "previous"] = "scratch"
 
 
+@dataclass(frozen=True)
+class OptionContext:
+    """What the default of a recipe option may depend on."""
+
+    info: BackboneInfo
+    steps: int | None
+    """Steps of the last stage; None where they are not known."""
+    options: Mapping[str, Any]
+    """The other options of the recipe, as far as they are known: those given, and the defaults of those that
+    come earlier in the signature."""
+
+
+@dataclass(frozen=True)
+class _Computed:
+    compute: Callable[[OptionContext], Any]
+
+    def __repr__(self) -> str:
+        return "depends on the backbone"
+
+
+def computed(compute: Callable[[OptionContext], Any]) -> Any:
+    """Mark the default of a recipe option that depends on the backbone, the steps or other options.
+
+    Use it in the recipe's signature: ``block: int = computed(lambda c: c.info.depth // 2)``. The value is
+    computed before the recipe function is called and is stored in the run's specification, so that a run
+    never depends on the default of a later version.
+    """
+    return _Computed(compute)
+
+
+def effective_options(
+    recipe: Recipe, info: BackboneInfo, *, steps: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """All options of a recipe by name: those given, and the defaults of the others for this backbone."""
+    parameters = list(inspect.signature(recipe).parameters.values())[1:]
+    known = {p.name: p.default for p in parameters if not isinstance(p.default, _Computed)} | options
+    for parameter in parameters:
+        if parameter.name not in known:
+            known[parameter.name] = parameter.default.compute(OptionContext(info, steps, known))
+    return {p.name: known[p.name] for p in parameters if known[p.name] is not inspect.Parameter.empty} | {
+        name: value for name, value in options.items() if name not in {p.name for p in parameters}
+    }
+
+
+def build_stages(
+    recipe: Recipe, info: BackboneInfo, *, steps: int | None = None, **options: Any
+) -> Sequence[Stage]:
+    """Call a recipe with its effective options."""
+    return recipe(info, **effective_options(recipe, info, steps=steps, **options))
+
+
 Recipe = Callable[..., Sequence[Stage]]
-"""A method: `(info: BackboneInfo, *, <settings with published defaults>) -> stages`. Its docstring is its
-help.
+"""A recipe: `(info: BackboneInfo, *, <options with published defaults>) -> stages`.
+
+The docstring of the function is its help.
 """

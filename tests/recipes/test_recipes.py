@@ -21,7 +21,7 @@ from stbench.config.resolve import Request, resolve
 from stbench.core.backbone import Backbone, BackboneInfo
 from stbench.core.errors import UserError
 from stbench.core.objective import Batch, Objective
-from stbench.core.recipe import Cost, Step, Supervision
+from stbench.core.recipe import Cost, Step, Supervision, build_stages
 from stbench.core.rng import Rng
 from stbench.data.dataset import get_dataset
 from stbench.diffusion import ImprovedDdpm, LinearFlow, VpContinuous, VpDiscrete
@@ -100,7 +100,7 @@ def value(recipe: Supervision, step: Step) -> Tensor:
     ],
 )
 def test_sra_blocks(where: BackboneInfo, blocks: tuple[int, int]) -> None:
-    recipe = only(sra(where))
+    recipe = only(build_stages(sra, where))
     assert (recipe.student_block, recipe.teacher_block) == blocks
 
 
@@ -118,19 +118,19 @@ def test_sra_blocks(where: BackboneInfo, blocks: tuple[int, int]) -> None:
 def test_sra_defaults_follow_distance_and_family(
     family: str, options: dict[str, Any], expected: tuple[float, str, str]
 ) -> None:
-    recipe = only(sra(info(family, "xl/2", 28), **options))
+    recipe = only(build_stages(sra, info(family, "xl/2", 28), **options))
     assert (recipe.weight, recipe.schedule, recipe.time) == expected
 
 
 def test_sra_schedule_follows_the_size_of_the_latents() -> None:
     large = dataclasses.replace(info("sit", "xl/2", 28), input_size=64)
-    assert only(sra(large)).schedule == "512"
-    assert only(sra(large, distance="cosine")).schedule == "constant"
-    assert only(sra(dataclasses.replace(large, channels=3))).schedule == "256"  # pixels
+    assert only(build_stages(sra, large)).schedule == "512"
+    assert only(build_stages(sra, large, distance="cosine")).schedule == "constant"
+    assert only(build_stages(sra, dataclasses.replace(large, channels=3))).schedule == "256"  # pixels
 
 
 def test_sra_weight_falls_after_its_last_full_epoch() -> None:
-    recipe = only(sra(info("sit", "xl/2", 28)))
+    recipe = only(build_stages(sra, info("sit", "xl/2", 28)))
     assert recipe.weight_at(149) == 0.2
     assert recipe.weight_at(1149) == pytest.approx(0.02)
     assert dataclasses.replace(recipe, schedule="512").weight_at(899) == pytest.approx(0.02)
@@ -138,7 +138,7 @@ def test_sra_weight_falls_after_its_last_full_epoch() -> None:
 
 
 def test_sra_weight_counts_epochs_of_the_data_set() -> None:
-    recipe, net = only(sra(info("sit", "ti/2", 6))), network()
+    recipe, net = only(build_stages(sra, info("sit", "ti/2", 6))), network()
     early, late = (step_of(recipe, net, LinearFlow(), images_seen=seen) for seen in (149 * 1500, 349 * 1500))
     assert recipe.terms(early)["sra"].weight == 0.2
     assert recipe.terms(late)["sra"].weight == pytest.approx(0.2 * 0.1**0.2)
@@ -146,7 +146,7 @@ def test_sra_weight_counts_epochs_of_the_data_set() -> None:
 
 def test_sra_teacher_is_the_ema_at_less_noise_with_the_same_noise_and_labels() -> None:
     net, objective = network(), LinearFlow()
-    recipe = cast(Sra, only(sra(net.info)))
+    recipe = cast(Sra, only(build_stages(sra, net.info)))
     step = step_of(recipe, net, objective)
     with torch.no_grad():
         for parameter in step.ema.parameters():
@@ -164,7 +164,7 @@ def test_sra_teacher_is_the_ema_at_less_noise_with_the_same_noise_and_labels() -
 
 
 def test_sra_distances_differ_and_the_released_cosine_is_over_tokens() -> None:
-    recipe = only(sra(info("sit", "ti/2", 6), distance="cosine"))
+    recipe = only(build_stages(sra, info("sit", "ti/2", 6), distance="cosine"))
     a, b = torch.randn(2, 16, 96), torch.randn(2, 16, 96)
     over_channels = 1 - nn.functional.cosine_similarity(a, b, dim=2).mean(1)
     over_tokens = 1 - nn.functional.cosine_similarity(a, b, dim=1).mean(1)
@@ -197,15 +197,15 @@ def test_the_native_clock_moves_whole_steps_and_dits_teacher_stays_above_step_0(
 
 def test_sra_refuses_a_beta_that_has_no_meaning() -> None:
     with pytest.raises(UserError, match=r"recipe\.beta=0\.1 has no meaning for distance 'cosine'"):
-        sra(info("sit", "ti/2", 6), distance="cosine", beta=0.1)
+        build_stages(sra, info("sit", "ti/2", 6), distance="cosine", beta=0.1)
 
 
 # LayerSync
 
 
 def test_layersync_default_is_the_published_pair() -> None:
-    assert only(layersync(info("sit", "xl/2", 28))).pairs == ((7, 15),)
-    assert only(layersync(info("sit", "ti/2", 6))).pairs == ((1, 2),)
+    assert only(build_stages(layersync, info("sit", "xl/2", 28))).pairs == ((7, 15),)
+    assert only(build_stages(layersync, info("sit", "ti/2", 6))).pairs == ((1, 2),)
 
 
 @pytest.mark.parametrize(
@@ -218,12 +218,12 @@ def test_layersync_default_is_the_published_pair() -> None:
 )
 def test_layersync_refuses_pairs_that_would_train_something_else(pairs: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        layersync(info("sit", "ti/2", 6), pairs=pairs)
+        build_stages(layersync, info("sit", "ti/2", 6), pairs=pairs)
 
 
 def test_layersync_sums_pairs_and_stops_the_gradient_at_the_strong_block() -> None:
     net = network()
-    recipe = cast(LayerSync, only(layersync(net.info, pairs=[(0, 2), (1, 4)])))
+    recipe = cast(LayerSync, only(build_stages(layersync, net.info, pairs=[(0, 2), (1, 4)])))
     step = step_of(recipe, net, LinearFlow())
     leaves = {k: v.detach().requires_grad_() for k, v in step.features.items()}
     step = dataclasses.replace(step, features=leaves)
@@ -241,15 +241,15 @@ def test_layersync_sums_pairs_and_stops_the_gradient_at_the_strong_block() -> No
 
 def test_dispersive_settings_by_name_and_changed() -> None:
     where = info("sit", "b/2", 12)
-    assert only(dispersive(where)) == Dispersive(2, 0.5, 0.5, "local", 16)
-    assert only(dispersive(where, setting="pytorch")) == Dispersive(11, 0.25, 1.0, "local", 32)
-    changed = only(dispersive(where, block=4, weight=0.1, local_batch=8))
+    assert only(build_stages(dispersive, where)) == Dispersive(2, 0.5, 0.5, "local", 16)
+    assert only(build_stages(dispersive, where, setting="pytorch")) == Dispersive(11, 0.25, 1.0, "local", 32)
+    changed = only(build_stages(dispersive, where, block=4, weight=0.1, local_batch=8))
     assert changed == Dispersive(4, 0.1, 0.5, "local", 8)
 
 
 def test_dispersive_is_computed_on_the_batch_it_names() -> None:
     net = network()
-    recipe = cast(Dispersive, only(dispersive(net.info, local_batch=4)))
+    recipe = cast(Dispersive, only(build_stages(dispersive, net.info, local_batch=4)))
     step = step_of(recipe, net, LinearFlow())
     z = step.features[recipe.block]
     halves = torch.stack([align.dispersive(z[:4], 0.5), align.dispersive(z[4:], 0.5)])
@@ -262,7 +262,7 @@ def test_dispersive_is_computed_on_the_batch_it_names() -> None:
 
 def test_dispersive_refuses_a_local_batch_that_is_not_used() -> None:
     with pytest.raises(UserError, match="no meaning with"):
-        dispersive(info("sit", "ti/2", 6), scope="gathered", local_batch=8)
+        build_stages(dispersive, info("sit", "ti/2", 6), scope="gathered", local_batch=8)
 
 
 # REPA
@@ -270,7 +270,7 @@ def test_dispersive_refuses_a_local_batch_that_is_not_used() -> None:
 
 def test_repa_aligns_with_the_digits_encoder_and_names_it() -> None:
     net = network()
-    recipe = cast(Repa, only(repa(net.info)))
+    recipe = cast(Repa, only(build_stages(repa, net.info)))
     assert recipe.needs == "encoder digits" and recipe.images
     step = step_of(recipe, net, LinearFlow())
     found = value(recipe, step)
@@ -298,11 +298,11 @@ def test_the_digits_encoder_reads_digits() -> None:
     [(("xl/2", 28), 7), (("l/2", 24), 7), (("b/2", 12), 3), (("ti/2", 6), 1)],
 )
 def test_repa_blocks(where: tuple[str, int], block: int) -> None:
-    assert only(repa(info("sit", *where), encoder="digits")).block == block
+    assert only(build_stages(repa, info("sit", *where), encoder="digits")).block == block
 
 
 def test_repa_default_encoder_is_dinov2_b_at_the_latents_grid() -> None:
-    recipe = only(repa(info("sit", "b/2", 12, 768, 256)))
+    recipe = only(build_stages(repa, info("sit", "b/2", 12, 768, 256)))
     (source,) = recipe.sources
     assert (source.name, source.width, recipe.hidden) == (teachers.DINOV2, 768, 2048)
 
@@ -320,7 +320,7 @@ def vit(tmp_path: Path) -> Path:
 def test_repa_takes_timm_networks_from_local_weights(vit: Path) -> None:
     net = network()
     names = ["vit_tiny_patch16_224", "vit_tiny_patch16_224"]
-    recipe = cast(Repa, only(repa(net.info, encoder=names, checkpoint=[str(vit)] * 2)))
+    recipe = cast(Repa, only(build_stages(repa, net.info, encoder=names, checkpoint=[str(vit)] * 2)))
     step = step_of(recipe, net, LinearFlow())
     targets = recipe.targets(step)
     assert [tuple(z.shape) for z in targets] == [(BATCH, 16, 192)] * 2  # 64x64 pixels in patches of 16
@@ -359,7 +359,10 @@ def cache(tmp_path: Path) -> Path:
 
 def test_cached_tokens_teach_as_the_encoder_does_and_are_paid_once(cache: Path) -> None:
     net = network()
-    online, cached = only(repa(net.info)), cast(Repa, only(repa(net.info, encoder=str(cache))))
+    online, cached = (
+        only(build_stages(repa, net.info)),
+        cast(Repa, only(build_stages(repa, net.info, encoder=str(cache)))),
+    )
     assert cached.needs == "cached tokens of encoder digits" and not cached.images
     first, again = (step_of(cached, net, LinearFlow(), images_seen=seen) for seen in (1496, 1500))
     reference = step_of(online, net, LinearFlow(), images_seen=1496)
@@ -370,7 +373,7 @@ def test_cached_tokens_teach_as_the_encoder_does_and_are_paid_once(cache: Path) 
 
 def test_damaged_and_foreign_caches_are_refused(cache: Path) -> None:
     net = network()
-    recipe = cast(Repa, only(repa(net.info, encoder=str(cache))))
+    recipe = cast(Repa, only(build_stages(repa, net.info, encoder=str(cache))))
     step = step_of(recipe, net, LinearFlow())
     with pytest.raises(UserError, match=r"cached tokens are of 1500 images, the data set has 1281167"):
         recipe.terms(dataclasses.replace(step, dataset_size=1281167))
@@ -404,7 +407,7 @@ def test_damaged_and_foreign_caches_are_refused(cache: Path) -> None:
 )
 def test_repa_errors_say_what_to_type(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        repa(info("sit", "ti/2", 6), **options)
+        build_stages(repa, info("sit", "ti/2", 6), **options)
 
 
 def test_weights_that_are_not_here_name_the_download() -> None:
@@ -436,7 +439,7 @@ def test_a_moved_file_is_the_same_run_and_another_file_another(vit: Path, tmp_pa
 
 def test_a_dry_run_needs_no_weights() -> None:
     digits = get_dataset("digits")
-    recipe = only(repa(info("sit", "ti/2", 6), encoder="vit_tiny_patch16_224.augreg_in21k"))
+    recipe = only(build_stages(repa, info("sit", "ti/2", 6), encoder="vit_tiny_patch16_224.augreg_in21k"))
     job = plan.prepare(resolve(Request("sit", "repa")))[1][0]
     assert rehearse(job, recipe, resolve(Request("sit", "repa")), digits, draws=1).teachers > 0
 
