@@ -178,16 +178,28 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run inside a method; the last stage's network is the one that is evaluated."""
+    """One training run inside a recipe. The network of the last stage is the one that is evaluated."""
 
     name: str
-    recipe: Callable[[Mapping[str, Artifact]], Supervision]
-    """Called late, with what the earlier stages left, by stage name."""
+    supervision: Callable[[Mapping[str, Artifact]], Supervision]
+    """Builds the stage's supervision from the artifacts of the earlier stages, by stage name."""
     length: float = 1.0
-    """Steps as a multiple of --steps; the last stage is always 1.0."""
+    """Steps as a multiple of --steps. The last stage always has length 1.0."""
     steps: int | None = None
-    """Absolute number of steps, instead of `length`."""
+    """Absolute number of steps; replaces `length`."""
     init: Literal["scratch", "previous"] = "scratch"
+    """Initial weights: fresh, or the EMA weights of the previous stage."""
+
+    def length_at(self, steps: int) -> int:
+        """Steps of this stage, as an earlier stage, when the last stage has `steps` steps."""
+        return round(self.length * steps) if self.steps is None else self.steps
+
+
+Recipe = Callable[..., Sequence[Stage]]
+"""A recipe: `(info: BackboneInfo, *, <options with published defaults>) -> stages`.
+
+The docstring of the function is its help.
+"""
 
 
 @dataclass(frozen=True)
@@ -220,18 +232,21 @@ def computed(compute: Callable[[OptionContext], Any]) -> Any:
     return _Computed(compute)
 
 
+def is_computed(default: Any) -> bool:
+    """Whether a parameter's default was made by `computed`."""
+    return isinstance(default, _Computed)
+
+
 def effective_options(
     recipe: Recipe, info: BackboneInfo, *, steps: int | None = None, **options: Any
 ) -> dict[str, Any]:
     """All options of a recipe by name: those given, and the defaults of the others for this backbone."""
-    parameters = list(inspect.signature(recipe).parameters.values())[1:]
-    known = {p.name: p.default for p in parameters if not isinstance(p.default, _Computed)} | options
-    for parameter in parameters:
-        if parameter.name not in known:
-            known[parameter.name] = parameter.default.compute(OptionContext(info, steps, known))
-    return {p.name: known[p.name] for p in parameters if known[p.name] is not inspect.Parameter.empty} | {
-        name: value for name, value in options.items() if name not in {p.name for p in parameters}
-    }
+    parameters = {name: p.default for name, p in inspect.signature(recipe).parameters.items() if name != "info"}
+    known = {name: default for name, default in parameters.items() if not is_computed(default)} | options
+    for name, default in parameters.items():
+        if name not in known:
+            known[name] = default.compute(OptionContext(info, steps, known))
+    return {name: known[name] for name in parameters} | options
 
 
 def build_stages(
@@ -239,10 +254,3 @@ def build_stages(
 ) -> Sequence[Stage]:
     """Call a recipe with its effective options."""
     return recipe(info, **effective_options(recipe, info, steps=steps, **options))
-
-
-Recipe = Callable[..., Sequence[Stage]]
-"""A recipe: `(info: BackboneInfo, *, <options with published defaults>) -> stages`.
-
-The docstring of the function is its help.
-"""

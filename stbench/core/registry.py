@@ -46,11 +46,16 @@ def names(registry: Registry) -> list[str]:
     return list(registry.module_dict)
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or the list of known names if nothing is near."""
+def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of an error message: "; did you mean 'x'?", or the known names if none is similar.
+
+    `prefix` is put before the names in the message, such as "train." before options of a section.
+    """
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
+    if near:
+        return f"; did you mean '{prefix}{near[0]}'?"
+    return f"; known: {', '.join(prefix + one for one in known) or 'none'}"
 
 
 def lookup(registry: Registry, name: str) -> Any:
