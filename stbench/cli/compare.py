@@ -12,7 +12,7 @@ from stbench.compare.published import Figure, read_reported
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.runs.folder import find_runs, read_runs
-from stbench.runs.journal import FILE, Entry, merge_journals, read_journal
+from stbench.runs.journal import JOURNAL_FILE, JournalEntry, merge_journals, read_journal
 
 
 def compare(
@@ -52,12 +52,12 @@ def read_board(paths: Iterable[Path]) -> Leaderboard:
         try:
             found = find_runs(path)
         except UserError:
-            if not (path / FILE).exists():
+            if not (path / JOURNAL_FILE).exists():
                 raise
             found = []
         folders += found
         journals |= dict.fromkeys([path, *(run.parent for run in found if run != path)])
-    entries: list[Entry] = []
+    entries: list[JournalEntry] = []
     for folder in journals:
         entries = merge_journals(entries, read_journal(folder))
     unique = list({folder.resolve(): folder for folder in folders}.values())

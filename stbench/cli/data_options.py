@@ -58,7 +58,7 @@ def prepare(
     from stbench.cli import data as data_commands
     from stbench.data.prepare import Job
 
-    chosen = device.pick_device(device)
+    chosen = pick_device(device)
     data_commands.prepare(
         Job(source, target, vae, size, flip, shards, precision.value, batch, references, classes, chosen)
     )
@@ -106,7 +106,7 @@ def tokens(
     from stbench.data.cache_tokens import Job
     from stbench.models.encoders import DINOV2
 
-    chosen, name = device.pick_device(device), encoder or DINOV2
+    chosen, name = pick_device(device), encoder or DINOV2
     data_commands.tokens(Job(source, prepared, target, name, checkpoint, patch, classes, batch, chosen))
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from stbench.config.overrides import parse_set
-from stbench.config.resolve import evaluation, scales
+from stbench.config.resolve import evaluation_spec, parse_scales
 from stbench.config.spec import EvalSpec
 from stbench.core.device import pick_device, pick_devices
 from stbench.core.errors import UserError
@@ -148,7 +148,7 @@ def _evaluate_run(run: Path, reference: Path, measuring: Measuring, protocol: Pr
     _require_reference(reference)
     measuring.open()  # missing weights are told before hours of sampling
     settings = evaluation_of(run, protocol.guidance, protocol.samples, protocol.overrides)
-    height, width = open_run(run).dataset.image_shape[1:]
+    height, width = open_run(run).prepared.dataset.image_shape[1:]
     require_comparable(str(run), settings.samples, (height, width), str(reference), size_of(reference))
     for scale in settings.guidance:
         asked = Asked(
@@ -240,7 +240,7 @@ def evaluate(
     run = past_run.open_run(path)
     added = points.evaluate_again(run, checked, pick_device(device))
     for point in added:
-        print(point_line(run.jobs[-1], point))
+        print(point_line(point))
     print(f"{len(added)} rows added to {path}")
 
 
@@ -252,10 +252,11 @@ def evaluation_of(
     run = past_run.open_run(path)
     settings = _evaluation_settings(overrides)
     if guidance is not None:
-        settings["guidance"] = scales(guidance)
+        settings["guidance"] = parse_scales(guidance)
     if samples is not None:
         settings["samples"] = samples
-    return evaluation(run.spec.eval.model_dump() | settings, run.spec.objective, run.spec.train.steps)
+    spec = run.prepared.spec
+    return evaluation_spec(spec.eval.model_dump() | settings, spec.objective, spec.train.steps)
 
 
 def _evaluation_settings(overrides: Sequence[str]) -> dict[str, Any]:

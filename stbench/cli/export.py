@@ -33,8 +33,7 @@ def final_network(run: PastRun, weights: Weights) -> Backbone:
     Raises:
         UserError: If the run has no such weights yet.
     """
-    stage = run.last_stage
-    files = run.folder.stage(stage.index, stage.name).weight_files(weights)
+    files = run.weight_files(weights)
     if not files:
         raise UserError(f"{run.folder.path} has no {weights} weights yet; finish it with `stbench run` first")
     return run.load(files[max(files)])

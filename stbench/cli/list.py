@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from stbench.config.plan import prepare
 from stbench.config.build import build_objective
+from stbench.config.plan import prepare
 from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError

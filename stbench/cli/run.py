@@ -52,7 +52,7 @@ def prepare_run(call: Invocation) -> tuple[PreparedRun, engine.RunOptions]:
     values: dict[str, Any] = {"precision": default_precision(device)}
     values |= read_config(call.config) if call.config else {}
     overrides = values.pop("set", {}) | parse_set(call.overrides)
-    prepared = prepare(resolve_options(values | call.given, overrides))
+    prepared = prepare(resolve_options({**values, **call.given}, overrides))
     return prepared, engine.RunOptions(call.output, device, call.keep, call.reuse, plugins)
 
 

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from stbench.config.overrides import parse_set
-from stbench.core.device import default_precision
-from stbench.core.device import pick_device
+from stbench.core.device import default_precision, pick_device
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.core.registry import BACKBONES, RECIPES, load_builtins, load_plugins, names
 from stbench.runs.folder import RunFolder
-from stbench.runs.journal import Entry
+from stbench.runs.journal import JournalEntry
 from stbench.sweep import monitor, suite
 from stbench.sweep import queue as sweep
 from stbench.sweep.executor import Job, LocalExecutor, log_file
@@ -84,7 +83,9 @@ def _expanded(call: Invocation) -> tuple[list[suite.Expanded], torch.device]:
     load_builtins()
     load_plugins(call.plugins)
     device = pick_device(call.device)
-    wanted = [replace(run, values={"precision": default_precision(device), **run.values}) for run in _wanted(call)]
+    wanted = [
+        replace(run, values={"precision": default_precision(device), **run.values}) for run in _wanted(call)
+    ]
     expanded = suite.expand(wanted)
     if call.only is None:
         return expanded, device
@@ -183,7 +184,7 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _summary(output: Path, entries: Sequence[Entry]) -> int:
+def _summary(output: Path, entries: Sequence[JournalEntry]) -> int:
     failed = [entry for entry in entries if entry.state == "failed"]
     for entry in failed:
         print(f"failed: {entry.run_id}: {entry.error} (log: {log_file(output, entry.run_id)})")

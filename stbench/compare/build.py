@@ -15,11 +15,11 @@ from stbench.compare.rows import Group, group_runs
 from stbench.compare.stats import cell
 from stbench.compare.unfinished import Claims, absent, claims, final_points, row_key
 from stbench.compare.verdicts import BASELINE, nan_last, standings
-from stbench.runs.journal import Entry
+from stbench.runs.journal import JournalEntry
 from stbench.runs.records import RunRecord
 
 
-def leaderboard(records: Iterable[RunRecord], entries: Iterable[Entry] = ()) -> Leaderboard:
+def leaderboard(records: Iterable[RunRecord], entries: Iterable[JournalEntry] = ()) -> Leaderboard:
     """The leaderboard of these runs and of what a journal asked for; UserError for a curve without FID."""
     records = sorted(
         records, key=lambda record: (record.dataset, record.backbone, record.setting_hash, record.path)
@@ -37,7 +37,7 @@ def leaderboard(records: Iterable[RunRecord], entries: Iterable[Entry] = ()) -> 
     return Leaderboard(tuple(tables), tuple(notes))
 
 
-def _bare(entry: Entry, records: Sequence[RunRecord], claimed: Claims) -> Table:
+def _bare(entry: JournalEntry, records: Sequence[RunRecord], claimed: Claims) -> Table:
     """The table of a setting that a journal names and of which no run is finished."""
     mine = [record for record in records if record.setting_hash == entry.setting_hash]
     return Table(

@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from stbench.compare.leaderboard import Absent
-from stbench.runs.journal import Entry, settled
+from stbench.runs.journal import JournalEntry, reconcile
 from stbench.runs.records import CurvePoint, RunRecord
 
 RowKey = Hashable
@@ -40,14 +40,14 @@ Claims = Mapping[RowKey, Mapping[int, Claim]]
 """Row -> seed -> claim."""
 
 
-def claims(records: Sequence[RunRecord], entries: Iterable[Entry] = ()) -> Claims:
+def claims(records: Sequence[RunRecord], entries: Iterable[JournalEntry] = ()) -> Claims:
     """All unfinished runs, by row and seed; the folder says where a run stands, the journal why it failed."""
     found: dict[RowKey, dict[int, Claim]] = {}
     for record in records:
         if record.status != "finished":
             found.setdefault(row_key(record), {})[record.seed] = _of_record(record)
     here = {record.run_id for record in records if record.status == "finished"}
-    for entry in settled(entries, records):
+    for entry in reconcile(entries, records):
         if entry.state == "finished" and entry.run_id in here:
             continue
         row = found.setdefault((entry.setting_hash, entry.row_hash), {})
@@ -98,7 +98,7 @@ def _of_record(record: RunRecord) -> Claim:
     )
 
 
-def _both(folder: Claim | None, entry: Entry) -> Claim:
+def _both(folder: Claim | None, entry: JournalEntry) -> Claim:
     """The journal's word on a run; a folder that says more keeps its own, and takes the error from it."""
     error = " ".join(entry.error.split())
     words = {

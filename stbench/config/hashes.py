@@ -1,4 +1,4 @@
-"""The hashes that say which runs may share a leaderboard row or table (docs/protocol.md lists their fields)."""
+"""The hashes that decide which runs may share a leaderboard row or table (see docs/protocol.md)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Hashes:
     row: str
     """Everything that changes a weight except the seed: equal for the seeds of one row."""
     setting: str
-    """Everything that changes a weight except recipe, recipe options, seed and steps: equal within a table."""
+    """Everything that changes a weight except recipe, its options, seed and steps: equal in a table."""
 
 
 def hashes(

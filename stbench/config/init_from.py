@@ -111,7 +111,7 @@ def require_fit(start: Start, spec: RunSpec, dataset: Any) -> None:
     shapes, file = start.options, start.spec.file
     found = f"{shapes['channels']}x{shapes['input_size']}x{shapes['input_size']}"
     wanted = f"{dataset.channels}x{dataset.input_size}x{dataset.input_size}"
-    if held != wanted:
+    if found != wanted:
         raise UserError(
             f"expected weights for {wanted} latents of data set '{spec.dataset}', found {found} in {file}; "
             f"use a checkpoint and a data set of the same size"
@@ -130,8 +130,8 @@ def describe_start(init: InitSpec, classes: int) -> str:
     if classes == init.classes:
         return line
     return (
-        f"{line}; its {init.classes} classes differ from the {classes} of the data set, so the label embedding "
-        f"is initialised anew, except for the null label"
+        f"{line}; it has {init.classes} classes and the data set has {classes}, so the label embedding is "
+        f"initialised anew, except for the null label"
     )
 
 
@@ -139,7 +139,8 @@ def describe_start(init: InitSpec, classes: int) -> str:
 def load_start(student: Backbone, init: InitSpec) -> None:
     """Load the weights of the checkpoint into a newly built student.
 
-    If the number of classes differs, the student keeps its initial label embedding, except for the null label.
+    If the number of classes differs, the student keeps its initial label embedding except for the null
+    label.
 
     Raises:
         UserError: If the file is missing or has changed since the run began.

@@ -171,8 +171,8 @@ def validate_options(
 ) -> dict[str, Any]:
     """Check option values against the annotations of a function's signature.
 
-    Returns every option that has a value, defaults included, as plain data. Options in `skip` are ignored, and
-    options whose default is computed are left out where they are not given.
+    Returns every option that has a value, defaults included, as plain data. Options in `skip` are ignored.
+    Options whose default is computed are left out unless they are given.
 
     Raises:
         UserError: If an option is unknown or has an invalid value.

@@ -169,8 +169,8 @@ def _plan_stages(spec: RunSpec, info: BackboneInfo, dataset: Dataset) -> list[Pl
 def _check_supervision(stage: str, supervision: Supervision, info: BackboneInfo) -> None:
     if not dataclasses.is_dataclass(supervision):
         raise UserError(
-            f"supervision class {type(supervision).__name__} must be a dataclass, because its fields identify "
-            f"the stage; decorate it with @dataclass"
+            f"supervision class {type(supervision).__name__} must be a dataclass, because its fields "
+            f"identify the stage; decorate it with @dataclass"
         )
     for block in supervision.taps:
         info.block(f"recipe.block of stage '{stage}'", block)

@@ -9,7 +9,13 @@ from typing import Any
 
 from stbench.config.build import build_backbone, build_objective
 from stbench.config.init_from import read_start, require_fit
-from stbench.config.overrides import DECIDED_BY_DATA, split_backbone, split_sections, validate_options, validate_section
+from stbench.config.overrides import (
+    DECIDED_BY_DATA,
+    split_backbone,
+    split_sections,
+    validate_options,
+    validate_section,
+)
 from stbench.config.spec import BackboneSpec, EvalSpec, RecipeSpec, RunSpec, TrainSpec
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
@@ -18,6 +24,7 @@ from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMP
 from stbench.data.dataset import Preset, get_dataset
 from stbench.data.spec import DataSpec, data_fields
 from stbench.diffusion.sample import check_steps
+
 
 @dataclass(frozen=True)
 class RunRequest:
@@ -72,8 +79,7 @@ def _request(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunRequ
         values["eval_guidance"] = parse_scales(values["eval_guidance"])
     if not isinstance(values.get("eval_guidance", []), list):
         raise UserError(
-            f"eval_guidance must be a list of scales, got {values['eval_guidance']!r}; "
-            f"for example [1.0, 1.5]"
+            f"eval_guidance must be a list of scales, got {values['eval_guidance']!r}; for example [1.0, 1.5]"
         )
     if "data" in values:
         values = {"dataset": "custom", **values}
@@ -249,7 +255,9 @@ def evaluation_spec(values: dict[str, Any], objective: str, steps: int) -> EvalS
             f"for example --set eval.extras=[{steps}]"
         )
     if spec.interval[0] > spec.interval[1]:
-        raise UserError(f"eval.interval must be [low,high] with low <= high, got {spec.interval}; for example [0.0,0.7]")
+        raise UserError(
+            f"eval.interval must be [low,high] with low <= high, got {spec.interval}; for example [0.0,0.7]"
+        )
     if min(spec.guidance, default=1.0) < 1.0:
         raise UserError(
             f"guidance scales must be at least 1.0 (no guidance), got {spec.guidance}; "

@@ -32,7 +32,7 @@ class RecipeSpec(_Model):
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
-    """Options set by the user that differ from the recipe's defaults for this backbone. They label the row."""
+    """Options set by the user that differ from the defaults for this backbone. They label the row."""
     effective: dict[str, Any] = Field(default_factory=dict)
     """All options with the values that are used."""
     needs: str = ""
@@ -84,8 +84,8 @@ class EvalSpec(_Model):
     channels: int | None = Field(default=None, gt=0)
     """Number of leading latent channels that are guided; None guides all of them."""
     extras: Literal["last", "all"] | list[int] = "last"
-    """Where the guidance grid and the slow metrics are evaluated: at the last point, at all points, or at these
-    steps and the last one."""
+    """Where the guidance grid and the slow metrics are evaluated: at the last point, at all points, or at
+    these steps and the last one."""
 
 
 class InitSpec(_Model):

@@ -76,8 +76,8 @@ def pick_devices(names: str) -> list[torch.device]:
 def default_precision(device: torch.device) -> str:
     """bf16 on a GPU with native bfloat16 matrix products, otherwise fp32.
 
-    On a CPU always fp32: with the same avx512_bf16 flag, a bf16 step took 0.6 times as long as an fp32 step on
-    one processor and 1.45 times on another, and runs of different precisions cannot share a table.
+    On a CPU always fp32: with the same avx512_bf16 flag, a bf16 step took 0.6 times as long as an fp32 step
+    on one processor and 1.45 times on another, and runs of different precisions cannot share a table.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         return "bf16"

@@ -241,7 +241,9 @@ def effective_options(
     recipe: Recipe, info: BackboneInfo, *, steps: int | None = None, **options: Any
 ) -> dict[str, Any]:
     """All options of a recipe by name: those given, and the defaults of the others for this backbone."""
-    parameters = {name: p.default for name, p in inspect.signature(recipe).parameters.items() if name != "info"}
+    parameters = {
+        name: p.default for name, p in inspect.signature(recipe).parameters.items() if name != "info"
+    }
     known = {name: default for name, default in parameters.items() if not is_computed(default)} | options
     for name, default in parameters.items():
         if name not in known:

@@ -8,8 +8,7 @@ from pathlib import Path
 from stbench.config.build import build_backbone
 from stbench.config.plan import PlannedStage, PreparedRun, prepare
 from stbench.config.spec import stored_spec
-from stbench.core.backbone import Backbone
-from stbench.core.errors import UserError
+from stbench.core.backbone import Backbone, Weights
 from stbench.core.registry import load_plugins
 from stbench.models.weights import load_weights
 from stbench.runs.folder import RunFolder
@@ -27,10 +26,10 @@ class PastRun:
         """The stage whose network is evaluated."""
         return self.prepared.stages[-1]
 
-    def ema_files(self) -> dict[int, Path]:
-        """The stored EMA weights of the last stage, by step."""
+    def weight_files(self, kind: Weights) -> dict[int, Path]:
+        """The stored weights of the last stage by step."""
         stage = self.last_stage
-        return self.folder.stage(stage.index, stage.name).weight_files("ema")
+        return self.folder.stage(stage.index, stage.name).weight_files(kind)
 
     def load(self, file: Path) -> Backbone:
         """The run's network with the weights of a file: on the host, frozen and in eval mode."""

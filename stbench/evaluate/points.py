@@ -180,7 +180,7 @@ def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> Se
     with run.folder.lock():
         dataset = prepared.dataset.to(device)
         evaluator = PointEvaluator(prepared, stage, run.folder, dataset=dataset, device=device)
-        for step, file in run.ema_files().items():
+        for step, file in run.weight_files("ema").items():
             before = known.get((stage.index, step))
             if before is not None:  # only points that training has reached have a cost
                 network = run.load(file).to(device)

@@ -84,14 +84,15 @@ def open_source(origin: Origin, device: torch.device | str = "cpu") -> Source:
 
 def _run(origin: Origin, device: torch.device | str) -> Source:
     run = past_run.open_run(origin.path)
-    files = run.weights_at(run.jobs[-1])
+    files = run.weight_files("ema")
     if not files:
         raise UserError(f"{origin.path} has no weights yet; finish it with `stbench run` first")
-    network, settings = run.network(files[max(files)]), run.spec.eval
-    dataset = _decoded_by(run.dataset, origin.vae).to(device)
+    spec = run.prepared.spec
+    network, settings = run.load(files[max(files)]), spec.eval
+    dataset = _decoded_by(run.prepared.dataset, origin.vae).to(device)
     return Source(
         backbone=network.to(device),
-        objective=build_objective(run.spec.objective),
+        objective=build_objective(spec.objective),
         decode=dataset.decode,
         weights=tensors_hash(list(network.state_dict().values())),
         decoder=dataset.decoder,

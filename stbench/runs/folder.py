@@ -121,7 +121,7 @@ class RunFolder:
         """Raise UserError if this is not a run folder."""
         if not self.exists():
             raise UserError(
-                f"{self.path} is not a run folder (it has no spec.json); `stbench compare` lists the run folders"
+                f"{self.path} is not a run folder (it has no spec.json); `stbench compare` lists run folders"
             )
 
     def stage(self, index: int, name: str) -> StageFolder:

@@ -1,7 +1,6 @@
-"""The journal of a sweep: which runs were asked for and how each of them stands. `sweep.json`, beside the run
-folders. No torch.
+"""The journal of a sweep: `sweep.json`, next to the run folders, lists every requested run and its state.
 
-`stbench sweep` writes it; `compare` reads it, so that a run that is missing or failed is a visible row.
+`stbench sweep` writes the journal. `compare` reads it to show waiting and failed runs. No torch.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from stbench.core.files import atomic_write
 from stbench.runs import schema
 from stbench.runs.records import SCHEMA, RunRecord, row_label
 
-FILE = "sweep.json"
+JOURNAL_FILE = "sweep.json"
 State = Literal["waiting", "running", "failed", "finished"]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One run that a sweep was asked for."""
+class JournalEntry:
+    """One requested run and its state."""
 
     run_id: str
     """Name of its run folder."""
@@ -33,7 +32,7 @@ class Entry:
     objective: str
     recipe: str
     options: Mapping[str, Any]
-    """The recipe's options that were set."""
+    """The recipe options that the user set; defaults are omitted."""
     seed: int
     steps: int
     """Steps of the last stage."""
@@ -41,43 +40,47 @@ class Entry:
     row_hash: str
     state: State = "waiting"
     error: str = ""
-    """One line, for a run that failed."""
+    """One-line error message of a failed run, else ""."""
 
     @property
     def label(self) -> str:
-        """What its leaderboard row is called."""
+        """Name of the leaderboard row that the run belongs to."""
         return row_label(self.recipe, self.options)
 
 
-def write_journal(root: Path, entries: Iterable[Entry]) -> None:
-    """Replace the journal of the run folders in `root`."""
+def write_journal(root: Path, entries: Iterable[JournalEntry]) -> None:
+    """Write the journal of the run folders in `root`, replacing an existing one."""
     rows = [schema.plain(asdict(entry)) for entry in entries]
     content = json.dumps({"schema": SCHEMA, "runs": rows}, indent=1)
-    atomic_write(root / FILE, f"{content}\n")
+    atomic_write(root / JOURNAL_FILE, f"{content}\n")
 
 
-def read_journal(root: Path) -> list[Entry]:
-    """The entries of `root`'s journal, in the order asked for; none where there is no journal.
+def read_journal(root: Path) -> list[JournalEntry]:
+    """Return the entries of the journal in `root` in the order of their requests; [] without a journal.
 
-    Raises UserError for a damaged one.
+    Raises:
+        UserError: The journal is damaged.
     """
-    path = root / FILE
+    path = root / JOURNAL_FILE
     if not path.exists():
         return []
     rows = schema.parse(path.read_bytes(), path).get("runs")
     if not isinstance(rows, list):
         raise UserError(f"{path} lacks 'runs'; {schema.REMEDY}")
-    return [Entry(**schema.convert(row, _FIELDS, path)) for row in rows]
+    return [JournalEntry(**schema.convert(row, _FIELDS, path)) for row in rows]
 
 
-def merge_journals(known: Iterable[Entry], asked: Iterable[Entry]) -> list[Entry]:
-    """Everything either names, each run once, in order; `asked` replaces what it names again."""
-    runs = {entry.run_id: entry for entry in (*known, *asked)}
+def merge_journals(known: Iterable[JournalEntry], requested: Iterable[JournalEntry]) -> list[JournalEntry]:
+    """Merge two journals by run id; an entry of `requested` replaces the known one in place."""
+    runs = {entry.run_id: entry for entry in (*known, *requested)}
     return list(runs.values())
 
 
-def settled(entries: Iterable[Entry], records: Iterable[RunRecord]) -> list[Entry]:
-    """The entries as the run folders tell: what finished counts as finished, whatever the journal says."""
+def reconcile(entries: Iterable[JournalEntry], records: Iterable[RunRecord]) -> list[JournalEntry]:
+    """Mark entries as finished if their run folder is finished with at least the requested steps.
+
+    The run folder takes precedence: a run may have been repeated by hand after the sweep recorded a failure.
+    """
     done = {record.run_id: record.steps for record in records if record.status == "finished"}
     return [
         replace(entry, state="finished", error="") if done.get(entry.run_id, 0) >= entry.steps else entry

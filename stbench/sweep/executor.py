@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stbench.runs.journal import Entry
+from stbench.runs.journal import JournalEntry
 
 
 @dataclass(frozen=True)
 class Job:
     """One run to be made."""
 
-    entry: Entry
+    entry: JournalEntry
     arguments: tuple[str, ...]
     """What follows `stbench` on its command line."""
     stages: tuple[str, ...]

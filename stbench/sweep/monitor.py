@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from stbench.runs.journal import Entry
+from stbench.runs.journal import JournalEntry
 from stbench.sweep.executor import last_line, log_file
 from stbench.sweep.queue import Monitor
 
@@ -30,7 +30,7 @@ class Clock:
         self._started: dict[str, float] = {}
         self._took: dict[str, float] = {}
 
-    def look(self, entries: Sequence[Entry]) -> None:
+    def look(self, entries: Sequence[JournalEntry]) -> None:
         """Note who runs now."""
         now = time.monotonic()
         for entry in entries:
@@ -54,12 +54,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def described(entry: Entry) -> str:
+def described(entry: JournalEntry) -> str:
     """What a run is, in words: backbone, objective, recipe with its options, seed."""
     return f"{entry.backbone} {entry.objective} {entry.label} seed {entry.seed}"
 
 
-def counts(entries: Sequence[Entry]) -> str:
+def counts(entries: Sequence[JournalEntry]) -> str:
     """ "2 running, 5 waiting, 1 failed, 3 finished"."""
     states = [entry.state for entry in entries]
     return ", ".join(f"{states.count(name)} {name}" for name in ("running", "waiting", "failed", "finished"))
@@ -72,7 +72,7 @@ class Lines(Monitor):
         self._console, self._clock = console, Clock()
         self._seen: dict[str, str] = {}
 
-    def update(self, entries: Sequence[Entry], reasons: Mapping[str, str]) -> None:
+    def update(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> None:
         """Print what changed since the last look; the first look says how many are finished already."""
         self._clock.look(entries)
         if not self._seen:
@@ -118,7 +118,7 @@ class LiveTable(Monitor):
         """Leave the last table on the terminal."""
         self._live.__exit__(kind, error, trace)
 
-    def update(self, entries: Sequence[Entry], reasons: Mapping[str, str]) -> None:
+    def update(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> None:
         """Draw."""
         self._clock.look(entries)
         self._live.update(self.table(entries, reasons), refresh=True)
@@ -127,7 +127,7 @@ class LiveTable(Monitor):
         """Say so above the table."""
         self._live.console.print(STOPPING)
 
-    def table(self, entries: Sequence[Entry], reasons: Mapping[str, str]) -> Table:
+    def table(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> Table:
         """Running and failed runs, then the next ones that wait and the last ones that finished."""
         title = f"{counts(entries)}  {duration(time.monotonic() - self._began)}"
         table = Table("state", "run", "elapsed", "what", title=title, expand=True)
@@ -138,13 +138,13 @@ class LiveTable(Monitor):
             table.add_row(state, Text(described(entry)), self._clock.elapsed(entry.run_id), what)
         return table
 
-    def _what(self, entry: Entry, reasons: Mapping[str, str]) -> str:
+    def _what(self, entry: JournalEntry, reasons: Mapping[str, str]) -> str:
         if entry.state == "running":
             return last_line(log_file(self._root, entry.run_id))
         return entry.error or reasons.get(entry.run_id, "")
 
 
-def _chosen(entries: Sequence[Entry]) -> list[Entry]:
+def _chosen(entries: Sequence[JournalEntry]) -> list[JournalEntry]:
     by_state = {state: [e for e in entries if e.state == state] for state in STYLES}
     waiting, finished = by_state["waiting"], by_state["finished"]
     return [*finished[-ROWS // 2 :], *by_state["failed"], *by_state["running"], *waiting[: ROWS // 2]]

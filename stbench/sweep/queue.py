@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stbench.core.errors import UserError
 from stbench.runs.folder import RunFolder
-from stbench.runs.journal import Entry, State, merge_journals, read_journal, settled, write_journal
+from stbench.runs.journal import JournalEntry, State, merge_journals, read_journal, reconcile, write_journal
 from stbench.runs.records import RunRecord
 from stbench.sweep.executor import Executor, Job
 
@@ -27,7 +27,7 @@ class Monitor(ABC):
     """Watches a sweep."""
 
     @abstractmethod
-    def update(self, entries: Sequence[Entry], reasons: Mapping[str, str]) -> None:
+    def update(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> None:
         """How the runs asked for stand, and why some wait; called after every look at them."""
 
     @abstractmethod
@@ -49,7 +49,7 @@ def alone(root: Path) -> Iterator[None]:
         yield
 
 
-def opened(root: Path, asked: Sequence[Entry]) -> list[Entry]:
+def opened(root: Path, asked: Sequence[JournalEntry]) -> list[JournalEntry]:
     """The journal as it stands before a sweep: what was ever asked for; nothing runs, what failed and is
     asked for again waits. Call it while `alone`.
     """
@@ -60,10 +60,10 @@ def opened(root: Path, asked: Sequence[Entry]) -> list[Entry]:
         else entry
         for entry in merge_journals(read_journal(root), asked)
     ]
-    return settled(entries, _records(root, entries))
+    return reconcile(entries, _records(root, entries))
 
 
-def _records(root: Path, entries: Sequence[Entry]) -> Iterator[RunRecord]:
+def _records(root: Path, entries: Sequence[JournalEntry]) -> Iterator[RunRecord]:
     for entry in entries:
         folder = RunFolder(root / entry.run_id)
         if folder.exists():
@@ -84,9 +84,9 @@ class Sweep:
     ) -> None:
         self._root, self._executor, self._monitor, self._pause = root, executor, monitor, pause
         self._jobs = {job.run_id: job for job in jobs}
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, JournalEntry] = {}
 
-    def run(self) -> list[Entry]:
+    def run(self) -> list[JournalEntry]:
         """Make every run that is not finished; returns how each ended. Call it while `alone`.
 
         An interruption stops the running ones, puts them back to waiting, and goes on up.
@@ -104,7 +104,7 @@ class Sweep:
             self._halt()
         return self._asked()
 
-    def _asked(self) -> list[Entry]:
+    def _asked(self) -> list[JournalEntry]:
         return [self._entries[run_id] for run_id in self._jobs]
 
     def _in(self, *states: State) -> list[Job]:

@@ -16,7 +16,7 @@ from stbench.config.plan import PreparedRun, prepare
 from stbench.config.resolve import resolve_options
 from stbench.core.errors import UserError
 from stbench.core.registry import suggest
-from stbench.runs.journal import Entry
+from stbench.runs.journal import JournalEntry
 
 KEYS = (*OPTIONS, "seeds")
 SHIPPED = Path(str(files("stbench.recipes"))) / "suites"
@@ -39,7 +39,7 @@ class Expanded:
     """One run, resolved and checked."""
 
     wanted: Wanted
-    entry: Entry
+    entry: JournalEntry
     prepared: PreparedRun
 
     @property
@@ -115,9 +115,9 @@ def _expand(run: Wanted) -> Expanded:
     return Expanded(run, _entry(prepared), prepared)
 
 
-def _entry(prepared: PreparedRun) -> Entry:
+def _entry(prepared: PreparedRun) -> JournalEntry:
     spec = prepared.spec
-    return Entry(
+    return JournalEntry(
         run_id=prepared.run_id,
         dataset=spec.dataset,
         backbone=f"{spec.backbone.name}-{spec.backbone.size}",

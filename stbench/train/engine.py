@@ -89,7 +89,7 @@ def open_folder(folder: RunFolder, prepared: PreparedRun, options: RunOptions) -
             f"run {folder.path} was started with --steps {done}, got --steps {steps}; "
             f"use --steps {done} to finish it"
         )
-    # The status is written before the larger --steps: after a crash in between, the run must not look finished.
+    # The status comes before the larger --steps: after a crash in between, the run must not look finished.
     folder.write_status("running", pid=os.getpid())
     folder.create(content, asdict(environment(options.device, options.plugins)))
     return True
@@ -107,8 +107,8 @@ def check_evaluation(folder: RunFolder, spec: RunSpec) -> None:
     before = {name: value for name, value in folder.spec().get("eval", {}).items() if name not in points}
     if before != spec.eval.model_dump(mode="json", exclude=points):
         raise UserError(
-            f"run {folder.path} was started with other evaluation settings; use the same ones, choose another "
-            f"--output, or change them with `stbench evaluate` after it has finished"
+            f"run {folder.path} was started with other evaluation settings; use the same ones, choose "
+            f"another --output, or change them with `stbench evaluate` after it has finished"
         )
 
 

@@ -182,7 +182,7 @@ class StageTrainer:
         return model
 
     def _count_step(self, model: StageModel, started: float, losses: Mapping[str, torch.Tensor]) -> None:
-        """Advance the counters. Losses are read, which synchronises the device, only where they are needed."""
+        """Advance the counters. Reading losses synchronises the device, so it is done only where needed."""
         step = self._state.step + 1
         wanted = [hook for hook in self._hooks if hook.wants(step, self._stage)]
         if wanted or step % CHECK_EVERY == 0:

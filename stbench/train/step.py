@@ -180,9 +180,7 @@ def draw_batches(
         rows = index[start:stop]
         latents = dataset.latents(rows, rng.normal("posterior", shape))
         extras = {"images": dataset.images(rows)} if supervision.images else {}
-        yield make_batch(
-            latents, dataset.labels(rows), rows, rng, train.label_drop, dataset.classes, extras
-        )
+        yield make_batch(latents, dataset.labels(rows), rows, rng, train.label_drop, dataset.classes, extras)
 
 
 def make_batch(

@@ -13,7 +13,7 @@ from stbench.compare import terminal, writers
 from stbench.compare.build import leaderboard
 from stbench.compare.leaderboard import Table
 from stbench.core.errors import UserError
-from stbench.runs.journal import FILE, Entry, write_journal
+from stbench.runs.journal import JOURNAL_FILE, JournalEntry, write_journal
 from stbench.runs.records import RunRecord
 from tests.fake_runs import build
 
@@ -21,9 +21,9 @@ SETTING = "5e771a60"
 CURVE = [16.0, 4.0, 1.0]
 
 
-def entry(recipe: str, seed: int, state: str = "waiting", error: str = "", **changes: object) -> Entry:
+def entry(recipe: str, seed: int, state: str = "waiting", error: str = "", **changes: object) -> JournalEntry:
     """One run of 800 steps in the setting of the fixtures."""
-    made = Entry(
+    made = JournalEntry(
         run_id=f"digits-sit-{recipe}-s{seed}-800",
         dataset="digits",
         backbone="sit-ti/2",
@@ -46,7 +46,7 @@ def run(root: Path, recipe: str, seed: int, **options: object) -> RunRecord:
     return build(root, recipe, seed, CURVE, changes=changes, **options)  # type: ignore[arg-type]
 
 
-def table(records: list[RunRecord], entries: list[Entry]) -> Table:
+def table(records: list[RunRecord], entries: list[JournalEntry]) -> Table:
     """The one table of them."""
     (only,) = leaderboard(records, entries).tables
     return only
@@ -158,6 +158,6 @@ def test_a_journal_without_runs_is_enough(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_damaged_journal_is_one_line(tmp_path: Path) -> None:
     run(tmp_path, "vanilla", 0)
-    (tmp_path / FILE).write_text("{")
+    (tmp_path / JOURNAL_FILE).write_text("{")
     with pytest.raises(UserError, match="sweep.json is not whole JSON"):
         read_board([tmp_path])

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stbench.config import plan
 from stbench.config.init_from import note
+from stbench.config.plan import prepare
 from stbench.config.resolve import specify
 from stbench.config.spec import RunSpec
 from stbench.core.errors import UserError
@@ -57,7 +57,7 @@ def asked(path: Path, backbone: str = "sit", recipe: str = "vanilla", **more: An
 
 def first_step(spec: RunSpec, output: Path) -> tuple[dict[str, Tensor], str]:
     """The trained weights of a run, and its folder."""
-    record, _ = engine.run(spec, engine.Options(output))
+    record, _ = engine.run(prepare(spec), engine.RunOptions(output))
     (raw,) = Path(record.path).glob("checkpoints/0-*/raw-*.safetensors")
     return load_file(raw), record.path
 
@@ -77,11 +77,11 @@ def test_the_student_starts_from_the_file_and_the_file_decides_its_shape(file: F
 def test_the_tensors_and_not_the_name_of_the_file_are_in_the_hash(file: File, tmp_path: Path) -> None:
     path = file()
     spec = asked(path)
-    first = plan.prepare(spec)[2]
+    first = prepare(spec).hashes
     moved = path.rename(tmp_path / "moved.pt")
-    assert plan.prepare(asked(moved))[2] == first
-    assert plan.prepare(asked(moved, init_weights="raw"))[2].setting != first.setting
-    fresh = plan.prepare(spec.model_copy(update={"init": None}))[2]
+    assert prepare(asked(moved)).hashes == first
+    assert prepare(asked(moved, init_weights="raw")).hashes.setting != first.setting
+    fresh = prepare(spec.model_copy(update={"init": None})).hashes
     assert fresh.setting != first.setting and fresh.train != first.train
 
 
@@ -89,7 +89,7 @@ def test_a_run_resumes_and_continues_with_its_file(file: File, tmp_path: Path) -
     path = file()
     short, _ = first_step(asked(path), tmp_path / "a")
     longer = asked(path).model_copy()
-    again, trained = engine.run(longer, engine.Options(tmp_path / "a"))
+    again, trained = engine.run(prepare(longer), engine.RunOptions(tmp_path / "a"))
     assert not trained and again.steps == 2
     other, _ = first_step(asked(path), tmp_path / "b")
     assert all(torch.equal(short[key], other[key]) for key in short)
@@ -97,9 +97,8 @@ def test_a_run_resumes_and_continues_with_its_file(file: File, tmp_path: Path) -
 
 def test_only_the_first_stage_starts_from_the_file(file: File, tmp_path: Path) -> None:
     blocks = {"recipe__teacher_block": 1, "recipe__student_block": 0, "train__lr": 1e-9}
-    record, _ = engine.run(
-        asked(file(), recipe="self-transcendence", **blocks), engine.Options(tmp_path / "r")
-    )
+    spec = asked(file(), recipe="self-transcendence", **blocks)
+    record, _ = engine.run(prepare(spec), engine.RunOptions(tmp_path / "r"))
     first, second = (load_file(next(Path(record.path).glob(f"checkpoints/{k}-*/raw-*"))) for k in (0, 1))
     assert first["blocks.0.attn.qkv.bias"].abs().max() > 0.01
     assert second["blocks.0.attn.qkv.bias"].abs().max() < 0.001
@@ -152,7 +151,7 @@ def test_a_file_that_changes_before_training_is_refused(file: File, tmp_path: Pa
     spec = asked(file())
     file(pos_embed=torch.ones(1, 16, 24))  # other weights under the same name
     with pytest.raises(UserError, match="has changed: expected tensors of sha256"):
-        engine.run(spec, engine.Options(tmp_path / "runs"))
+        engine.run(prepare(spec), engine.RunOptions(tmp_path / "runs"))
 
 
 def test_the_command_says_what_it_starts_from(stbench: Command, file: File, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from stbench.cli import app as cli
 from stbench.config.overrides import parse_set
-from stbench.config.resolve import Request, resolve
+from stbench.config.plan import prepare as prepare_run
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.errors import UserError
 from stbench.data.dataset import get_dataset
 from stbench.data.prepare import Job, open_job, prepare
@@ -55,15 +56,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def request(path: Path, recipe: str = "vanilla", steps: int = STEPS, **data: Any) -> Request:
+def request(path: Path, recipe: str = "vanilla", steps: int = STEPS, **data: Any) -> RunRequest:
     options = TINY | (BLOCKS if recipe == "self-transcendence" else {})
     options |= {"data.extractor": EXTRACTOR, "eval.samples": 20, "eval.points": [steps]}
     options |= {f"data.{name}": value for name, value in data.items()}
-    return Request("sit-ti/2", recipe, "custom", data=str(path), steps=steps, overrides=options)
+    return RunRequest("sit-ti/2", recipe, "custom", data=str(path), steps=steps, overrides=options)
 
 
 def train(output: Path, *arguments: Any, **more: Any) -> RunRecord:
-    return engine.run(resolve(request(*arguments, **more)), engine.Options(output))[0]
+    return engine.run(prepare_run(resolve(request(*arguments, **more))), engine.RunOptions(output))[0]
 
 
 def final_weights(record: RunRecord) -> dict[str, str]:
@@ -86,7 +87,7 @@ def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
         assert last.metrics.keys() >= {"fid", "fid_all", "is", "kid", "nn_distance"}
         assert all(np.isfinite(value) for value in last.val_loss)
     run = past_run.open_run(Path(records[1].path))
-    device, wanted = engine.Options(tmp_path).device, Asked(5, 1.5)
+    device, wanted = engine.RunOptions(tmp_path).device, Asked(5, 1.5)
     again: Any = run.dataset.to(device)
     assert run.spec.data is not None and run.spec.data.resident == "yes" and again._resident is None
     draw(Origin(Path(records[1].path)), wanted, [tmp_path / "five.npz"], [device])
@@ -121,7 +122,7 @@ def test_repa_looks_at_images_where_there_are_any_and_else_takes_cached_tokens(
     def run(output: str, path: Path, **changed: Any) -> RunRecord:
         asked = request(path, "repa", vae=vae)
         asked = replace(asked, overrides={**asked.overrides, **options, **changed})
-        return engine.run(resolve(asked), engine.Options(tmp_path / output))[0]
+        return engine.run(prepare_run(resolve(asked)), engine.RunOptions(tmp_path / output))[0]
 
     assert run("online", folder).stages[0].flops_teachers > 0
     with pytest.raises(UserError, match=r"keeps latents and no images .* --set recipe\.encoder=FOLDER"):
@@ -167,7 +168,7 @@ def test_the_tokens_of_a_prepared_set_are_those_of_its_training_images(
     asked = request(root / "set", "repa", flip=False)
     taught = {"recipe.encoder": str(tmp_path / "tokens"), "recipe.checkpoint": None}
     asked = replace(asked, overrides={**asked.overrides, **taught})
-    record = engine.run(resolve(asked), engine.Options(tmp_path / "runs"))[0]
+    record = engine.run(prepare_run(resolve(asked)), engine.RunOptions(tmp_path / "runs"))[0]
     assert record.status == "finished"
     code, _, err = stbench(*tokens, tmp_path / "tokens", *encoder)
     assert code == 2 and "holds tokens already; delete it" in err
@@ -301,7 +302,7 @@ def test_a_missing_autoencoder_is_told_before_training(root: Path, tmp_path: Pat
 def test_wrong_data_options_are_one_line(arguments: dict[str, Any], message: str, root: Path) -> None:
     path = None if "data.size" in arguments else str(root / "set")
     with pytest.raises(UserError, match=message):
-        resolve(Request("sit", "vanilla", "custom", data=path, overrides=arguments))
+        resolve(RunRequest("sit", "vanilla", "custom", data=path, overrides=arguments))
 
 
 @pytest.mark.parametrize(("typed", "vae"), [("none", "none"), ("sd-vae-ft-ema", "sd-vae-ft-ema")])
@@ -311,14 +312,14 @@ def test_the_autoencoder_is_taken_as_typed(typed: str, vae: str, root: Path) -> 
         data = root / "images"
     else:
         data, options = root / "set", options | {"data.size": 64}
-    spec = resolve(Request("sit", "vanilla", "custom", data=str(data), overrides=options))
+    spec = resolve(RunRequest("sit", "vanilla", "custom", data=str(data), overrides=options))
     assert spec.data is not None and (spec.data.vae, spec.data.resident) == (vae, "no")
 
 
 def test_the_preset_follows_the_backbone(root: Path) -> None:
     sizes = {}
     for backbone in ("dit", "sit", "uvit"):
-        spec = resolve(Request(backbone, "vanilla", "custom", data=str(root / "set")))
+        spec = resolve(RunRequest(backbone, "vanilla", "custom", data=str(root / "set")))
         assert (spec.train.batch, spec.train.lr) == (128, 2e-4)
         sizes[backbone] = spec.backbone.size
     assert sizes == {"dit": "s/2", "sit": "s/2", "uvit": "s/2-latent"}

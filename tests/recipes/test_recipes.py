@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stbench.config import plan
 from stbench.config.build import build_backbone
-from stbench.config.resolve import Request, resolve
+from stbench.config.plan import prepare
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import Backbone, BackboneInfo
 from stbench.core.errors import UserError
 from stbench.core.objective import Batch, Objective
@@ -32,14 +32,14 @@ from stbench.recipes.layersync import LayerSync, layersync
 from stbench.recipes.repa import Repa, repa
 from stbench.recipes.sra import Sra, sra
 from stbench.train.cost import rehearse
-from stbench.train.step import StageModule, make_batch
+from stbench.train.step import StageModel, make_batch
 
 BATCH = 8
 
 
 def network(backbone: str = "sit", objective: str = "linear") -> Backbone:
     """An embedded-size network with every parameter moved, so that no block is the identity."""
-    spec = resolve(Request(backbone, "vanilla", objective=objective))
+    spec = resolve(RunRequest(backbone, "vanilla", objective=objective))
     net = build_backbone(spec.backbone, objective, get_dataset("digits"))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -62,7 +62,7 @@ def step_of(
     recipe: Supervision, net: Backbone, objective: Objective, images_seen: int = 0, label_drop: float = 0.5
 ) -> Step:
     """One step as the engine would show it."""
-    module = StageModule(net, recipe, objective, 0, 1500)
+    module = StageModel(net, recipe, objective, 0, 1500)
     recipe.setup(torch.device("cpu"))
     rng = Rng(0, images_seen, BATCH)
     index = torch.arange(BATCH)
@@ -429,7 +429,7 @@ def test_a_cache_of_another_number_of_images_is_not_made(tmp_path: Path) -> None
 def test_a_moved_file_is_the_same_run_and_another_file_another(vit: Path, tmp_path: Path) -> None:
     def train_hash(file: Path) -> str:
         options = {"recipe.encoder": "vit_tiny_patch16_224", "recipe.checkpoint": str(file)}
-        return plan.prepare(resolve(Request("sit", "repa", overrides=options)))[2].train
+        return prepare(resolve(RunRequest("sit", "repa", overrides=options))).hashes.train
 
     moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
     moved.write_bytes(vit.read_bytes())
@@ -440,8 +440,8 @@ def test_a_moved_file_is_the_same_run_and_another_file_another(vit: Path, tmp_pa
 def test_a_dry_run_needs_no_weights() -> None:
     digits = get_dataset("digits")
     recipe = only(build_stages(repa, info("sit", "ti/2", 6), encoder="vit_tiny_patch16_224.augreg_in21k"))
-    job = plan.prepare(resolve(Request("sit", "repa")))[1][0]
-    assert rehearse(job, recipe, resolve(Request("sit", "repa")), digits, draws=1).teachers > 0
+    job = prepare(resolve(RunRequest("sit", "repa"))).stages[0]
+    assert rehearse(job, recipe, resolve(RunRequest("sit", "repa")), digits, draws=1).teachers > 0
 
 
 def test_an_encoder_of_another_grid_is_refused() -> None:

@@ -9,10 +9,17 @@ import pytest
 
 from stbench.core.errors import UserError
 from stbench.runs.folder import find_runs, read_runs
-from stbench.runs.journal import FILE, Entry, merge_journals, read_journal, settled, write_journal
+from stbench.runs.journal import (
+    JOURNAL_FILE,
+    JournalEntry,
+    merge_journals,
+    read_journal,
+    reconcile,
+    write_journal,
+)
 from tests import fake_runs as runs
 
-ENTRY = Entry(
+ENTRY = JournalEntry(
     run_id="digits-sit-ti-2-vanilla-s0-00000000",
     dataset="digits",
     backbone="sit-ti/2",
@@ -40,7 +47,7 @@ def test_no_journal_is_an_empty_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ['"state": "lost"', '"state": 3'])
 def test_a_damaged_one_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
     write_journal(tmp_path, [ENTRY])
-    path = tmp_path / FILE
+    path = tmp_path / JOURNAL_FILE
     path.write_text(path.read_text().replace('"state": "waiting"', damage))
     with pytest.raises(UserError, match="state = ") as caught:
         read_journal(tmp_path)
@@ -58,4 +65,4 @@ def test_a_finished_run_counts_whatever_the_journal_says(tmp_path: Path) -> None
     (record,) = read_runs(find_runs(tmp_path))
     entry = replace(ENTRY, run_id=record.run_id, steps=record.steps, state="failed", error="killed")
     longer = replace(entry, steps=2 * record.steps)
-    assert settled([entry, longer], [record]) == [replace(entry, state="finished", error=""), longer]
+    assert reconcile([entry, longer], [record]) == [replace(entry, state="finished", error=""), longer]

@@ -10,7 +10,7 @@ import pytest
 
 from stbench.core.errors import UserError
 from stbench.runs.folder import RunFolder
-from stbench.runs.journal import Entry, read_journal, write_journal
+from stbench.runs.journal import JournalEntry, read_journal, write_journal
 from stbench.sweep import queue as sweep
 from stbench.sweep.executor import Executor, Job, Outcome
 from tests import fake_runs as runs
@@ -19,7 +19,7 @@ from tests import fake_runs as runs
 def job(recipe: str, seed: int = 0, stages: Sequence[str] = ()) -> Job:
     """A job whose run folder is one of stbench.testing.runs; its last stage is its own unless named."""
     spec = runs.spec(recipe, seed, runs.STEPS[-1], {})
-    entry = Entry(
+    entry = JournalEntry(
         run_id=spec["run_id"],
         dataset="digits",
         backbone="sit-ti/2",
@@ -79,7 +79,7 @@ class Silent(sweep.Monitor):
     def __init__(self) -> None:
         self.reasons: list[dict[str, str]] = []
 
-    def update(self, entries: Sequence[Entry], reasons: Mapping[str, str]) -> None:
+    def update(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> None:
         self.reasons.append(dict(reasons))
 
     def stopping(self) -> None:
@@ -92,7 +92,7 @@ def carry_out(
     size: int = 2,
     errors: Mapping[str, str] | None = None,
     pause: Callable[[], None] = lambda: None,
-) -> tuple[list[Entry], Scripted, Silent]:
+) -> tuple[list[JournalEntry], Scripted, Silent]:
     executor, monitor = Scripted(root, size, errors), Silent()
     return sweep.Sweep(root, jobs, executor, monitor, pause).run(), executor, monitor
 
