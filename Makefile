@@ -29,4 +29,4 @@ bench:  ## timings only
 	$(PYTHON) -m pytest tests/benchmarks -m benchmark --benchmark-enable
 
 docs:  ## docs/cli.md from the command line's own help
-	$(PYTHON) -m typer stbench.cli utils docs --name stbench --output docs/cli.md
+	$(PYTHON) -m typer stbench.cli.app utils docs --name stbench --output docs/cli.md

@@ -80,7 +80,7 @@ class Repa(Supervision):
                 found.append(step.encode(encoder, step.batch.extras["images"]))
                 continue
             if step.images_seen < step.dataset_size:
-                step.cost.teachers += encoder.flops * len(step.batch.y)
+                step.count_teacher(encoder.flops * len(step.batch.y))
             tokens = encoder.rows(step.batch.index, step.dataset_size)
             found.append(tokens.to(step.noised.x_t.device, non_blocking=True))
         return found

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from stbench.core.backbone import Backbone, BackboneInfo, Weights
 from stbench.core.errors import UserError
-from stbench.core.recipe import Artifact, OptionContext, Plain, Stage, Step, Supervision, Term, computed
+from stbench.core.recipe import (
+    Artifact,
+    NoSupervision,
+    OptionContext,
+    Stage,
+    Step,
+    Supervision,
+    Term,
+    computed,
+)
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models.align import Clock, Interval
@@ -248,6 +257,6 @@ def self_transcendence(
             guidance_stop,
         )
 
-    trained_by = first if teacher == "vae-align" else lambda earlier: Plain()
+    trained_by = first if teacher == "vae-align" else lambda earlier: NoSupervision()
     first_stage = Stage(teacher, trained_by, defaults(info).teacher_length, teacher_steps)
     return [first_stage, Stage("self-transcendence", second)]

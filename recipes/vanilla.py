@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stbench.core.backbone import BackboneInfo
-from stbench.core.recipe import Plain, Stage
+from stbench.core.recipe import NoSupervision, Stage
 from stbench.core.registry import RECIPES
 
 
 @RECIPES.register_module(name="vanilla")
 def vanilla(info: BackboneInfo) -> Sequence[Stage]:
     """The backbone's own objective and nothing else: the baseline of every speed-up."""
-    return [Stage("vanilla", lambda earlier: Plain())]
+    return [Stage("vanilla", lambda earlier: NoSupervision())]

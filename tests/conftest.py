@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from stbench.train import engine
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
 
+from stbench.cli import app as cli
 from stbench.config.plan import prepare
 from stbench.config.resolve import RunRequest, resolve
 from stbench.config.spec import RunSpec
 from stbench.core.registry import load_builtins
 from stbench.runs.records import RunRecord
+from stbench.train import engine
 
 TINY: dict[str, Any] = {
     "train.batch": 8,
@@ -33,6 +34,7 @@ TINY: dict[str, Any] = {
 BLOCKS: dict[str, Any] = {"recipe.teacher_block": 2, "recipe.student_block": 1}
 
 Runner = Callable[..., RunRecord]
+Command = Callable[..., tuple[int, str, str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,3 +67,17 @@ def tiny(tmp_path: Path) -> Runner:
         return engine.run(prepared, engine.RunOptions(tmp_path / output, **options), hooks)[0]
 
     return run
+
+
+@pytest.fixture()
+def stbench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Call the command line in this process; returns (exit code, standard output, standard error)."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["stbench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call

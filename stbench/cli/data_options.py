@@ -56,6 +56,7 @@ def prepare(
 ) -> None:
     """Crop and encode images to sharded posterior moments; the same command goes on after a stop."""
     from stbench.cli import data as data_commands
+    from stbench.core.device import pick_device
     from stbench.data.prepare import Job
 
     chosen = pick_device(device)
@@ -103,6 +104,7 @@ def tokens(
 ) -> None:
     """Cache an encoder's tokens of a prepared set's training images, for the recipe repa."""
     from stbench.cli import data as data_commands
+    from stbench.core.device import pick_device
     from stbench.data.cache_tokens import Job
     from stbench.models.encoders import DINOV2
 

@@ -19,7 +19,7 @@ from stbench.config.resolve import evaluation_spec, parse_scales
 from stbench.config.spec import EvalSpec
 from stbench.core.device import pick_device, pick_devices
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write, room_for
+from stbench.core.files import atomic_write
 from stbench.core.registry import load_builtins
 from stbench.evaluate import past_run, points
 from stbench.evaluate.feature_networks import INCEPTION_SHA256, Network, load_dino, load_inception
@@ -206,8 +206,7 @@ def _write(target: Path, verdict: Verdict) -> None:
         "warnings": verdict.warnings,
         "protocol": dict(verdict.protocol),
     }
-    with room_for(target):
-        atomic_write(target, json.dumps(content, indent=1) + "\n")
+    atomic_write(target, json.dumps(content, indent=1) + "\n")
 
 
 def _print(verdict: Verdict, target: Path) -> None:

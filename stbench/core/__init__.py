@@ -1,6 +1,6 @@
-"""Interfaces and shared mechanisms: Backbone, Objective, Supervision, Stage; errors, registry, random
-numbers, FLOPs, files and devices.
+"""Interfaces and shared mechanisms: Backbone, Objective, Recipe; errors, registry, random numbers, FLOPs,
+files and devices.
 
-Imports nothing else of stbench. This file imports nothing, so that `stbench --help` and `compare` start
-without torch.
+Must not import any other package of stbench. This file imports nothing, so that `stbench --help` and
+`stbench compare` start without torch.
 """

@@ -1,9 +1,11 @@
-"""The one error a user can cause."""
+"""UserError: the exception for every mistake that a user can fix."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake the user can fix; the message is one line: what was expected, what was found, what to type
-    next.
+    """A mistake that the user can fix.
+
+    The message is one line: what was expected, what was found, and what to type next. The command line prints
+    it without a traceback.
     """

@@ -1,164 +1,212 @@
-"""Files too large for one piece of memory, written whole or not at all; a full disk in one line.
+"""Atomic and durable file writes, exclusive folder locks, file hashes and disk-full errors.
 
-Knows of bytes, arrays and pictures, not of networks.
+Every file that stbench keeps is written here. A reader finds the old file or the new one, never a part of it,
+also after a power cut. This module knows bytes and arrays, not what they mean.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import hashlib
 import os
 import shutil
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from filelock import FileLock, Timeout, lock_descriptor
 
 from stbench.core.errors import UserError
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""What a write ends in where no more fits: the disk, a quota, a limit on the size of a file."""
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Errors of a write that does not fit: the disk, the user's quota, the limit on the size of a file."""
+
+LOCK = ".lock"
+"""Name of the lock file in a locked folder. It contains the process id of its last owner."""
+
+LOCK_WAIT = 0.1
+"""Seconds that `lock_folder` waits: longer than the instant for which `is_locked` takes the lock."""
+
+BLOCK = 1 << 22
+"""Bytes read at a time when a file is hashed."""
+
+
+# --- Atomic writes ---
 
 
 @contextmanager
-def room_for(path: Path, remedy: str = "free some space and give the same command again") -> Iterator[None]:
-    """Turns a full disk into a UserError that names `path`; other errors pass."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise UserError(f"cannot write {path}: {error.strerror}; {remedy}") from error
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that replaces `path` when the block ends; if the block fails, `path` is unchanged.
 
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` when the block ends, and leaves no trace if it fails."""
+    Parent folders are created. File and folder are synced, so the new file survives a power cut. Raises
+    UserError if the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with room_for(path):
+    temporary = _temporary(path)
+    with disk_full_errors(path):
+        try:
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
 
 
-def write_array(path: Path, array: np.ndarray) -> None:
-    """One npy file, whole or not at all."""
-    array = np.ascontiguousarray(array)
-    with whole_file(path) as file:
-        # not np.save: on a full disk its error does not say so
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.tobytes())
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Create a temporary folder that is renamed to `path` when the block ends, deleted if the block fails.
 
-
-def write_npz(
-    path: Path, shape: tuple[int, ...], parts: Iterable[np.ndarray], others: Mapping[str, np.ndarray]
-) -> None:
-    """An npz as ADM's: arr_0 uint8 of `shape`, joined from `parts` one at a time, and other arrays by name.
-
-    Uncompressed, as numpy's own savez writes it, so that `numpy.load` reads it.
+    `path` must not exist or must be an empty folder. Files in it are synced only if they are written with the
+    functions of this module. Raises UserError if the disk is full.
     """
-    with whole_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(member, header)  # type: ignore[arg-type]
-            for part in parts:
-                member.write(np.ascontiguousarray(part).tobytes())
-        for name, array in others.items():
-            with archive.open(f"{name}.npy", "w") as member:
-                np.lib.format.write_array(member, array, allow_pickle=False)
-
-
-def write_pictures(folder: Path, count: int, parts: Iterable[np.ndarray], texts: Mapping[str, str]) -> None:
-    """A folder of PNG files numbered in order, from uint8 parts (B,H,W,3), and text files by name.
-
-    It appears when it is complete.
-    """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    digits = max(6, len(str(count - 1)))
-    number = 0
-    try:
-        with room_for(folder):
+    temporary = _temporary(path)
+    with disk_full_errors(path):
+        try:
             temporary.mkdir(parents=True)
-            for part in parts:
-                for image in part:
-                    Image.fromarray(image).save(temporary / f"{number:0{digits}d}.png")
-                    number += 1
-            for name, text in texts.items():
-                (temporary / name).write_text(text)
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_whole(data: bytes, file: Path) -> None:
-    """Write a file, whole or not at all; nothing is left behind when the disk is full."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the rename itself survive a power cut
-    finally:
-        os.close(folder)
+            yield temporary
+            temporary.rename(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
 
 
 def atomic_write(path: Path, content: bytes | str) -> None:
-    """Replace `path` so that a reader, or a power cut, finds the old file or the new one, never a part."""
-    data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace the content of `path` atomically and durably; text is written as UTF-8."""
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_array(path: Path, array: np.ndarray) -> str:
+    """Write an npy file atomically, without a second copy in memory; returns the file's sha256."""
+    with atomic_file(path) as file:
+        hashing = _HashingFile(file)
+        # numpy writes to a real file through C, where a full disk is an OSError without an errno.
+        np.lib.format.write_array(hashing, np.ascontiguousarray(array), allow_pickle=False)  # type: ignore[arg-type]
+    return hashing.digest.hexdigest()
+
+
+def remove_unfinished(folder: Path, target: str | None = None, *, recursive: bool = False) -> None:
+    """Delete the temporary files and folders that a killed process left in `folder`.
+
+    Only those of the file or folder named `target`, if it is given. Call it while the folder is locked.
+    """
+    pattern = f".{escape(target) if target else '*'}.[0-9]*.tmp"
+    for path in list(folder.rglob(pattern) if recursive else folder.glob(pattern)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Where `path` is written first: beside it, because a rename is atomic only within a file system."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
-def require_room(folder: Path, needed: int) -> None:
-    """Raise a UserError unless so many bytes are free where `folder` lies."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"no room in {folder}: about {needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB are "
-            f"free; free some, or give another folder"
-        )
+class _HashingFile:
+    """A binary file that hashes what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Write and hash."""
+        self.digest.update(data)
+        return self._file.write(data)
 
 
-@contextlib.contextmanager
-def full_disk(folder: Path) -> Iterator[None]:
-    """Turn a full disk into one line; what was written before stays good."""
+# --- Hashes ---
+
+
+def hash_file(*paths: Path) -> str:
+    """sha256 of a file's bytes, as hex; of several files, of their bytes one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# --- Disk space ---
+
+
+@contextmanager
+def disk_full_errors(path: Path) -> Iterator[None]:
+    """Turn the OSError of a full disk into a UserError that names `path`; other errors pass through."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in DISK_FULL:
             raise
         raise UserError(
-            f"the disk of {folder} is full ({error.strerror}); free some room and type the same command: "
-            f"finished shards are kept"
+            f"cannot write {path}: {error.strerror}; free some space and rerun the same command"
         ) from error
+
+
+def require_free_space(folder: Path, needed: int) -> None:
+    """Raise a UserError unless `needed` bytes are free on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"not enough disk space in {folder}: about {needed / 2**20:.1f} MiB needed, "
+            f"{free / 2**20:.1f} MiB free; free some space or choose another folder"
+        )
+
+
+# --- Locks ---
+
+
+@contextmanager
+def lock_folder(folder: Path, remedy: str) -> Iterator[None]:
+    """Own `folder`, which is created, for a `with` block. The kernel frees the lock of a killed process.
+
+    Raises a UserError that names the owning process, and ends with `remedy`, if the folder is in use.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK
+    if file.is_symlink():  # filelock does not follow it either, but its error says less
+        raise UserError(f"{file} is a symbolic link, which cannot be used as a lock; delete it")
+    lock = FileLock(file, timeout=LOCK_WAIT, on_acquired=_write_owner)
+    try:
+        lock.acquire()
+    except Timeout:
+        owner = file.read_text().strip() or "unknown"
+        raise UserError(f"{folder} is in use by process {owner}; {remedy}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process owns `folder` now."""
+    try:
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    except PermissionError:  # the folder of another user; network file systems lock only what is writable
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        return not lock_descriptor(descriptor, blocking=False)
+    finally:
+        os.close(descriptor)
+
+
+def _write_owner(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, str(os.getpid()).encode(), 0)

@@ -1,8 +1,9 @@
-"""Model FLOPs by formula: what one image costs a module, two FLOPs per multiply-add.
+"""Model FLOPs by formula: the cost of one image, two FLOPs per multiply-add.
 
-The formula is torch's own counter run once per (module, input shape) on the meta device, where attention
-decomposes into counted matrix products; costs are linear in the batch, so one image is enough. Backward
-counts as twice the forward; element-wise work, the optimiser and the EMA count as nothing (docs/protocol.md).
+Torch's own counter runs once per (module, input shape) on the meta device, where attention decomposes into
+matrix products that it counts. Costs are linear in the batch size, so one image is enough. A backward pass
+counts as two forward passes; element-wise operations, the optimiser and the EMA are not counted
+(docs/protocol.md).
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+# Weak keys: the cache must not keep a finished stage's network alive.
 _cache: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = weakref.WeakKeyDictionary()
 
 
 def count(call: Callable[[], object]) -> int:
-    """FLOPs of one call, forward and whatever backward it runs."""
+    """Count the FLOPs of one call, including any backward pass it runs."""
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 
 
 def forward_flops(module: nn.Module, call: Callable[[nn.Module], object], key: tuple[Any, ...]) -> int:
-    """FLOPs of `call(module)` on the meta device, remembered under `key` for this module."""
+    """Count the FLOPs of `call(copy of module on the meta device)`, cached under `key` for this module."""
     known = _cache.setdefault(module, {})
     if key not in known:
         twin = copy.deepcopy(module).to("meta")

@@ -1,6 +1,7 @@
-"""Recipe, Stage, Supervision and Artifact: how the hidden features of a backbone are supervised.
+"""The Recipe interface: supervision of a backbone's hidden features, in one or several stages.
 
-Shapes and conventions are listed in `stbench.core.backbone`.
+A recipe returns stages; each stage has a supervision; a supervision returns terms; a finished stage is an
+artifact. Shapes and conventions are listed in `stbench.core.backbone`.
 """
 
 from __future__ import annotations
@@ -22,56 +23,71 @@ from stbench.core.objective import Batch, Noised, Objective
 
 @dataclass(frozen=True)
 class Term:
-    """One auxiliary loss: its value per sample (B,), float32, and its weight in the total."""
+    """One auxiliary loss and its weight in the total loss."""
 
     value: Tensor
+    """Loss per sample (B,), float32; the engine takes the mean."""
     weight: float
 
 
 class Encoder(Protocol):
-    """A frozen image encoder that gives one token for each patch of the latent."""
+    """A frozen external image encoder that returns one token per latent patch."""
 
     flops: float
-    """Of one image."""
+    """Forward FLOPs for one image."""
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Tokens (B,N,Dz) of uint8 images (B,c,H,W)."""
+        """Encode uint8 images (B,c,H,W) as tokens (B,N,Dz)."""
 
 
 @dataclass
 class Cost:
-    """FLOPs spent so far, split by who spent them."""
+    """FLOPs spent so far, by what spent them."""
 
     student: float = 0.0
     heads: float = 0.0
     teachers: float = 0.0
+    """Teachers and encoders."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Sum over student, heads and teachers."""
         return self.student + self.heads + self.teachers
 
 
 @dataclass(frozen=True)
 class Step:
-    """A read-only view of one training step, for a recipe's terms."""
+    """Everything a supervision can read in one training step.
+
+    Read-only: trained heads, teachers and encoders run through its methods, which count their FLOPs.
+    """
 
     batch: Batch
     noised: Noised
     prediction: Tensor
+    """The student's prediction (B,C_out,H,W)."""
     features: Features
-    """The student's tapped blocks."""
+    """Features of the student's tapped blocks."""
     heads: nn.ModuleDict
+    """The modules that `Supervision.heads` returned."""
     ema: Backbone
+    """Exponential moving average of the student, frozen."""
     objective: Objective
     info: BackboneInfo
+    """Facts about the student."""
     images_seen: int
+    """Images that this stage has processed before this step."""
     dataset_size: int
+    """Images in the training set."""
     global_batch: int
+    """Images per optimiser step, over all devices and micro-batches."""
     cost: Cost
 
     def project(self, head: str, tokens: Tensor) -> Tensor:
-        """Run tokens (b,N,D) through a trained head; counted as one forward and one backward a row."""
+        """Apply the trained head `head` to tokens (b,N,D).
+
+        Counts one forward and one backward pass per row.
+        """
         module = self.heads[head]
         shape = tuple(tokens.shape[1:])
         one = forward_flops(module, lambda m: m(torch.empty(1, *shape, device="meta")), ("head", shape))
@@ -79,100 +95,115 @@ class Step:
         return module(tokens)
 
     def teach(self, teacher: Backbone, x: Tensor, t: Tensor, y: Tensor, *, block: int) -> Tensor:
-        """A frozen network's features of one block (b,N,D), without gradient and in full precision.
+        """Return the features (b,N,D) of one block of a frozen network, float32.
 
-        Nothing behind `block` runs; counted as one forward a row.
+        Runs without gradient and outside autocast, stops after `block`, and counts one forward pass per row.
         """
+        # An empty selection (no sample inside an interval) must not reach the network.
         if x.shape[0] == 0:
             return x.new_zeros(0, self.info.tokens, teacher.info.width)
-        self.cost.teachers += float(teacher.flops(block)) * x.shape[0]
-        with _full_precision(x):
+        self.count_teacher(float(teacher.flops(block)) * x.shape[0])
+        with _frozen_forward(x):
             return teacher.features(x, t, y, indices=(block,))[block].float()
 
     def encode(self, encoder: Encoder, images: Tensor) -> Tensor:
-        """A frozen encoder's tokens (B,N,Dz) of clean images, uint8 (B,c,H,W); without gradient, in full
-        precision, counted as one forward an image.
+        """Return the tokens (B,N,Dz) of clean images, uint8 (B,c,H,W), under a frozen encoder, float32.
+
+        Runs without gradient and outside autocast, and counts one forward pass per image.
         """
-        self.cost.teachers += encoder.flops * len(images)
-        with _full_precision(images):
+        self.count_teacher(encoder.flops * len(images))
+        with _frozen_forward(images):
             return encoder.tokens(images).float()
+
+    def count_teacher(self, flops: float) -> None:
+        """Add `flops` to the cost of teachers and encoders; `teach` and `encode` call it themselves."""
+        self.cost.teachers += flops
 
 
 @contextmanager
-def _full_precision(x: Tensor) -> Iterator[None]:
-    """No gradient and no autocast on the device of x."""
+def _frozen_forward(x: Tensor) -> Iterator[None]:
+    """Disable gradients, and autocast on the device of x."""
     with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
         yield
 
 
 class Supervision(ABC):
-    """What one stage adds to plain denoising. A dataclass whose fields are everything that shapes its terms.
+    """The auxiliary losses of one stage.
 
-    Not an nn.Module: whatever it holds (a teacher, an encoder) never reaches the optimiser, the state dict or
-    DDP.
+    Subclasses are dataclasses. Their fields identify the stage, so they must contain everything that changes
+    a loss. A supervision is not an nn.Module: a teacher or encoder that it stores never reaches the
+    optimiser, the state dict or DDP.
     """
 
     @property
     def needs(self) -> str:
-        """What it needs from outside the model, named in its leaderboard row; "" for nothing."""
+        """What the supervision needs from outside the run, shown in its leaderboard row; "" for nothing."""
         return ""
 
     @property
     def contents(self) -> Mapping[str, Any]:
-        """For options that name files: what stands for them in hashes, so that a moved file is the same
-        run.
+        """Option name -> value that replaces it in the run's hashes.
+
+        For options that name files: a content hash instead of a path makes a moved file the same run.
         """
         return {}
 
     @property
     def images(self) -> bool:
-        """Whether `step.batch.extras["images"]` must hold the clean images, uint8 (B,c,H,W)."""
+        """Whether the clean images, uint8 (B,c,H,W), are needed in `step.batch.extras["images"]`."""
         return False
 
     @property
     def taps(self) -> Sequence[int]:
-        """Student blocks to expose in `step.features`."""
+        """Student blocks whose features are needed in `step.features`."""
         return ()
 
     def setup(self, device: torch.device) -> None:
-        """Load teachers to the device; called once, before the first step."""
+        """Load teachers and encoders onto the device; called once, before the first step."""
 
     def heads(self, info: BackboneInfo) -> nn.ModuleDict:
-        """Trained modules that are dropped at evaluation, by name."""
+        """Return the modules that are trained with the student and discarded at evaluation, by name."""
         return nn.ModuleDict()
 
     @abstractmethod
     def terms(self, step: Step) -> Mapping[str, Term]:
-        """The auxiliary losses of this step by name; {} is vanilla."""
+        """Compute the auxiliary losses of this step, by name."""
 
 
 @dataclass
-class Plain(Supervision):
-    """No auxiliary loss: plain denoising."""
+class NoSupervision(Supervision):
+    """No auxiliary loss: the denoising loss alone."""
+
+    # Stage fingerprints contain the qualified class name. This class was called Plain when the published runs
+    # were made; with another name here, their finished stages would be trained again.
+    __qualname__ = "Plain"
 
     def terms(self, step: Step) -> Mapping[str, Term]:
-        """Nothing to add."""
+        """Return no terms."""
         return {}
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a finished stage leaves behind."""
+    """The result of a finished stage."""
 
     name: str
+    """Name of the stage."""
     fingerprint: str
-    """Hash of everything that made it; equal fingerprints are equal weights."""
+    """Hash of everything that determines the weights: equal fingerprints mean equal weights."""
     checkpoint: str
-    """Folder that holds raw.safetensors and ema.safetensors."""
+    """Folder with raw.safetensors and ema.safetensors."""
     sha256: Mapping[str, str]
+    """Weights ("raw", "ema") -> sha256 of the file."""
     steps: int
     images_seen: int
     seconds: float
+    """Training time, without evaluation."""
     flops: float
     loader: Callable[[Weights], Backbone] = field(repr=False, compare=False)
 
     def load(self, weights: Weights) -> Backbone:
-        """The network, frozen and in eval mode."""
+        """Return the network with these weights, frozen and in eval mode."""
         return self.loader(weights).eval().requires_grad_(False)
 
 
@@ -196,9 +227,9 @@ class Stage:
 
 
 Recipe = Callable[..., Sequence[Stage]]
-"""A recipe: `(info: BackboneInfo, *, <options with published defaults>) -> stages`.
+"""What `--recipe` names: `(info: BackboneInfo, *, <options with published defaults>) -> stages`.
 
-The docstring of the function is its help.
+The docstring of the function is its help text in `stbench list recipes`.
 """
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import importlib
 import importlib.util
 import pkgutil
@@ -19,6 +18,7 @@ from typing import Any
 from mmengine.registry import Registry
 
 from stbench.core.errors import UserError
+from stbench.core.files import hash_file
 
 __all__ = ["BACKBONES", "DATASETS", "OBJECTIVES", "RECIPES", "SAMPLERS", "UserError"]
 
@@ -85,14 +85,14 @@ def load_plugins(files: Iterable[Path] = (), group: str = "stbench.plugins") -> 
     for point in entry_points(group=group):
         module = _guarded(point.value, point.load)
         source = getattr(module, "__file__", None) or getattr(sys.modules.get(point.module), "__file__", None)
-        hashes[point.value] = _sha256(Path(source)) if source else ""
+        hashes[point.value] = hash_file(Path(source)) if source else ""
     for file in files:
         if not file.is_file():
             raise UserError(
                 f"plug-in file not found: {file}; expected a Python file, give its path after --plugin"
             )
         _guarded(str(file), functools.partial(_import_file, file))
-        hashes[str(file)] = _sha256(file)
+        hashes[str(file)] = hash_file(file)
     return hashes
 
 
@@ -100,7 +100,7 @@ def plugin_hash(registered: Any) -> str:
     """The sha256 of the plug-in file that registered this object; "" for a built-in."""
     module = sys.modules.get(registered.__module__)
     source = getattr(module, "__file__", None)
-    return "" if source is None or registered.__module__.startswith("stbench.") else _sha256(Path(source))
+    return "" if source is None or registered.__module__.startswith("stbench.") else hash_file(Path(source))
 
 
 def _guarded(what: str, load: Callable[[], Any]) -> Any:
@@ -116,7 +116,7 @@ def _guarded(what: str, load: Callable[[], Any]) -> Any:
 
 
 def _import_file(file: Path) -> Any:
-    name = f"stbench_plugin_{_sha256(file)[:12]}"
+    name = f"stbench_plugin_{hash_file(file)[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
@@ -130,7 +130,3 @@ def _import_file(file: Path) -> Any:
         del sys.modules[name]
         raise
     return module
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stbench.core.errors import UserError
-from stbench.core.files import require_room
+from stbench.core.files import require_free_space
 from stbench.data.crop import UNREADABLE, decode_image, reason
 from stbench.data.prepare import Advance
 from stbench.data.repa_layout import Repa, is_repa
@@ -70,7 +70,7 @@ def cache(job: Job, listed: Listed, advance: Advance) -> teachers.Source:
     """Write the tokens. Raises UserError for an image that is not the one the set was made from."""
     job.target.mkdir(parents=True, exist_ok=True)
     patches = listed.encoder.network.patch_embed.num_patches
-    require_room(job.target, len(listed.ids) * patches * listed.encoder.source.width * 2)
+    require_free_space(job.target, len(listed.ids) * patches * listed.encoder.source.width * 2)
     return teachers.cache_tokens(job.target, listed.encoder, _batches(job, listed, advance), len(listed.ids))
 
 

@@ -6,23 +6,21 @@ is. Knows nothing of images or autoencoders: whoever calls it makes the rows.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write, full_disk, require_room
+from stbench.core.files import LOCK, atomic_write, lock_folder, require_free_space, write_array
 from stbench.data.shards import (
     DTYPES,
     HELDOUT,
@@ -125,7 +123,7 @@ def build(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _known_plan(folder)
-    with _lock(folder):
+    with lock_folder(folder, "wait for it or choose another folder"):
         if (folder / MANIFEST).is_file():
             found = read_manifest(folder)
             _same_plan(folder, found.plan, draft.plan)
@@ -134,7 +132,7 @@ def build(
             return found, False
         _begin(folder, draft.plan)
         shards = [_finished(folder, number) for number in range(len(bounds))]
-        require_room(folder, needed - sum(f.bytes for s in shards if s for f in s.files.values()))
+        require_free_space(folder, needed - sum(f.bytes for s in shards if s for f in s.files.values()))
         for number, (start, stop) in enumerate(bounds):
             found_shard = shards[number]
             if found_shard is None:
@@ -144,20 +142,9 @@ def build(
         manifest = Manifest(**{**vars(draft), "shards": tuple(shard for shard in shards if shard)})
         if manifest.count < 2:
             raise UserError(f"{folder}: no image could be read; the first: {manifest.unreadable[0]}")
-        with full_disk(folder):
-            atomic_write(folder / MANIFEST, dump_manifest(manifest))
+        atomic_write(folder / MANIFEST, dump_manifest(manifest))
         _clean(folder)
     return manifest, True
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is being prepared by another process; wait for it") from None
-        yield
 
 
 def _known_plan(folder: Path) -> Mapping[str, Any] | None:
@@ -169,7 +156,7 @@ def _known_plan(folder: Path) -> Mapping[str, Any] | None:
         return read_manifest(folder).plan
     if (plan := _own_plan(folder)) is not None:
         return plan
-    others = [path.name for path in folder.iterdir() if path.name != ".lock" and not OWN_TMP.match(path.name)]
+    others = [path.name for path in folder.iterdir() if path.name != LOCK and not OWN_TMP.match(path.name)]
     if others:
         raise UserError(f"{folder} holds other files ({sorted(others)[0]}); give a new or an empty folder")
     return None
@@ -197,8 +184,7 @@ def _begin(folder: Path, plan: Mapping[str, Any]) -> None:
         return
     if known is not None:  # begun, but no shard was finished: nothing is lost by other arguments
         _remove(folder, OWN_ARRAY)
-    with full_disk(folder):
-        atomic_write(folder / PLAN, json.dumps(plan, indent=1) + "\n")
+    atomic_write(folder / PLAN, json.dumps(plan, indent=1) + "\n")
 
 
 def _same_plan(folder: Path, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
@@ -221,7 +207,7 @@ def _clean(folder: Path) -> None:
     _remove(folder, OWN_TMP, OWN_RECORD)
     if _own_plan(folder) is not None:
         (folder / PLAN).unlink()
-    (folder / ".lock").unlink(missing_ok=True)
+    (folder / LOCK).unlink(missing_ok=True)
 
 
 def _finished(folder: Path, number: int) -> Shard | None:
@@ -245,40 +231,12 @@ def _write_shard(folder: Path, number: int, kind: str, rows: Rows) -> Shard:
         "images": rows.images,
     }
     shard = Shard(f"{number:05d}", len(rows.ids), len(rows.images), {}, tuple(rows.unreadable))
-    with full_disk(folder):
-        files = {}
-        for name, array in arrays.items():
-            assert array.dtype.name == DTYPES.get(name, array.dtype.name), f"{name} is {array.dtype}"
-            files[name] = write_array(shard.path(folder, name), array)
-        shard = Shard(shard.name, shard.count, shard.images, files, shard.unreadable)
-        atomic_write(folder / f"shard-{number:05d}.json", json.dumps(asdict(shard)) + "\n")
+    files = {}
+    for name, array in arrays.items():
+        assert array.dtype.name == DTYPES.get(name, array.dtype.name), f"{name} is {array.dtype}"
+        path = shard.path(folder, name)
+        digest = write_array(path, array)
+        files[name] = ShardFile(path.stat().st_size, digest)
+    shard = Shard(shard.name, shard.count, shard.images, files, shard.unreadable)
+    atomic_write(folder / f"shard-{number:05d}.json", json.dumps(asdict(shard)) + "\n")
     return shard
-
-
-class _Hashing:
-    """A file that hashes what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.digest, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        """Write and hash."""
-        self.digest.update(data)
-        self.bytes += len(data)
-        return self._file.write(data)
-
-
-def write_array(path: Path, array: np.ndarray) -> ShardFile:
-    """Write an .npy file, whole or not at all, without a second copy in memory."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            hashing = _Hashing(file)
-            np.lib.format.write_array(hashing, np.ascontiguousarray(array), allow_pickle=False)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return ShardFile(hashing.bytes, hashing.digest.hexdigest())

@@ -18,6 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from stbench.core.errors import UserError
+from stbench.core.files import hash_file
 
 FORMAT = "stbench-latents"
 SCHEMA = 1
@@ -207,7 +208,7 @@ def verify(folder: Path) -> tuple[Manifest, list[str]]:
                 problems.append(str(error).partition(";")[0])
                 continue
             path = shard.path(folder, array)
-            found = _hash_file(path)
+            found = hash_file(path)
             if found != recorded.sha256:
                 problems.append(f"{path}: expected sha256 {recorded.sha256[:12]}, found {found[:12]}")
             elif array == "labels" and shard.count and not _within(values, len(manifest.classes)):
@@ -219,14 +220,6 @@ def verify(folder: Path) -> tuple[Manifest, list[str]]:
 
 def _within(labels: np.ndarray, classes: int) -> bool:
     return int(labels.min()) >= 0 and int(labels.max()) < classes
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 @final

@@ -41,10 +41,6 @@ class Flow(Objective):
         d_alpha, d_sigma = like(self.rates(noised.t_host), noised.x0)
         return d_alpha * noised.x0 + d_sigma * noised.noise
 
-    def velocity(self, prediction: Tensor, noised: Noised) -> Tensor:
-        """The prediction is the velocity."""
-        return prediction
-
     def denoise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Solve x_t = alpha x0 + sigma eps, v = alpha' x0 + sigma' eps for (x0, eps)."""
         alpha, sigma = like(self.alpha_sigma(t), x_t)

@@ -6,7 +6,6 @@ JSON (`about`) of the images and networks that it was made from.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stbench.core.errors import UserError
-from stbench.core.files import whole_file
+from stbench.core.files import atomic_file, hash_file
 from stbench.evaluate.feature_networks import Network
 from stbench.evaluate.image_sets import (
     DAMAGED,
@@ -102,7 +101,7 @@ def write_statistics(images: ImageSet, networks: Sequence[Network], output: Path
         "size": list(found.size),
         "networks": {space: network.label for network in networks for space in network.spaces},
     }
-    with whole_file(output) as file:
+    with atomic_file(output) as file:
         np.savez(file, **arrays, about=np.array(json.dumps(about)))  # type: ignore[arg-type]
     return found
 
@@ -150,11 +149,7 @@ def _adm(path: Path, held: set[str], networks: Sequence[Network], measure: Mappi
         size, rows = found.size, found.rows if len(found.rows) else None
         for space in found.fits.keys() - fits.keys():
             fits[space], fitted_on[space] = found.fits[space], found.count
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return Reference(str(path), digest.hexdigest(), None, size, fits, rows, fitted_on)
+    return Reference(str(path), hash_file(path), None, size, fits, rows, fitted_on)
 
 
 def _fit(path: Path, space: str, network: Network) -> Fit:

@@ -5,19 +5,19 @@ The settings that made the images lie beside them, in the parts and in what they
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write, room_for, write_npz, write_pictures
+from stbench.core.files import atomic_file, atomic_folder, atomic_write, lock_folder, remove_unfinished
 from stbench.evaluate.image_sets import open_member, open_npz
 
 
@@ -32,17 +32,9 @@ class Parts:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Own the folder for a `with` block; UserError if another process does. Leftovers of a kill go."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.folder} is in use by another process; wait for it or choose another --output"
-                ) from None
-            for leftover in self.folder.glob(".*.tmp"):
-                leftover.unlink()
+        """Own the folder for a `with` block and delete unfinished files; UserError if it is in use."""
+        with lock_folder(self.folder, "wait for it or choose another --output"):
+            remove_unfinished(self.folder)
             yield
 
     def open(self) -> None:
@@ -51,8 +43,7 @@ class Parts:
         if file.is_file():
             _require_same(_parse(file.read_text(), file), self.settings, self.folder)
         else:
-            with room_for(file):
-                atomic_write(file, json.dumps(self.settings, indent=1) + "\n")
+            atomic_write(file, json.dumps(self.settings, indent=1) + "\n")
 
     def file(self, start: int) -> Path:
         """Where the shard that begins with image `start` lies."""
@@ -91,16 +82,45 @@ def join(parts: Parts, output: Path, settings: Mapping[str, Any], labels: np.nda
 
     What a killed process had begun of it goes; the lock on the parts is held.
     """
-    for leftover in output.parent.glob(f".{escape(output.name)}.*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    remove_unfinished(output.parent, output.name)
     if output.suffix == ".npz":
         first = next(parts.arrays())
         others = {"labels": labels, "settings": np.array(json.dumps(settings))}
         write_npz(output, (settings["count"], *first.shape[1:]), parts.arrays(), others)
-        return
-    write_pictures(
-        output, settings["count"], parts.arrays(), {"settings.json": json.dumps(settings, indent=1)}
-    )
+    else:
+        write_pictures(output, settings["count"], parts.arrays(), settings)
+
+
+def write_npz(
+    path: Path, shape: tuple[int, ...], batches: Iterable[np.ndarray], others: Mapping[str, np.ndarray]
+) -> None:
+    """Write an npz as ADM does: arr_0, uint8 of `shape`, from batches along the first axis, and other arrays.
+
+    Uncompressed, like `numpy.savez`. Only one batch is in memory at a time.
+    """
+    with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)  # type: ignore[arg-type]
+            for batch in batches:
+                member.write(np.ascontiguousarray(batch).tobytes())
+        for name, array in others.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def write_pictures(
+    folder: Path, count: int, batches: Iterable[np.ndarray], settings: Mapping[str, Any]
+) -> None:
+    """Write numbered PNG files from uint8 batches (B,H,W,3), and settings.json, atomically."""
+    digits = max(6, len(str(count - 1)))
+    number = 0
+    with atomic_folder(folder) as draft:
+        for batch in batches:
+            for image in batch:
+                Image.fromarray(image).save(draft / f"{number:0{digits}d}.png")
+                number += 1
+        (draft / "settings.json").write_text(json.dumps(settings, indent=1))
 
 
 def settings_of(output: Path) -> dict[str, Any] | None:

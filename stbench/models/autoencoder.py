@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stbench.core.errors import UserError
+from stbench.core.files import hash_file
 from stbench.models.assets import asset_manifest, load_asset
 
 ROUNDING = "clamp, round half to even of (x+1)*127.5"
@@ -168,7 +168,7 @@ def find_vae(name: str) -> VAE:
     return VAE(
         name=name if published else str(folder),
         folder=folder,
-        sha256=_sha256(folder),
+        sha256=hash_file(folder / "config.json", folder / WEIGHTS),
         channels=int(config["in_channels"]),
         latent_channels=int(config["latent_channels"]),
         factor=2 ** (len(config["block_out_channels"]) - 1),
@@ -211,12 +211,3 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{folder}/config.json: expected diffusers' AutoencoderKL for 1 or 3 channels, "
             f"found something else ({error}); give another folder with --vae"
         ) from error
-
-
-def _sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in ("config.json", WEIGHTS):
-        with (folder / name).open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()

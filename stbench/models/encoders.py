@@ -5,7 +5,6 @@ Each gives one token for each patch of the latent. Nothing is downloaded or read
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write
+from stbench.core.files import atomic_write, hash_file
 from stbench.core.flops import forward_flops
 from stbench.models.assets import asset_manifest, load_asset
 from stbench.models.autoencoder import to_float
@@ -70,7 +69,7 @@ def source(name: str, checkpoint: Path | None = None) -> Source:
         raise UserError(f"no cached tokens at {name}: expected tokens.json and tokens.npy in that folder")
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"encoder weights not found: {checkpoint}; {_download(name)}")
-    digest = _file_sha256(checkpoint) if checkpoint else ""
+    digest = hash_file(checkpoint) if checkpoint else ""
     return Source("timm", name, _width(name), digest, str(checkpoint) if checkpoint else "")
 
 
@@ -183,7 +182,7 @@ def cache_tokens(folder: Path, encoder: ImageEncoder, images: Iterable[Tensor], 
         "encoder_sha256": encoder.source.sha256,
         "flops": encoder.flops,
         "bytes": file.stat().st_size,
-        "sha256": _file_sha256(file),
+        "sha256": hash_file(file),
     }
     atomic_write(folder / "tokens.json", json.dumps(content, indent=1) + "\n")
     return _cached_source(folder)
@@ -269,11 +268,3 @@ def _download(name: str) -> str:
         f"download it with `hf download timm/{name} model.safetensors --local-dir encoders/{name}` and type "
         f"--set recipe.checkpoint=encoders/{name}/model.safetensors"
     )
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 22), b""):
-            digest.update(block)
-    return digest.hexdigest()

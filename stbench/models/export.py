@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write, room_for, write_whole
+from stbench.core.files import atomic_folder, atomic_write
 from stbench.models.weights import State, save_weights
 
 Kind = Literal["official", "diffusers"]
@@ -57,9 +55,7 @@ def _write_official(network: Backbone, options: dict[str, Any], output: Path, ob
     state, whose = official_state(network, options)
     buffer = io.BytesIO()
     torch.save(state if network.info.name == "uvit" else {"ema": state}, buffer)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with room_for(output):
-        write_whole(buffer.getvalue(), output)
+    atomic_write(output, buffer.getvalue())
     return [f"weights: {output}", f"for: {whose}; objective {objective}"]
 
 
@@ -163,16 +159,10 @@ def _write_diffusers(network: Backbone, options: dict[str, Any], output: Path) -
         "num_embeds_ada_norm": info.classes,
         "norm_eps": 1e-6,
     }
-    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    draft.mkdir(parents=True)
-    try:
-        state = diffusers_state(network.state_dict(), info.depth)
-        with room_for(output):
-            save_weights(state, draft / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-            atomic_write(draft / "config.json", json.dumps(config, indent=1) + "\n")
-            draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    state = diffusers_state(network.state_dict(), info.depth)
+    with atomic_folder(output) as draft:
+        save_weights(state, draft / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        atomic_write(draft / "config.json", json.dumps(config, indent=1) + "\n")
     return [
         f"weights: {output}",
         "for: diffusers' DiTTransformer2DModel.from_pretrained; it embeds time with other frequencies than "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stbench.core.backbone import Weights
 from stbench.core.errors import UserError
-from stbench.core.files import write_whole
+from stbench.core.files import atomic_write
 
 State = Mapping[str, Tensor]
 
@@ -30,7 +30,7 @@ def save_weights(state: State, file: Path, metadata: dict[str, str] | None = Non
     """Write tensors to a safetensors file, whole or not at all; returns the file's sha256."""
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     data = safetensors.torch.save(plain, metadata)
-    write_whole(data, file)
+    atomic_write(file, data)
     return hashlib.sha256(data).hexdigest()
 
 

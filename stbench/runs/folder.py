@@ -5,9 +5,7 @@ Every write is atomic, so a file is either whole or absent. The fields are in sc
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write
+from stbench.core.files import atomic_write, is_locked, lock_folder, remove_unfinished
 from stbench.runs import schema
 from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord
 from stbench.runs.schema import REMEDY, Fields, convert, parse, plain
@@ -153,35 +151,14 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Own the folder for a `with` block, UserError if it is in use; after kill -9 the kernel frees it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                owner = file.read().strip() or "unknown"
-                raise UserError(
-                    f"run folder {self.path} is in use by process {owner}; "
-                    "wait for it or choose another --output"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            for leftover in self.path.rglob(".*.tmp"):
-                leftover.unlink()
+        """Own the folder for a `with` block and delete unfinished files; UserError if it is in use."""
+        with lock_folder(self.path, "wait for it or choose another --output"):
+            remove_unfinished(self.path, recursive=True)
             yield
 
     def in_use(self) -> bool:
-        """Whether some process holds the lock now."""
-        try:
-            with open(self.path / ".lock") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        """Whether a process owns the folder now."""
+        return is_locked(self.path)
 
     def write_status(self, state: State, **fields: Any) -> None:
         """Replace status.json by the state and whatever explains it (step, message)."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from stbench.data.shard_writer import write_array
+from stbench.core.files import write_array
 from stbench.data.shards import Shards
 
 pytestmark = pytest.mark.benchmark

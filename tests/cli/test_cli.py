@@ -6,32 +6,14 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stbench.cli import app as cli
 from stbench.core.registry import RECIPES
 from stbench.runs.folder import RunFolder
-from tests.conftest import BLOCKS, TINY, Runner
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture()
-def stbench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Call the entry point in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stbench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+from tests.conftest import BLOCKS, TINY, Command, Runner
 
 
 def tiny_options(recipe: str = "vanilla") -> list[str]:

@@ -27,12 +27,9 @@ from stbench.evaluate.reference import load_reference, of_survey, write_statisti
 from stbench.evaluate.scores import SCORES, full_name, score
 from stbench.evaluate.statistics import Survey, evenly_spaced, survey
 from stbench.runs.folder import RunFolder
-from tests.cli.test_cli import Command, stbench
-from tests.conftest import Runner
+from tests.conftest import Command, Runner
 from tests.evaluate.test_image_sets import folder
 from tests.weights import random_inception
-
-__all__ = ["stbench"]
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,9 @@ from stbench.config.spec import RunSpec
 from stbench.core.errors import UserError
 from stbench.models.official import from_state
 from stbench.train import engine
-from tests.cli.test_cli import Command, stbench
-from tests.conftest import TINY
+from tests.conftest import TINY, Command
 from tests.models.test_official import key_table, recipe_heads, wrapped
 
-__all__ = ["stbench"]
 QUICK = {key: value for key, value in TINY.items() if not key.startswith("backbone.")}
 File = Callable[..., Path]
 

@@ -35,12 +35,9 @@ from stbench.evaluate.sample_source import Origin
 from stbench.models import encoders as teachers
 from stbench.runs.records import RunRecord
 from stbench.train import engine
-from tests.cli.test_cli import Command, stbench
-from tests.conftest import BLOCKS, TINY
+from tests.conftest import BLOCKS, TINY, Command
 from tests.datafiles import EXTRACTOR, make_images, make_repa, make_vae, picture
 from tests.weights import random_inception
-
-__all__ = ["stbench"]
 
 STEPS = 6
 
@@ -181,7 +178,7 @@ def test_the_tokens_of_a_prepared_set_are_those_of_its_training_images(
         ("other", "is not the one that .* was made from"),
         ("patch", "--patch wants a divisor of 8, the latents' side, got 3"),
         ("encoder", "unknown encoder 'vit_huge'"),
-        ("full", "no room in .*tokens"),
+        ("full", "not enough disk space in .*tokens"),
     ],
 )
 def test_tokens_of_other_images_are_not_written(

@@ -16,10 +16,8 @@ from stbench.diffusion.sample import Guidance
 from stbench.evaluate import sample_job as sampling
 from stbench.evaluate.sample_job import Asked
 from stbench.evaluate.sample_source import Origin, open_source
-from tests.cli.test_cli import Command, stbench
+from tests.conftest import Command
 from tests.datafiles import make_vae
-
-__all__ = ["stbench"]
 
 
 def network(channels: int = 4) -> SiT:

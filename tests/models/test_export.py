@@ -23,10 +23,8 @@ from stbench.runs.folder import RunFolder
 from stbench.train import engine
 from tests.backbones.test_backbones import batch
 from tests.backbones.test_backbones import tiny as network
-from tests.cli.test_cli import Command, stbench
-from tests.conftest import tiny_spec
+from tests.conftest import Command, tiny_spec
 
-__all__ = ["stbench"]
 PLAIN: dict[str, Any] = {"backbone__qk_norm": False}
 
 

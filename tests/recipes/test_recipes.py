@@ -55,7 +55,7 @@ def info(name: str, size: str, depth: int, width: int = 96, tokens: int = 16) ->
 
 def only(stages: Sequence[Any]) -> Any:
     (stage,) = stages
-    return stage.recipe({})
+    return stage.supervision({})
 
 
 def step_of(

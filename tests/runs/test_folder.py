@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write
 from stbench.runs.folder import RunFolder, find_runs, read_runs
 from tests import fake_runs as runs
 
@@ -219,19 +218,3 @@ def test_a_lock_clears_what_a_dead_writer_left(tmp_path: Path) -> None:
     leftover.write_bytes(b"half")
     with RunFolder(tmp_path).lock():
         assert not leftover.exists()
-
-
-def test_atomic_write_leaves_the_old_file_when_it_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "deep" / "file"
-    atomic_write(file, "old")
-
-    def full(descriptor: int) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        atomic_write(file, b"new")
-    assert file.read_text() == "old"
-    assert list(file.parent.iterdir()) == [file]

@@ -48,12 +48,14 @@ def test_a_process_for_each_run_with_its_slot_its_log_and_its_error(tmp_path: Pa
 
 @pytest.fixture()
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that runs in place of stbench.child."""
+    """A file that runs in place of stbench.cli.child."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (tmp_path / "stbench").mkdir()
-    (tmp_path / "stbench" / "__init__.py").touch()
-    return tmp_path / "stbench" / "child.py"
+    package = tmp_path / "stbench" / "cli"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    return package / "child.py"
 
 
 def test_a_killed_process_is_a_failed_run(tmp_path: Path, stand_in: Path) -> None:

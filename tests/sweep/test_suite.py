@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from stbench.cli import app as cli
 from stbench.cli.sweep import seeds
 from stbench.core.errors import UserError
 from stbench.runs.journal import read_journal
 from stbench.sweep import suite
-from tests.conftest import BLOCKS, TINY, Runner
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture()
-def stbench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Call the entry point in this process: (exit code, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["stbench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capfd.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+from tests.conftest import BLOCKS, TINY, Command, Runner
 
 
 def write(file: Path, text: str) -> Path:
