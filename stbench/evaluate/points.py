@@ -16,9 +16,9 @@ from stbench.config.spec import EvalSpec
 from stbench.core.backbone import Backbone
 from stbench.data.dataset import Dataset
 from stbench.diffusion.guidance import Guidance
-from stbench.evaluate import generate as generation
-from stbench.evaluate import metrics as measuring
 from stbench.evaluate.extractors import extractor_hash, get_extractor, tensors_hash
+from stbench.evaluate.generate import generate, grid, validation_loss
+from stbench.evaluate.metrics import BASIC, EXTRAS, metrics
 from stbench.evaluate.past_run import PastRun
 from stbench.models.autoencoder import ROUNDING
 from stbench.runs.folder import OutputFolder, RunFolder
@@ -110,7 +110,7 @@ class PointEvaluator:
         missing = [scale for scale in scales if scale not in self._evaluated_scales(step)]
         if not missing:
             return []
-        val_loss = generation.validation_loss(
+        val_loss = validation_loss(
             ema, self._objective, self._dataset, seed=settings.seed, device=self._device
         )
         points = []
@@ -152,7 +152,7 @@ class PointEvaluator:
     def _measure(self, ema: Backbone, step: int, scale: float, extras: bool) -> dict[str, float]:
         """Generate images at one guidance scale, store a grid of them, and compute the metrics."""
         settings = self._spec.eval
-        images, labels = generation.generate(
+        images, labels = generate(
             ema,
             self._objective,
             self._dataset,
@@ -166,9 +166,9 @@ class PointEvaluator:
         )
         columns = self._dataset.classes if settings.labels == "balanced" else 10
         picture = self._folder.sample_file(self._stage.index, self._stage.name, step, scale)
-        generation.grid(images[: 10 * columns], picture, columns)
-        names = measuring.BASIC + (measuring.EXTRAS if extras else ())
-        return measuring.metrics(images, self._dataset, names, self._cache, labels, self._device)
+        grid(images[: 10 * columns], picture, columns)
+        names = BASIC + (EXTRAS if extras else ())
+        return metrics(images, self._dataset, names, self._cache, labels, self._device)
 
 
 def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> Sequence[CurvePoint]:

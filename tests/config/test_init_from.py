@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stbench.config.init_from import note
+from stbench.config.init_from import describe_start
 from stbench.config.plan import prepare
-from stbench.config.resolve import specify
+from stbench.config.resolve import resolve_options
 from stbench.config.spec import RunSpec
 from stbench.core.errors import UserError
 from stbench.models.official import from_state
@@ -40,17 +40,11 @@ def file(tmp_path: Path) -> File:
     return write
 
 
-@pytest.fixture(autouse=True)
-def _no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these runs are measured by is tested elsewhere, and takes most of their time."""
-    monkeypatch.setattr("stbench.evaluate.points.Evaluation.run", lambda *_: [])
-
-
 def asked(path: Path, backbone: str = "sit", recipe: str = "vanilla", **more: Any) -> RunSpec:
     fields = {k: more.pop(k) for k in ("original", "objective", "init_weights", "seed") if k in more}
     overrides = {**QUICK, "backbone.heads": 4, **{k.replace("__", "."): v for k, v in more.items()}}
     values = {"backbone": backbone, "recipe": recipe, "steps": 2, "init_from": str(path), **fields}
-    return specify(values, overrides)
+    return resolve_options(values, overrides)
 
 
 def first_step(spec: RunSpec, output: Path) -> tuple[dict[str, Tensor], str]:
@@ -106,7 +100,7 @@ def test_another_number_of_classes_keeps_the_null_row_and_says_so(file: File, tm
     path = file(classes=3)
     spec = asked(path, train__lr=1e-9)
     assert spec.init is not None
-    assert "3 classes there, 10 here: label rows start fresh" in note(spec.init, 10)
+    assert "it has 3 classes and the data set has 10, so the label embedding is initialised anew" in describe_start(spec.init, 10)
     weights, _ = first_step(spec, tmp_path / "runs")
     table, key = weights["y_embedder.embedding_table.weight"], "y_embedder.embedding_table.weight"
     held = torch.load(path, weights_only=False)["ema"][key]
@@ -124,9 +118,9 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_type(file: File, tmp_pa
         UserError, match="8 predicted channels for objective 'iddpm', found 4.*--objective linear"
     ):
         asked(path, objective="iddpm")
-    with pytest.raises(UserError, match="--original says how to read a checkpoint: expected --init-from"):
-        specify({"backbone": "sit", "recipe": "vanilla", "original": "repa"}, QUICK)
-    with pytest.raises(UserError, match="--init-weights wants raw or ema, got 'best'"):
+    with pytest.raises(UserError, match="--original is only used with --init-from FILE"):
+        resolve_options({"backbone": "sit", "recipe": "vanilla", "original": "repa"}, QUICK)
+    with pytest.raises(UserError, match="--init-weights must be raw or ema, got 'best'"):
         asked(path, init_weights="best")
     large = file(pos_embed=torch.zeros(1, 64, 24))
     with pytest.raises(UserError, match="weights for 4x8x8 latents of data set 'digits', found 4x16x16"):
@@ -135,12 +129,12 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_type(file: File, tmp_pa
 
 def test_a_published_size_is_taken_from_the_file(tmp_path: Path) -> None:
     torch.save(key_table(96, 6, out=4, heads=3), tmp_path / "ti.pt")
-    spec = specify(
+    spec = resolve_options(
         {"backbone": "sit", "recipe": "vanilla", "steps": 2, "init_from": str(tmp_path / "ti.pt")}, QUICK
     )
     assert (spec.backbone.size, spec.backbone.options) == ("ti/2", {})
     with pytest.raises(
-        UserError, match="expected a sit-b/2 in .*, found a sit-ti/2; type --backbone sit-ti/2"
+        UserError, match="expected a sit-b/2 in .*, found a sit-ti/2; use --backbone sit-ti/2"
     ):
         asked(tmp_path / "ti.pt", "sit-b/2", backbone__heads=3)
 
@@ -148,7 +142,7 @@ def test_a_published_size_is_taken_from_the_file(tmp_path: Path) -> None:
 def test_a_file_that_changes_before_training_is_refused(file: File, tmp_path: Path) -> None:
     spec = asked(file())
     file(pos_embed=torch.ones(1, 16, 24))  # other weights under the same name
-    with pytest.raises(UserError, match="has changed: expected tensors of sha256"):
+    with pytest.raises(UserError, match="has changed: expected tensors with sha256"):
         engine.run(prepare(spec), engine.RunOptions(tmp_path / "runs"))
 
 

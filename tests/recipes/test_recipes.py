@@ -31,7 +31,7 @@ from stbench.recipes.dispersive import Dispersive, dispersive
 from stbench.recipes.layersync import LayerSync, layersync
 from stbench.recipes.repa import Repa, repa
 from stbench.recipes.sra import Sra, sra
-from stbench.train.cost import rehearse
+from stbench.train.cost import expected_cost
 from stbench.train.step import StageModel, make_batch
 
 BATCH = 8
@@ -62,7 +62,7 @@ def step_of(
     recipe: Supervision, net: Backbone, objective: Objective, images_seen: int = 0, label_drop: float = 0.5
 ) -> Step:
     """One step as the engine would show it."""
-    module = StageModel(net, recipe, objective, 0, 1500)
+    module = StageModel(net, recipe, objective, seed=0, dataset_size=1500)
     recipe.setup(torch.device("cpu"))
     rng = Rng(0, images_seen, BATCH)
     index = torch.arange(BATCH)
@@ -438,10 +438,9 @@ def test_a_moved_file_is_the_same_run_and_another_file_another(vit: Path, tmp_pa
 
 
 def test_a_dry_run_needs_no_weights() -> None:
-    digits = get_dataset("digits")
-    recipe = only(build_stages(repa, info("sit", "ti/2", 6), encoder="vit_tiny_patch16_224.augreg_in21k"))
-    job = prepare(resolve(RunRequest("sit", "repa"))).stages[0]
-    assert rehearse(job, recipe, resolve(RunRequest("sit", "repa")), digits, draws=1).teachers > 0
+    options = {"recipe.encoder": "vit_tiny_patch16_224.augreg_in21k"}
+    prepared = prepare(resolve(RunRequest("sit", "repa", overrides=options)))
+    assert expected_cost(prepared, prepared.stages[0], draws=1).teachers > 0
 
 
 def test_an_encoder_of_another_grid_is_refused() -> None:
