@@ -30,7 +30,7 @@ class Repa(Supervision):
     float32.
     """
 
-    sources: Sequence[teachers.Source]
+    sources: Sequence[teachers.EncoderSpec]
     block: int
     weight: float
     hidden: int
@@ -132,7 +132,8 @@ def repa(
             f"name them all"
         )
     sources = tuple(
-        teachers.source(name, Path(file) if file else None) for name, file in zip(names, files, strict=True)
+        teachers.find_encoder(name, Path(file) if file else None)
+        for name, file in zip(names, files, strict=True)
     )
     recipe = Repa(sources, info.block("recipe.block", block), weight, hidden, info.tokens)
     return [Stage("repa", lambda earlier: recipe)]

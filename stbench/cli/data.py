@@ -42,9 +42,9 @@ def _progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
-def prepare(job: preparing.Job) -> None:
+def prepare(job: preparing.PrepareOptions) -> None:
     """Crop, encode and write; say what was left out."""
-    listed = preparing.open_job(job)
+    listed = preparing.open_task(job)
     with _progress(len(listed.source.ids), "encode") as advance:
         manifest, worked = preparing.prepare(job, listed, advance)
     _summary(job.target, manifest, worked)
@@ -68,9 +68,9 @@ def import_repa(
     _summary(target, manifest, worked)
 
 
-def tokens(job: caching.Job) -> None:
+def tokens(job: caching.TokenOptions) -> None:
     """Cache an encoder's tokens; say how they are used."""
-    listed = caching.open_job(job)
+    listed = caching.open_task(job)
     with _progress(len(listed.ids), "tokens") as advance:
         made = caching.cache(job, listed, advance)
     print(f"tokens of {len(listed.ids)} images by {made.name}, {made.width} wide: {job.target}")

@@ -57,11 +57,13 @@ def prepare(
     """Crop and encode images to sharded posterior moments; the same command goes on after a stop."""
     from stbench.cli import data as data_commands
     from stbench.core.device import pick_device
-    from stbench.data.prepare import Job
+    from stbench.data.prepare import PrepareOptions
 
     chosen = pick_device(device)
     data_commands.prepare(
-        Job(source, target, vae, size, flip, shards, precision.value, batch, references, classes, chosen)
+        PrepareOptions(
+            source, target, vae, size, flip, shards, precision.value, batch, references, classes, chosen
+        )
     )
 
 
@@ -105,11 +107,13 @@ def tokens(
     """Cache an encoder's tokens of a prepared set's training images, for the recipe repa."""
     from stbench.cli import data as data_commands
     from stbench.core.device import pick_device
-    from stbench.data.cache_tokens import Job
+    from stbench.data.cache_tokens import TokenOptions
     from stbench.models.encoders import DINOV2
 
     chosen, name = pick_device(device), encoder or DINOV2
-    data_commands.tokens(Job(source, prepared, target, name, checkpoint, patch, classes, batch, chosen))
+    data_commands.tokens(
+        TokenOptions(source, prepared, target, name, checkpoint, patch, classes, batch, chosen)
+    )
 
 
 @app.command()

@@ -54,12 +54,12 @@ def sweep_runs(call: Invocation) -> int:
             engine.check_evaluation(folder, run.prepared.spec)
     jobs = [_job(call, run, device) for run in expanded]
     executor = LocalExecutor(call.output, slots(device, call.jobs))
-    with sweep.alone(call.output), _terminable():
+    with sweep.lock_sweep(call.output), _terminable():
         for run in expanded:
             content = {**run.wanted.values, "set": dict(run.wanted.overrides)}
             atomic_write(_config_file(call.output, run.entry.run_id), json.dumps(content, indent=1) + "\n")
-        with monitor.monitor_of(call.output) as watching:
-            entries = sweep.Sweep(call.output, jobs, executor, watching).run()
+        with monitor.make_monitor(call.output) as watching:
+            entries = sweep.Sweep(call.output, jobs, executor=executor, monitor=watching).run()
     return _summary(call.output, entries)
 
 
@@ -67,12 +67,14 @@ def dry_run(call: Invocation) -> None:
     """Print every run that would be made and how it stands; write nothing."""
     expanded, device = _expanded(call)
     asked = {run.entry.run_id for run in expanded}
-    entries = [e for e in sweep.opened(call.output, [run.entry for run in expanded]) if e.run_id in asked]
+    entries = [
+        e for e in sweep.initial_entries(call.output, [run.entry for run in expanded]) if e.run_id in asked
+    ]
     for entry in entries:
-        print(f"{entry.state:8}  {entry.run_id}  {entry.steps} steps  {monitor.described(entry)}")
+        print(f"{entry.state:8}  {entry.run_id}  {entry.steps} steps  {monitor.describe(entry)}")
     stages = [stage for run in expanded for stage in run.stages]
     print(
-        f"{len(entries)} runs: {monitor.counts(entries)}; "
+        f"{len(entries)} runs: {monitor.count_states(entries)}; "
         f"{len(stages)} stages, {len(set(stages))} of them different"
     )
     print(f"{len(slots(device, call.jobs))} at a time on {device.type}; run folders in {call.output}")
@@ -90,7 +92,7 @@ def _expanded(call: Invocation) -> tuple[list[suite.Expanded], torch.device]:
     if call.only is None:
         return expanded, device
     chosen = [
-        run for run in expanded if call.only in run.entry.run_id or call.only in monitor.described(run.entry)
+        run for run in expanded if call.only in run.entry.run_id or call.only in monitor.describe(run.entry)
     ]
     if not chosen:
         raise UserError(
@@ -140,7 +142,7 @@ def _job(call: Invocation, run: suite.Expanded, device: torch.device) -> Job:
 
 
 def _config_file(output: Path, run_id: str) -> Path:
-    return output / sweep.FOLDER / f"{run_id}.json"
+    return output / sweep.SWEEP_FOLDER / f"{run_id}.json"
 
 
 def slots(device: torch.device, jobs: int | None) -> list[dict[str, str]]:
@@ -189,6 +191,6 @@ def _summary(output: Path, entries: Sequence[JournalEntry]) -> int:
     for entry in failed:
         print(f"failed: {entry.run_id}: {entry.error} (log: {log_file(output, entry.run_id)})")
     print(f"{len(entries) - len(failed)} finished, {len(failed)} failed", end="")
-    print("; the same command tries the failed ones again" if failed else "")
+    print("; rerun the same command to retry the failed runs" if failed else "")
     print(f"next: stbench compare {output}")
     return 1 if failed else 0

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from stbench.core.errors import UserError
-from stbench.data.spec import DataSpec, _Model
+from stbench.data.spec import DataSpec, SpecModel
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Time = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "tf32", "bf16"]
 
 
-class BackboneSpec(_Model):
+class BackboneSpec(SpecModel):
     """A backbone: its family, its size and its constructor options."""
 
     name: str
@@ -27,7 +27,7 @@ class BackboneSpec(_Model):
     """All constructor options that the data set and the objective do not decide."""
 
 
-class RecipeSpec(_Model):
+class RecipeSpec(SpecModel):
     """A recipe and its options."""
 
     name: str
@@ -39,7 +39,7 @@ class RecipeSpec(_Model):
     """What the run needs from outside the model, such as a pretrained encoder; "" for nothing."""
 
 
-class TrainSpec(_Model):
+class TrainSpec(SpecModel):
     """How each stage is trained. `steps` is the length of the last stage."""
 
     steps: int = Field(gt=0)
@@ -66,7 +66,7 @@ class TrainSpec(_Model):
     """Steps between saved training states."""
 
 
-class EvalSpec(_Model):
+class EvalSpec(SpecModel):
     """When and how the EMA weights are evaluated."""
 
     points: list[int]
@@ -88,7 +88,7 @@ class EvalSpec(_Model):
     these steps and the last one."""
 
 
-class InitSpec(_Model):
+class InitSpec(SpecModel):
     """An official checkpoint that the first stage starts from. Only `sha256` enters a hash."""
 
     file: str
@@ -105,7 +105,7 @@ class InitSpec(_Model):
     """Description of what the file was recognised as."""
 
 
-class RunSpec(_Model):
+class RunSpec(SpecModel):
     """All settings of one run, resolved."""
 
     dataset: str

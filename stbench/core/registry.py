@@ -1,5 +1,6 @@
-"""The registries, names with did-you-mean errors, and plug-in loading. The only file that knows mmengine's
-Registry.
+"""Registries of backbones, recipes, objectives, samplers and data sets; lookup by name and plug-in loading.
+
+The only module that uses mmengine's Registry.
 """
 
 from __future__ import annotations
@@ -10,18 +11,18 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mmengine.registry import Registry
 
 from stbench.core.errors import UserError
 from stbench.core.files import hash_file
-
-__all__ = ["BACKBONES", "DATASETS", "OBJECTIVES", "RECIPES", "SAMPLERS", "UserError"]
-
+from stbench.core.renamed import renamed_imports
 
 BACKBONES = Registry("backbone")
 RECIPES = Registry("recipe")
@@ -36,30 +37,30 @@ BUILTINS = (
     "diffusion.dpm_solver",
     "diffusion.flow_samplers",
     "data.digits",
-    "data.prepared",
+    "data.path_dataset",
 )
-"""Modules of stbench that register objectives, samplers and data sets, in the order they are listed."""
+"""Modules of stbench that register objectives, samplers and data sets, in the order of listings."""
 
 
 def names(registry: Registry) -> list[str]:
-    """Registered names, in order of registration."""
+    """Return the registered names in order of registration."""
     return list(registry.module_dict)
 
 
-def suggest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of an error message: "; did you mean 'x'?", or the known names if none is similar.
+def suggest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """Return the end of an error message about an unknown name: the closest known name, or all of them.
 
-    `prefix` is put before the names in the message, such as "train." before options of a section.
+    `prefix` is put before each known name, such as "train." for options of a section.
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean '{prefix}{near[0]}'?"
-    return f"; known: {', '.join(prefix + one for one in known) or 'none'}"
+    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if closest:
+        return f"; did you mean '{prefix}{closest[0]}'?"
+    return f"; known: {', '.join(prefix + name for name in known)}" if known else "; none is known"
 
 
 def lookup(registry: Registry, name: str) -> Any:
-    """The registered object, or a UserError that names the nearest one."""
+    """Return the registered object. Raises UserError with the closest name if there is none."""
     found = registry.module_dict.get(name)
     if found is None:
         raise UserError(f"unknown {registry.name} '{name}'{suggest(name, names(registry))}")
@@ -67,7 +68,7 @@ def lookup(registry: Registry, name: str) -> Any:
 
 
 def load_builtins() -> None:
-    """Import every file of backbones/ and recipes/, and the registering modules of stbench."""
+    """Import every file of backbones/ and recipes/, and the modules in `BUILTINS`."""
     for module in BUILTINS:
         importlib.import_module(f"stbench.{module}")
     for package_name in ("stbench.backbones", "stbench.recipes"):
@@ -77,45 +78,56 @@ def load_builtins() -> None:
 
 
 def load_plugins(files: Iterable[Path] = (), group: str = "stbench.plugins") -> dict[str, str]:
-    """Import plug-in files and installed entry points; returns {file or entry point: sha256 of the file}.
+    """Import plug-in files and installed entry points; return {file or entry point: sha256 of its file}.
 
-    Raises UserError for a file that is missing or that fails to import.
+    Raises UserError if a file is missing or cannot be imported.
     """
     hashes = {}
     for point in entry_points(group=group):
-        module = _guarded(point.value, point.load)
-        source = getattr(module, "__file__", None) or getattr(sys.modules.get(point.module), "__file__", None)
+        loaded = _load_plugin(point.value, point.load)
+        source = getattr(loaded, "__file__", None) or getattr(sys.modules.get(point.module), "__file__", None)
         hashes[point.value] = hash_file(Path(source)) if source else ""
     for file in files:
         if not file.is_file():
-            raise UserError(
-                f"plug-in file not found: {file}; expected a Python file, give its path after --plugin"
-            )
-        _guarded(str(file), functools.partial(_import_file, file))
+            raise UserError(f"plug-in file not found: {file}; expected a Python file after --plugin")
+        _load_plugin(str(file), functools.partial(_import_file, file))
         hashes[str(file)] = hash_file(file)
     return hashes
 
 
 def plugin_hash(registered: Any) -> str:
-    """The sha256 of the plug-in file that registered this object; "" for a built-in."""
+    """Return the sha256 of the plug-in file that defines a registered object; "" for a built-in one."""
     module = sys.modules.get(registered.__module__)
     source = getattr(module, "__file__", None)
     return "" if source is None or registered.__module__.startswith("stbench.") else hash_file(Path(source))
 
 
-def _guarded(what: str, load: Callable[[], Any]) -> Any:
+def _load_plugin(plugin: str, load: Callable[[], Any]) -> Any:
+    """Call `load`; turn whatever it raises into a UserError that names the plug-in."""
     try:
         return load()
     except UserError:
         raise
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # whatever a plug-in raises, the user needs its name and the reason
-        raise UserError(f"plug-in {what} failed to import: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        renamed = _renamed_imports_behind(error) if isinstance(error, ImportError) else {}
+        if renamed:
+            changes = ", ".join(f"{old} is now {new}" for old, new in renamed.items())
+            raise UserError(
+                f"plug-in {plugin} imports old names: {changes}; rename them and run again"
+            ) from error
+        raise UserError(f"plug-in {plugin} failed to import: {type(error).__name__}: {error}") from error
 
 
-def _import_file(file: Path) -> Any:
+def _renamed_imports_behind(error: ImportError) -> dict[str, str]:
+    """Renamed names, old -> new, that the file with the failed import statement imports from stbench."""
+    # The innermost frames belong to importlib; the file is that of the last frame which has source code.
+    frames = traceback.extract_tb(error.__traceback__)
+    files = [Path(frame.filename) for frame in frames if Path(frame.filename).is_file()]
+    return renamed_imports(files[-1].read_text()) if files else {}
+
+
+def _import_file(file: Path) -> ModuleType:
+    """Import a Python file under a name made from its content, once per content."""
     name = f"stbench_plugin_{hash_file(file)[:12]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -123,6 +135,7 @@ def _import_file(file: Path) -> Any:
     if spec is None or spec.loader is None:
         raise UserError(f"plug-in {file} is not a Python file; expected a name that ends in .py")
     module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up in sys.modules while it is executed.
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)

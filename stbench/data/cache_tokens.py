@@ -22,7 +22,7 @@ from stbench.models import encoders as teachers
 
 
 @dataclass(frozen=True)
-class Job:
+class TokenOptions:
     """The arguments of `stbench data tokens`."""
 
     source: Path
@@ -38,7 +38,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Listed:
+class TokenTask:
     """The training rows of a set, in order, and how to see them."""
 
     ids: list[str]
@@ -49,7 +49,7 @@ class Listed:
     encoder: teachers.ImageEncoder
 
 
-def open_job(job: Job) -> Listed:
+def open_task(job: TokenOptions) -> TokenTask:
     """Find images and encoder. Raises UserError for whatever does not fit, before anything is written."""
     if (job.target / "tokens.json").exists():
         raise UserError(f"{job.target} holds tokens already; delete it, or give another folder")
@@ -58,19 +58,19 @@ def open_job(job: Job) -> Listed:
     if side % job.patch:
         raise UserError(f"--patch wants a divisor of {side}, the latents' side, got {job.patch}; 2 is usual")
     encoder = teachers.open_encoder(
-        teachers.source(job.encoder, job.checkpoint), (side // job.patch) ** 2, job.device
+        teachers.find_encoder(job.encoder, job.checkpoint), (side // job.patch) ** 2, job.device
     )
     if not isinstance(encoder, teachers.ImageEncoder):
         raise UserError(f"--encoder wants a timm model or digits, got the cached tokens of {job.encoder}")
     names, kept = _rows(manifest, job.prepared)
-    return Listed(names, _pictures(job, manifest, names), kept, encoder)
+    return TokenTask(names, _pictures(job, manifest, names), kept, encoder)
 
 
-def cache(job: Job, listed: Listed, advance: Advance) -> teachers.Source:
+def cache(job: TokenOptions, listed: TokenTask, advance: Advance) -> teachers.EncoderSpec:
     """Write the tokens. Raises UserError for an image that is not the one the set was made from."""
     job.target.mkdir(parents=True, exist_ok=True)
     patches = listed.encoder.network.patch_embed.num_patches
-    require_free_space(job.target, len(listed.ids) * patches * listed.encoder.source.width * 2)
+    require_free_space(job.target, len(listed.ids) * patches * listed.encoder.spec.width * 2)
     return teachers.cache_tokens(job.target, listed.encoder, _batches(job, listed, advance), len(listed.ids))
 
 
@@ -89,7 +89,7 @@ def _rows(manifest: Manifest, folder: Path) -> tuple[list[str], dict[str, np.nda
     return names, kept
 
 
-def _pictures(job: Job, manifest: Manifest, names: list[str]) -> Callable[[str], np.ndarray]:
+def _pictures(job: TokenOptions, manifest: Manifest, names: list[str]) -> Callable[[str], np.ndarray]:
     """Reads an image as the set was made of it. Raises UserError if the source lacks a row's image."""
     channels, size = manifest.image_shape[:2]
     if is_repa(job.source):
@@ -112,7 +112,7 @@ def _pictures(job: Job, manifest: Manifest, names: list[str]) -> Callable[[str],
     return picture
 
 
-def _require_all(place: dict[str, int], names: list[str], job: Job) -> None:
+def _require_all(place: dict[str, int], names: list[str], job: TokenOptions) -> None:
     if missing := [name for name in names if name not in place]:
         raise UserError(
             f"expected the images that {job.prepared} was made from in {job.source}, found no '{missing[0]}' "
@@ -120,7 +120,7 @@ def _require_all(place: dict[str, int], names: list[str], job: Job) -> None:
         )
 
 
-def _batches(job: Job, listed: Listed, advance: Advance) -> Iterator[Tensor]:
+def _batches(job: TokenOptions, listed: TokenTask, advance: Advance) -> Iterator[Tensor]:
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(listed.ids), job.batch):
             names = listed.ids[start : start + job.batch]

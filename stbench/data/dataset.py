@@ -46,9 +46,7 @@ class Preset:
     eval_steps: int
     """Sampler steps."""
     eval_guidance: tuple[float, ...]
-    """Guidance scales; the first at every point, the others as `extras_last_only` says."""
-    extras_last_only: bool
-    """Whether the guidance grid, KID, precision and recall wait for the last point."""
+    """Guidance scales; the first at every evaluation point, the others where `eval.extras` says."""
 
 
 class Dataset(ABC):

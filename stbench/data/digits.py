@@ -38,7 +38,6 @@ DIGITS_PRESET = Preset(
     eval_labels="balanced",
     eval_steps=20,
     eval_guidance=(1.0, 1.5),
-    extras_last_only=True,
 )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from stbench.core.device import pick_device
 from stbench.core.errors import UserError
 from stbench.data.crop import UNREADABLE, decode_image, reason, same_size
-from stbench.data.prepare import PIXELS, Listed, encode, make_encoder
+from stbench.data.prepare import PIXELS, EncodingTask, encode, make_encoder
 from stbench.data.repa_layout import DEFAULT_VAE, Repa, decoder_of, is_repa
 from stbench.data.shard_writer import PLAN, REFERENCES, split_of
 from stbench.data.shards import MANIFEST, TRAIN, Kind, Manifest, Shards, open_array, read_manifest
@@ -47,7 +47,7 @@ class Reader(ABC):
 
 
 @dataclass(frozen=True)
-class Collection:
+class EncodedImages:
     """Images in a fixed order, in whatever form they are stored."""
 
     kind: Kind
@@ -70,12 +70,12 @@ class Collection:
     in_memory: bool
     fingerprint: str
     reader: Reader
-    pictures: Callable[[np.ndarray], np.ndarray]
-    """Pixels uint8 (m,c,H,W) of rows (m,) that are held out or references, or of any if `pictured`."""
-    pictured: bool
+    pixels: Callable[[np.ndarray], np.ndarray]
+    """Pixels uint8 (m,c,H,W) of rows (m,) that are held out or references, or of any if `all_pixels`."""
+    all_pixels: bool
 
 
-def open_collection(data: DataSpec) -> Collection:
+def open_data(data: DataSpec) -> EncodedImages:
     """Whatever lies at `data.path`. Raises UserError where it is missing, unfinished or damaged."""
     path = Path(data.path)
     if not path.exists():
@@ -96,7 +96,7 @@ def open_collection(data: DataSpec) -> Collection:
     return _images(path, data)
 
 
-def _as_asked(found: Collection, data: DataSpec) -> Collection:
+def _as_asked(found: EncodedImages, data: DataSpec) -> EncodedImages:
     """Raises UserError where an option is for images that are still to be encoded."""
     if data.size not in (None, found.image_shape[1]):
         raise UserError(
@@ -130,7 +130,7 @@ class _Mapped(Reader):
         yield from self._arrays
 
 
-def _store(path: Path) -> Collection:
+def _store(path: Path) -> EncodedImages:
     manifest = read_manifest(path)
     found = {name: _arrays(manifest, path, name) for name in (manifest.kind, "labels", "split", "images")}
     split = np.concatenate(found["split"])
@@ -140,7 +140,7 @@ def _store(path: Path) -> Collection:
         places = np.searchsorted(kept, rows)
         return images.read(places, np.zeros_like(places))
 
-    return Collection(
+    return EncodedImages(
         kind=manifest.kind,
         shape=manifest.shape,
         image_shape=manifest.image_shape,
@@ -156,8 +156,8 @@ def _store(path: Path) -> Collection:
         in_memory=False,
         fingerprint=manifest.fingerprint(),
         reader=_Mapped(found[manifest.kind]),
-        pictures=pictures,
-        pictured=False,
+        pixels=pictures,
+        all_pixels=False,
     )
 
 
@@ -184,11 +184,11 @@ class _Files(Reader):
             yield self._repa.moments(row)[None, None]
 
 
-def _repa(path: Path, vae: str) -> Collection:
+def _repa(path: Path, vae: str) -> EncodedImages:
     repa = Repa(path)
     decoder = decoder_of(repa, vae)
     facts = [repa.fingerprint(), decoder.scale, decoder.shift]
-    return Collection(
+    return EncodedImages(
         kind="moments",
         shape=repa.shape,
         image_shape=decoder.image_shape,
@@ -204,8 +204,8 @@ def _repa(path: Path, vae: str) -> Collection:
         in_memory=False,
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
         reader=_Files(repa),
-        pictures=lambda rows: repa.pictures(rows.tolist(), decoder.image_shape),
-        pictured=True,
+        pixels=lambda rows: repa.pictures(rows.tolist(), decoder.image_shape),
+        all_pixels=True,
     )
 
 
@@ -223,7 +223,7 @@ class _Memory(Reader):
         yield self._rows
 
 
-def _images(path: Path, data: DataSpec) -> Collection:
+def _images(path: Path, data: DataSpec) -> EncodedImages:
     """A small set of images, cropped and encoded now. The fingerprint is that of the cropped pixels, so it is
     the same whatever device encoded them.
     """
@@ -235,7 +235,9 @@ def _images(path: Path, data: DataSpec) -> Collection:
     # Every row is kept as pixels: the set is small, and its fingerprint is made of them.
     split = split_of(source.ids, len(source.ids))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rows = encode(Listed(source, split, encoder, 32), range(len(source.ids)), pool, lambda count: None)
+        rows = encode(
+            EncodingTask(source, split, encoder, 32), range(len(source.ids)), pool, lambda count: None
+        )
     for name, why in rows.unreadable:
         print(f"left out: {name}: {why}", file=sys.stderr)
     if len(rows.ids) < 2:
@@ -243,7 +245,7 @@ def _images(path: Path, data: DataSpec) -> Collection:
     facts = [list(rows.ids), list(rows.labels), encoder.vae_sha256, encoder.scale, encoder.shift, flip]
     digest = hashlib.sha256(json.dumps(facts).encode())
     digest.update(rows.images.tobytes())
-    return Collection(
+    return EncodedImages(
         kind=encoder.kind,
         shape=encoder.shape,
         image_shape=encoder.image_shape,
@@ -259,8 +261,8 @@ def _images(path: Path, data: DataSpec) -> Collection:
         in_memory=True,
         fingerprint=digest.hexdigest(),
         reader=_Memory(rows.data),
-        pictures=lambda chosen: rows.images[chosen],
-        pictured=True,
+        pixels=lambda chosen: rows.images[chosen],
+        all_pixels=True,
     )
 
 

@@ -19,14 +19,14 @@ from stbench.data.crop import UNREADABLE, decode_image, reason
 from stbench.data.shard_writer import REFERENCES, Rows, build, shard_bounds, split_of
 from stbench.data.shards import TRAIN, Kind, Manifest
 from stbench.data.sources import Source, open_source
-from stbench.models.autoencoder import VAE, Autoencoder, find_vae, to_float
+from stbench.models.autoencoder import Autoencoder, VAEInfo, find_vae, to_float
 
 Advance = Callable[[int], None]
 """Told how many images are done since the last call."""
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareOptions:
     """The arguments of `stbench data prepare`."""
 
     source: Path
@@ -43,7 +43,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Listed:
+class EncodingTask:
     """A source with its split and encoder: all that is needed to make rows."""
 
     source: Source
@@ -52,7 +52,7 @@ class Listed:
     batch: int
 
 
-def open_job(job: Job) -> Listed:
+def open_task(job: PrepareOptions) -> EncodingTask:
     """List the images and find the autoencoder. Raises UserError for whatever does not fit."""
     for name, value, least in (
         ("size", job.size, 1),
@@ -63,10 +63,10 @@ def open_job(job: Job) -> Listed:
             raise UserError(f"--{name} wants at least {least}, got {value}; leave it out for the default")
     encoder = make_encoder(job.vae, job.size, job.flip, job.precision, job.device)
     source = open_source(job.source, job.classes)
-    return Listed(source, split_of(source.ids, job.references), encoder, job.batch)
+    return EncodingTask(source, split_of(source.ids, job.references), encoder, job.batch)
 
 
-def prepare(job: Job, listed: Listed, advance: Advance) -> tuple[Manifest, bool]:
+def prepare(job: PrepareOptions, listed: EncodingTask, advance: Advance) -> tuple[Manifest, bool]:
     """Write, or finish, the data set; returns its manifest and whether anything was to do.
 
     Raises UserError as `store_writer.build` does.
@@ -100,7 +100,7 @@ def prepare(job: Job, listed: Listed, advance: Advance) -> tuple[Manifest, bool]
         )
 
 
-def _plan(job: Job, listed: Listed) -> dict[str, object]:
+def _plan(job: PrepareOptions, listed: EncodingTask) -> dict[str, object]:
     """What a command that goes on must share with the one that began."""
     return {
         "source": str(job.source.resolve()),
@@ -117,7 +117,7 @@ def _plan(job: Job, listed: Listed) -> dict[str, object]:
     }
 
 
-def encode(listed: Listed, rows: Sequence[int], pool: ThreadPoolExecutor, advance: Advance) -> Rows:
+def encode(listed: EncodingTask, rows: Sequence[int], pool: ThreadPoolExecutor, advance: Advance) -> Rows:
     """Read, crop and encode some rows of a source; what cannot be read is named and left out.
 
     Threads read the next batch while one is encoded. Batches begin at the first of `rows`, so a shard's
@@ -150,7 +150,7 @@ def encode(listed: Listed, rows: Sequence[int], pool: ThreadPoolExecutor, advanc
 
 
 def _batches(
-    listed: Listed, rows: Sequence[int], pool: ThreadPoolExecutor
+    listed: EncodingTask, rows: Sequence[int], pool: ThreadPoolExecutor
 ) -> Iterator[tuple[Sequence[int], list[np.ndarray | str]]]:
     channels, size = listed.encoder.image_shape[:2]
 
@@ -205,7 +205,7 @@ class Moments(Encoder):
 
     kind: Kind = "moments"
 
-    def __init__(self, vae: VAE, size: int, flip: bool, precision: str, device: torch.device) -> None:
+    def __init__(self, vae: VAEInfo, size: int, flip: bool, precision: str, device: torch.device) -> None:
         if size < vae.factor or size % vae.factor:
             raise UserError(
                 f"--size wants a multiple of {vae.factor} for this autoencoder, got {size}; "

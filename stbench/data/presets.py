@@ -32,7 +32,6 @@ IMAGENET = Preset(
     eval_labels="random",
     eval_steps=50,
     eval_guidance=(1.0,),
-    extras_last_only=True,
 )
 """DiT and SiT: at 256 and at 512, and every size of them."""
 

@@ -22,7 +22,7 @@ from stbench.core.errors import UserError
 from stbench.data.crop import SUFFIXES, UNREADABLE, decode_image, reason, same_size
 from stbench.data.shard_writer import Rows, build, shard_bounds, split_of
 from stbench.data.shards import TRAIN, Manifest
-from stbench.models.autoencoder import PUBLISHED_SCALE, VAE, find_vae, is_published
+from stbench.models.autoencoder import PUBLISHED_SCALE, VAEInfo, find_vae, is_published
 
 FEATURES, IMAGES, LABELS = "vae-sd", "images", "dataset.json"
 DEFAULT_VAE = "sd-vae-ft-mse"
@@ -177,7 +177,7 @@ def decoder_of(repa: Repa, vae: str) -> Decoder:
 
     Raises UserError for one whose latents have another number of channels.
     """
-    found: VAE | None = None
+    found: VAEInfo | None = None
     try:
         found = find_vae(vae)
     except UserError:

@@ -43,11 +43,13 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
 
 
-class _Model(BaseModel):
+class SpecModel(BaseModel):
+    """Base of all specifications: immutable, no unknown fields, no infinities or NaNs."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class DataSpec(_Model):
+class DataSpec(SpecModel):
     """Where the data of a run lie and how they are read. Of these only `flip` and, for a folder of images,
     `vae` and `size` change a weight, and they do so through the data set's fingerprint.
     """

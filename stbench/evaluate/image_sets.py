@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stbench.core.errors import UserError
 from stbench.data.crop import SUFFIXES, UNREADABLE, centre_crop
-from stbench.data.open import open_collection
+from stbench.data.open import open_data
 from stbench.data.shards import MANIFEST, REFERENCE
 from stbench.data.spec import DataSpec
 
@@ -182,7 +182,7 @@ class StoredImages(ImageSet):
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._held = open_collection(DataSpec(path=str(path.resolve())))
+        self._held = open_data(DataSpec(path=str(path.resolve())))
         self._rows = np.flatnonzero(self._held.split == REFERENCE)
         if not len(self._rows):
             raise UserError(f"{path} keeps no reference images; prepare it again with --references 10000")
@@ -194,7 +194,7 @@ class StoredImages(ImageSet):
     def batches(self, batch: int) -> Iterator[Tensor]:
         """The images by row."""
         for start in range(0, len(self._rows), batch):
-            images = torch.from_numpy(self._held.pictures(self._rows[start : start + batch]))
+            images = torch.from_numpy(self._held.pixels(self._rows[start : start + batch]))
             yield images.expand(-1, 3, -1, -1)
 
 

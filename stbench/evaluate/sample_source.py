@@ -16,11 +16,11 @@ from stbench.core.errors import UserError
 from stbench.core.objective import Objective
 from stbench.core.registry import load_builtins
 from stbench.data.dataset import Dataset
+from stbench.data.path_dataset import PathDataset
 from stbench.data.prepare import PIXELS
-from stbench.data.prepared import Prepared
 from stbench.evaluate import past_run
 from stbench.evaluate.extractors import tensors_hash
-from stbench.models.autoencoder import ROUNDING, VAE, find_vae, to_uint8
+from stbench.models.autoencoder import ROUNDING, VAEInfo, find_vae, to_uint8
 from stbench.models.official import load_official
 
 PUBLISHED_SAMPLERS = {"dit": "ddpm", "sit": "euler-maruyama", "uvit": "dpm-solver"}
@@ -109,7 +109,7 @@ def _run(origin: Origin, device: torch.device | str) -> Source:
 def _decoded_by(dataset: Dataset, vae: str | None) -> Dataset:
     if vae is None:
         return dataset
-    if not isinstance(dataset, Prepared):
+    if not isinstance(dataset, PathDataset):
         raise UserError(f"--vae is for runs on prepared data: {dataset.name} has its own decoder; drop it")
     return dataset.decoded_by(vae)
 
@@ -152,7 +152,7 @@ def _official(origin: Origin, device: torch.device | str) -> Source:
     )
 
 
-def _decoder(vae: VAE | None, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+def _decoder(vae: VAEInfo | None, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     """From what a network draws (B,C,h,w) to uint8 images; without an autoencoder those are pixels."""
     if vae is None:
         return to_uint8

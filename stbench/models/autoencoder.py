@@ -129,7 +129,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
-class VAE:
+class VAEInfo:
     """An autoencoder on disk: where it is, what it is, and how its latents are normalised."""
 
     name: str
@@ -151,7 +151,7 @@ class VAE:
 
 
 @cache
-def find_vae(name: str) -> VAE:
+def find_vae(name: str) -> VAEInfo:
     """The autoencoder of a published name or in a folder, its files hashed.
 
     Raises UserError for a name that is not cached, a folder that is missing or holds no diffusers
@@ -165,7 +165,7 @@ def find_vae(name: str) -> VAE:
             f"for example: {download('sd-vae-ft-ema')} and give that folder"
         )
     config = _config(folder)
-    return VAE(
+    return VAEInfo(
         name=name if published else str(folder),
         folder=folder,
         sha256=hash_file(folder / "config.json", folder / WEIGHTS),

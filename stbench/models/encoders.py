@@ -31,7 +31,7 @@ DINOV2 = "vit_base_patch14_dinov2.lvd142m"
 
 
 @dataclass(frozen=True)
-class Source:
+class EncoderSpec:
     """Where tokens come from, as plain data: what identifies an encoder."""
 
     kind: Literal["timm", "digits", "cached"]
@@ -51,7 +51,7 @@ class Source:
         return f"{cached}encoder {self.name}"
 
 
-def source(name: str, checkpoint: Path | None = None) -> Source:
+def find_encoder(name: str, checkpoint: Path | None = None) -> EncoderSpec:
     """What `name` means: "digits", a cache folder made by `cache_tokens`, or a timm model (optionally with
     local weights). Raises UserError for what is missing or unknown.
     """
@@ -62,36 +62,36 @@ def source(name: str, checkpoint: Path | None = None) -> Source:
         )
     if name == DIGITS:
         asset = asset_manifest()["assets"]["digits_encoder"]
-        return Source("digits", DIGITS, int(asset["config"]["embed_dim"]), asset["sha256"])
+        return EncoderSpec("digits", DIGITS, int(asset["config"]["embed_dim"]), asset["sha256"])
     if (Path(name) / "tokens.json").is_file():
-        return _cached_source(Path(name))
+        return _cached_spec(Path(name))
     if "/" in name:
         raise UserError(f"no cached tokens at {name}: expected tokens.json and tokens.npy in that folder")
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"encoder weights not found: {checkpoint}; {_download(name)}")
     digest = hash_file(checkpoint) if checkpoint else ""
-    return Source("timm", name, _width(name), digest, str(checkpoint) if checkpoint else "")
+    return EncoderSpec("timm", name, _width(name), digest, str(checkpoint) if checkpoint else "")
 
 
-def open_encoder(source: Source, tokens: int, device: torch.device) -> ImageEncoder | CachedTokens:
+def open_encoder(spec: EncoderSpec, tokens: int, device: torch.device) -> ImageEncoder | CachedTokens:
     """The encoder on the device, frozen, giving `tokens` tokens an image. Raises UserError if it cannot."""
-    if source.kind == "cached":
-        return CachedTokens(source, tokens)
-    if source.kind == "digits":
+    if spec.kind == "cached":
+        return CachedTokens(spec, tokens)
+    if spec.kind == "digits":
         network = _digits_network()
     else:
-        network = _timm_network(source, tokens, load=device.type != "meta")
-    return ImageEncoder(network, source, tokens).to(device).eval()
+        network = _timm_network(spec, tokens, load=device.type != "meta")
+    return ImageEncoder(network, spec, tokens).to(device).eval()
 
 
 @final
 class ImageEncoder(nn.Module):
     """A frozen timm vision transformer on the clean images: REPA's preprocessing, or the digits' own."""
 
-    def __init__(self, network: nn.Module, source: Source, tokens: int) -> None:
+    def __init__(self, network: nn.Module, spec: EncoderSpec, tokens: int) -> None:
         super().__init__()
         self.network: Any = network.eval().requires_grad_(False)
-        self.source = source
+        self.spec = spec
         patches: Any = self.network.patch_embed
         self.size: int = patches.img_size[0]
         shape = (1, patches.proj.in_channels, self.size, self.size)
@@ -102,13 +102,13 @@ class ImageEncoder(nn.Module):
         self.flops = float(forward_flops(network, call, ("encoder",)))
         if patches.num_patches != tokens:
             raise UserError(
-                f"encoder '{source.name}' gives {patches.num_patches} tokens, the backbone has {tokens}; "
+                f"encoder '{spec.name}' gives {patches.num_patches} tokens, the backbone has {tokens}; "
                 f"choose an encoder or a patch size that agree"
             )
 
     def tokens(self, images: Tensor) -> Tensor:
         """Normalised patch tokens (B,N,Dz) of uint8 images (B,c,H,W); class and register tokens left out."""
-        if self.source.kind == "digits":
+        if self.spec.kind == "digits":
             prepared = to_float(images)
         else:
             config = self.network.pretrained_cfg
@@ -131,13 +131,13 @@ def encoder_input(images: Tensor, size: int, mean: Sequence[float], std: Sequenc
 class CachedTokens:
     """Tokens on disk, one row for each training image, read by row number."""
 
-    def __init__(self, source: Source, tokens: int) -> None:
-        self._tokens = np.load(Path(source.path) / "tokens.npy", mmap_mode="r")
-        self.flops = float(_manifest(Path(source.path))["flops"])
+    def __init__(self, spec: EncoderSpec, tokens: int) -> None:
+        self._tokens = np.load(Path(spec.path) / "tokens.npy", mmap_mode="r")
+        self.flops = float(_manifest(Path(spec.path))["flops"])
         """Of one image when the cache was made."""
         if self._tokens.shape[1] != tokens:
             raise UserError(
-                f"{source.path} holds {self._tokens.shape[1]} tokens an image, the backbone has {tokens}; "
+                f"{spec.path} holds {self._tokens.shape[1]} tokens an image, the backbone has {tokens}; "
                 f"cache the tokens of another encoder or image size"
             )
 
@@ -153,7 +153,7 @@ class CachedTokens:
         return torch.from_numpy(self._tokens[index.numpy()].astype(np.float32))
 
 
-def cache_tokens(folder: Path, encoder: ImageEncoder, images: Iterable[Tensor], count: int) -> Source:
+def cache_tokens(folder: Path, encoder: ImageEncoder, images: Iterable[Tensor], count: int) -> EncoderSpec:
     """Write the tokens of the `count` training images, in row order and batches of uint8 (b,c,H,W), to
     `folder`.
 
@@ -164,7 +164,7 @@ def cache_tokens(folder: Path, encoder: ImageEncoder, images: Iterable[Tensor], 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokens.json").unlink(missing_ok=True)
     device = next(encoder.network.parameters()).device
-    shape = (count, encoder.network.patch_embed.num_patches, encoder.source.width)
+    shape = (count, encoder.network.patch_embed.num_patches, encoder.spec.width)
     tokens, done = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.float16, shape), 0
     for batch in images:
         if done + len(batch) > count:
@@ -178,17 +178,17 @@ def cache_tokens(folder: Path, encoder: ImageEncoder, images: Iterable[Tensor], 
     file = folder / "tokens.npy"
     content = {
         "schema": 1,
-        "encoder": encoder.source.name,
-        "encoder_sha256": encoder.source.sha256,
+        "encoder": encoder.spec.name,
+        "encoder_sha256": encoder.spec.sha256,
         "flops": encoder.flops,
         "bytes": file.stat().st_size,
         "sha256": hash_file(file),
     }
     atomic_write(folder / "tokens.json", json.dumps(content, indent=1) + "\n")
-    return _cached_source(folder)
+    return _cached_spec(folder)
 
 
-def _cached_source(folder: Path) -> Source:
+def _cached_spec(folder: Path) -> EncoderSpec:
     """What tokens.json says; of tokens.npy only the size is checked: reading it all can take minutes."""
     content = _manifest(folder)
     file = folder / "tokens.npy"
@@ -200,7 +200,7 @@ def _cached_source(folder: Path) -> Source:
             f"cache the tokens again"
         )
     shape = np.load(file, mmap_mode="r").shape
-    return Source("cached", str(content["encoder"]), int(shape[2]), str(content["sha256"]), str(folder))
+    return EncoderSpec("cached", str(content["encoder"]), int(shape[2]), str(content["sha256"]), str(folder))
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -241,25 +241,25 @@ def _digits_network() -> nn.Module:
     return network
 
 
-def _timm_network(source: Source, tokens: int, load: bool) -> nn.Module:
+def _timm_network(spec: EncoderSpec, tokens: int, load: bool) -> nn.Module:
     """The timm model at the image size whose patches are the latent's: 224 for DINOv2 and 256 tokens."""
     import timm
 
     with torch.device("meta"):
-        plain: Any = timm.create_model(source.name, pretrained=False, num_classes=0)
+        plain: Any = timm.create_model(spec.name, pretrained=False, num_classes=0)
     patch: int = plain.patch_embed.patch_size[0]
     size = patch * math.isqrt(tokens)
     with torch.random.fork_rng(devices=[]):
         try:
             # through timm's own loading of pretrained weights, which fits the position table to the size
-            overlay = {"file": source.path} if source.path else None
+            overlay = {"file": spec.path} if spec.path else None
             return timm.create_model(
-                source.name, pretrained=load, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size
+                spec.name, pretrained=load, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size
             )
         except Exception as error:  # the hub, the file system and timm raise what they like
             reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"encoder '{source.name}' cannot be loaded ({reason}); {_download(source.name)}"
+                f"encoder '{spec.name}' cannot be loaded ({reason}); {_download(spec.name)}"
             ) from error
 
 

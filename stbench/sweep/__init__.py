@@ -1,4 +1,4 @@
-"""Many runs: suites, the queue, executors and the live monitor.
+"""Many runs: suites, a resumable queue, executors and a live monitor.
 
-Starts `stbench run` in child processes; trains nothing itself.
+Starts `stbench run` in child processes. Must not import training code.
 """

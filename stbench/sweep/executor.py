@@ -1,4 +1,4 @@
-"""Where the runs of a sweep are made: the interface, and this machine's slots."""
+"""Executors start the runs of a sweep: the interface, and child processes on this machine."""
 
 from __future__ import annotations
 
@@ -13,66 +13,70 @@ from pathlib import Path
 
 from stbench.runs.journal import JournalEntry
 
+LOG_TAIL = 4096
+"""Bytes at the end of a log in which its last line is searched."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be made."""
+    """A run to execute."""
 
     entry: JournalEntry
     arguments: tuple[str, ...]
-    """What follows `stbench` on its command line."""
+    """Command line after `stbench`."""
     stages: tuple[str, ...]
-    """Fingerprints of its stages, in order. All but the last may come from another run."""
+    """Fingerprints of the stages, in order. All stages but the last can be reused from another run."""
 
     @property
     def run_id(self) -> str:
-        """Name of its run folder."""
+        """Name of the run folder."""
         return self.entry.run_id
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a submitted job ended."""
+    """Result of a job."""
 
     run_id: str
     error: str = ""
-    """One line; "" if it finished."""
+    """One-line error message; "" if the run finished."""
 
 
 class Executor(ABC):
-    """Where runs are made. LocalExecutor is this machine; a cluster's queue is another subclass."""
+    """Runs jobs in the background. Subclass it to submit to a cluster instead of this machine."""
 
     @abstractmethod
-    def free(self) -> bool:
-        """Whether a job may be submitted now."""
+    def has_free_slot(self) -> bool:
+        """Whether another job can be submitted now."""
 
     @abstractmethod
     def submit(self, job: Job) -> None:
-        """Start a job; returns at once."""
+        """Start a job without waiting for it."""
 
     @abstractmethod
     def poll(self) -> list[Outcome]:
-        """The jobs that ended since the last call."""
+        """Outcomes of the jobs that ended since the last call."""
 
     @abstractmethod
     def stop(self) -> None:
-        """Ask every job to save and end, and wait until they have."""
+        """Ask every running job to save its state and exit, and wait for it."""
 
 
 def log_file(root: Path, run_id: str) -> Path:
-    """Where a run's output goes; each try is added to it."""
+    """Log of a run. Every attempt appends to it."""
     return root / ".logs" / f"{run_id}.log"
 
 
-def last_line(file: Path, start: int = 0, window: int = 4096) -> str:
-    """The last line of a log that is not empty, looked for beyond byte `start` and in the last few KiB."""
+def last_line(file: Path, start: int = 0) -> str:
+    """Last non-empty line of a log after byte `start`, with runs of spaces collapsed; "" if there is none."""
     if not file.exists():
         return ""
     with open(file, "rb") as log:
         size = log.seek(0, os.SEEK_END)
-        log.seek(max(start, size - window))
-        lines = [" ".join(line.split()) for line in log.read().decode(errors="replace").splitlines()]
-    return next((line for line in reversed(lines) if line), "")
+        log.seek(max(start, size - LOG_TAIL))
+        tail = log.read().decode(errors="replace")
+    lines = (" ".join(line.split()) for line in reversed(tail.splitlines()))
+    return next((line for line in lines if line), "")
 
 
 @dataclass
@@ -80,54 +84,56 @@ class _Child:
     process: subprocess.Popen[bytes]
     slot: int
     log: Path
-    start: int
-    """Size of the log when this try began."""
+    log_start: int
+    """Size of the log before this attempt."""
 
 
 class LocalExecutor(Executor):
-    """A process for each run, in slots: the environment variables of a slot give it its threads or its GPU.
+    """One child process per run, in a fixed number of slots.
 
-    A child is bound to this process by `stbench.child`: when this one is killed, it saves and ends.
+    A slot is a set of environment variables that gives the child its threads and its GPU. Children run
+    `stbench.cli.child`, which ends the run if this process dies.
     """
 
     def __init__(self, root: Path, slots: Sequence[Mapping[str, str]]) -> None:
         self._root, self._slots = root, slots
         self._children: dict[str, _Child] = {}
 
-    def free(self) -> bool:
-        """Whether a slot is empty."""
+    def has_free_slot(self) -> bool:
+        """Whether a slot is free."""
         return len(self._children) < len(self._slots)
 
     def submit(self, job: Job) -> None:
-        """Start the run in the first empty slot, its output added to its log."""
+        """Start the run in the first free slot; its output is appended to its log."""
         taken = {child.slot for child in self._children.values()}
-        slot = next(n for n in range(len(self._slots)) if n not in taken)
+        slot = next(index for index in range(len(self._slots)) if index not in taken)
         log = log_file(self._root, job.run_id)
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "stbench.cli.child", str(os.getpid()), *job.arguments]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self._slots[slot]}
         with open(log, "ab") as output:
-            start = output.tell()
+            log_start = output.tell()
             process = subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for the sweep, which asks each child once
+                start_new_session=True,  # Ctrl-C must reach only the sweep, which then stops each child once
             )
-        self._children[job.run_id] = _Child(process, slot, log, start)
+        self._children[job.run_id] = _Child(process, slot, log, log_start)
 
     def poll(self) -> list[Outcome]:
-        """The processes that ended since the last call."""
+        """Outcomes of the processes that ended since the last call."""
         ended = {name: child for name, child in self._children.items() if child.process.poll() is not None}
         for name in ended:
             del self._children[name]
-        return [Outcome(name, _error(child)) for name, child in ended.items()]
+        return [Outcome(name, _error_message(child)) for name, child in ended.items()]
 
     def stop(self) -> None:
-        """Ask the processes to save and end; a Ctrl-C while they do kills them, which loses no more than the
-        steps since they last saved.
+        """Ask the processes to save and exit, and wait for them.
+
+        A second Ctrl-C while waiting kills them; they lose the steps since their last saved state.
         """
         try:
             for child in self._children.values():
@@ -141,10 +147,11 @@ class LocalExecutor(Executor):
             raise
 
 
-def _error(child: _Child) -> str:
-    code, line = child.process.returncode, last_line(child.log, child.start)
+def _error_message(child: _Child) -> str:
+    """One-line error of an ended process, taken from its log; "" if it succeeded."""
+    code, line = child.process.returncode, last_line(child.log, child.log_start)
     if code == 0:
         return ""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}" + (f" after: {line}" if line else "")
-    return line.removeprefix("error: ") or f"exit code {code} without a word; see {child.log}"
+    return line.removeprefix("error: ") or f"exit code {code} without any output; see {child.log}"

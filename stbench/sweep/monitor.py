@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: a live table on a terminal, plain lines elsewhere. Reads the runs' logs."""
+"""Monitors of a sweep: a live table on a terminal, plain lines elsewhere. Both read the logs of the runs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from stbench.sweep.executor import last_line, log_file
 from stbench.sweep.queue import Monitor
 
 STYLES = {"waiting": "dim", "running": "bold", "failed": "red", "finished": "green"}
-STOPPING = "stopping: the runs save and end; Ctrl-C again kills them"
-ROWS = 12
-"""Waiting and ended runs listed at once; running and failed ones always are."""
+STOPPING = "stopping: waiting for the running runs to save; press Ctrl-C again to kill them"
+MAX_ROWS = 12
+"""Waiting and finished runs that are shown at once. Running and failed runs are always shown."""
 
 
-class Clock:
-    """Since when each run is seen running, and for how long it was."""
+class Stopwatch:
+    """Measures how long each run has been running in this sweep."""
 
     def __init__(self) -> None:
         self._started: dict[str, float] = {}
         self._took: dict[str, float] = {}
 
-    def look(self, entries: Sequence[JournalEntry]) -> None:
-        """Note who runs now."""
+    def update(self, entries: Sequence[JournalEntry]) -> None:
+        """Start and stop the times of the runs that changed their state."""
         now = time.monotonic()
         for entry in entries:
             if entry.state == "running":
@@ -40,75 +40,77 @@ class Clock:
                 self._took[entry.run_id] = now - self._started.pop(entry.run_id)
 
     def elapsed(self, run_id: str) -> str:
-        """Minutes and seconds of its present or last try; "" if there was none in this sweep."""
+        """Time of the current or last attempt, such as "1:15"; "" if the run was not started."""
         took = self._took.get(run_id)
         if run_id in self._started:
             took = time.monotonic() - self._started[run_id]
-        return "" if took is None else duration(took)
+        return "" if took is None else format_duration(took)
 
 
-def duration(seconds: float) -> str:
-    """75 -> "1:15", 3675 -> "1:01:15"."""
+def format_duration(seconds: float) -> str:
+    """Format seconds: 75 -> "1:15", 3675 -> "1:01:15"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def described(entry: JournalEntry) -> str:
-    """What a run is, in words: backbone, objective, recipe with its options, seed."""
+def describe(entry: JournalEntry) -> str:
+    """Describe a run by backbone, objective, recipe with its options, and seed."""
     return f"{entry.backbone} {entry.objective} {entry.label} seed {entry.seed}"
 
 
-def counts(entries: Sequence[JournalEntry]) -> str:
-    """ "2 running, 5 waiting, 1 failed, 3 finished"."""
+def count_states(entries: Sequence[JournalEntry]) -> str:
+    """Count runs by state: "2 running, 5 waiting, 1 failed, 3 finished"."""
     states = [entry.state for entry in entries]
     return ", ".join(f"{states.count(name)} {name}" for name in ("running", "waiting", "failed", "finished"))
 
 
-class Lines(Monitor):
-    """One line when a run changes its state."""
+class LineMonitor(Monitor):
+    """Prints one line whenever a run changes its state."""
 
     def __init__(self, console: Console) -> None:
-        self._console, self._clock = console, Clock()
-        self._seen: dict[str, str] = {}
+        self._console, self._stopwatch = console, Stopwatch()
+        self._printed: dict[str, str] = {}
+        """State of each run that was printed last."""
 
-    def update(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> None:
-        """Print what changed since the last look; the first look says how many are finished already."""
-        self._clock.look(entries)
-        if not self._seen:
-            self._print(f"sweep of {len(entries)} runs: {counts(entries)}")
-            self._seen = {e.run_id: e.state for e in entries if e.state != "running"}
-        for entry in entries:
-            if self._seen.get(entry.run_id) != entry.state:
-                self._seen[entry.run_id] = entry.state
-                took = self._clock.elapsed(entry.run_id) if entry.state != "running" else ""
-                words = [f"{entry.state}: {entry.run_id}", took, entry.error]
-                self._print("  ".join(word for word in words if word))
-
-    def stopping(self) -> None:
-        """Say that it takes a moment."""
-        self._print(STOPPING)
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
-
-    def __enter__(self) -> Lines:
+    def __enter__(self) -> LineMonitor:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Nothing to give back."""
+        """Nothing to release."""
+
+    def update(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> None:
+        """Print what changed since the last call. The first call prints the number of runs by state."""
+        self._stopwatch.update(entries)
+        if not self._printed:
+            self._print(f"sweep of {len(entries)} runs: {count_states(entries)}")
+            # The first jobs are already running at the first call; they still get a line each.
+            self._printed = {entry.run_id: entry.state for entry in entries if entry.state != "running"}
+        for entry in entries:
+            if self._printed.get(entry.run_id) != entry.state:
+                self._printed[entry.run_id] = entry.state
+                took = self._stopwatch.elapsed(entry.run_id) if entry.state != "running" else ""
+                parts = [f"{entry.state}: {entry.run_id}", took, entry.error]
+                self._print("  ".join(part for part in parts if part))
+
+    def stopping(self) -> None:
+        """Print that the sweep waits for the running runs."""
+        self._print(STOPPING)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-class LiveTable(Monitor):
-    """A table that is drawn again at every look."""
+class TableMonitor(Monitor):
+    """A table that is redrawn at every update."""
 
     def __init__(self, root: Path, console: Console) -> None:
-        self._root, self._clock, self._began = root, Clock(), time.monotonic()
+        self._root, self._stopwatch, self._started = root, Stopwatch(), time.monotonic()
         self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
 
-    def __enter__(self) -> LiveTable:
+    def __enter__(self) -> TableMonitor:
         self._live.__enter__()
         return self
 
@@ -119,38 +121,39 @@ class LiveTable(Monitor):
         self._live.__exit__(kind, error, trace)
 
     def update(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> None:
-        """Draw."""
-        self._clock.look(entries)
+        """Redraw the table."""
+        self._stopwatch.update(entries)
         self._live.update(self.table(entries, reasons), refresh=True)
 
     def stopping(self) -> None:
-        """Say so above the table."""
+        """Print above the table that the sweep waits for the running runs."""
         self._live.console.print(STOPPING)
 
     def table(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> Table:
-        """Running and failed runs, then the next ones that wait and the last ones that finished."""
-        title = f"{counts(entries)}  {duration(time.monotonic() - self._began)}"
-        table = Table("state", "run", "elapsed", "what", title=title, expand=True)
+        """The last finished runs, all failed and running runs, and the next waiting runs."""
+        title = f"{count_states(entries)}  {format_duration(time.monotonic() - self._started)}"
+        table = Table("state", "run", "elapsed", "details", title=title, expand=True)
         table.columns[1].overflow = "fold"
-        for entry in _chosen(entries):
-            what = Text(self._what(entry, reasons), overflow="ellipsis", no_wrap=True)
+        for entry in _visible(entries):
+            details = Text(self._details(entry, reasons), overflow="ellipsis", no_wrap=True)
             state = Text(entry.state, STYLES[entry.state])
-            table.add_row(state, Text(described(entry)), self._clock.elapsed(entry.run_id), what)
+            table.add_row(state, Text(describe(entry)), self._stopwatch.elapsed(entry.run_id), details)
         return table
 
-    def _what(self, entry: JournalEntry, reasons: Mapping[str, str]) -> str:
+    def _details(self, entry: JournalEntry, reasons: Mapping[str, str]) -> str:
         if entry.state == "running":
             return last_line(log_file(self._root, entry.run_id))
         return entry.error or reasons.get(entry.run_id, "")
 
 
-def _chosen(entries: Sequence[JournalEntry]) -> list[JournalEntry]:
-    by_state = {state: [e for e in entries if e.state == state] for state in STYLES}
+def _visible(entries: Sequence[JournalEntry]) -> list[JournalEntry]:
+    by_state = {state: [entry for entry in entries if entry.state == state] for state in STYLES}
     waiting, finished = by_state["waiting"], by_state["finished"]
-    return [*finished[-ROWS // 2 :], *by_state["failed"], *by_state["running"], *waiting[: ROWS // 2]]
+    half = MAX_ROWS // 2
+    return [*finished[-half:], *by_state["failed"], *by_state["running"], *waiting[:half]]
 
 
-def monitor_of(root: Path) -> Lines | LiveTable:
-    """A table on a terminal, lines elsewhere; both on standard error."""
+def make_monitor(root: Path) -> LineMonitor | TableMonitor:
+    """A table if standard error is a terminal, lines otherwise."""
     console = Console(stderr=True)
-    return LiveTable(root, console) if sys.stderr.isatty() else Lines(console)
+    return TableMonitor(root, console) if sys.stderr.isatty() else LineMonitor(console)

@@ -1,5 +1,6 @@
-"""A resumable queue of runs: what may start, what waits and why, what failed. It knows runs by their journal
-entries and stage fingerprints, and nothing of training.
+"""The resumable queue of a sweep: which runs may start, which wait and why, which failed.
+
+Knows runs by their journal entries and stage fingerprints. Knows nothing about training.
 """
 
 from __future__ import annotations
@@ -8,57 +9,64 @@ import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from stbench.core.errors import UserError
+from stbench.core.files import lock_folder, remove_unfinished
 from stbench.runs.folder import RunFolder
 from stbench.runs.journal import JournalEntry, State, merge_journals, read_journal, reconcile, write_journal
 from stbench.runs.records import RunRecord
 from stbench.sweep.executor import Executor, Job
 
 POLL_SECONDS = 0.2
-FOLDER = ".sweep"
-"""What a sweep keeps for itself beside the run folders: its lock, and a config file for each run."""
+SWEEP_FOLDER = ".sweep"
+"""Folder next to the run folders with the lock of the sweep and one config file per run."""
 
 
 class Monitor(ABC):
-    """Watches a sweep."""
+    """Shows the progress of a sweep."""
 
     @abstractmethod
     def update(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> None:
-        """How the runs asked for stand, and why some wait; called after every look at them."""
+        """Show the state of the requested runs; called after every poll.
+
+        Args:
+            entries: Journal entries of the requested runs.
+            reasons: Why a waiting run cannot start yet, by run id.
+        """
 
     @abstractmethod
     def stopping(self) -> None:
-        """The sweep was interrupted, and waits for its running ones to save and end."""
+        """Say that the sweep was interrupted and waits for the running runs to save."""
 
 
 @contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """Own the sweeps into `root` for a `with` block; UserError if another one is at work."""
-    folder = RunFolder(root / FOLDER)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(folder.lock())
-        except UserError:
-            raise UserError(
-                f"another sweep is at work in {root}; wait for it, stop it, or choose another --output"
-            ) from None
+def lock_sweep(root: Path) -> Iterator[None]:
+    """Allow only one sweep at a time into `root`.
+
+    Raises:
+        UserError: Another sweep is running there.
+    """
+    folder = root / SWEEP_FOLDER
+    with lock_folder(folder, "wait for that sweep, stop it, or choose another --output"):
+        remove_unfinished(folder)
         yield
 
 
-def opened(root: Path, asked: Sequence[JournalEntry]) -> list[JournalEntry]:
-    """The journal as it stands before a sweep: what was ever asked for; nothing runs, what failed and is
-    asked for again waits. Call it while `alone`.
+def initial_entries(root: Path, requested: Sequence[JournalEntry]) -> list[JournalEntry]:
+    """Journal of `root` at the start of a sweep, with the requested runs added.
+
+    Call it under `lock_sweep`: then no run of a sweep is running, whatever the journal says. Requested runs
+    are set back to "waiting", so that failed ones are retried. A finished run folder counts as finished.
     """
-    again = {entry.run_id for entry in asked}
+    retried = {entry.run_id for entry in requested}
     entries = [
         replace(entry, state="waiting", error="")
-        if entry.run_id in again or entry.state == "running"
+        if entry.run_id in retried or entry.state == "running"
         else entry
-        for entry in merge_journals(read_journal(root), asked)
+        for entry in merge_journals(read_journal(root), requested)
     ]
     return reconcile(entries, _records(root, entries))
 
@@ -67,17 +75,19 @@ def _records(root: Path, entries: Sequence[JournalEntry]) -> Iterator[RunRecord]
     for entry in entries:
         folder = RunFolder(root / entry.run_id)
         if folder.exists():
-            with contextlib.suppress(UserError):  # a damaged folder is not finished: its run will say why
+            # A damaged folder counts as unfinished: starting its run then reports the damage.
+            with contextlib.suppress(UserError):
                 yield folder.record()
 
 
 class Sweep:
-    """The queue: starts what may start, in the order asked for, and writes the journal at every change."""
+    """The queue. Starts runs in the requested order and writes the journal after every change."""
 
     def __init__(
         self,
         root: Path,
         jobs: Sequence[Job],
+        *,
         executor: Executor,
         monitor: Monitor,
         pause: Callable[[], None] = lambda: time.sleep(POLL_SECONDS),
@@ -87,87 +97,95 @@ class Sweep:
         self._entries: dict[str, JournalEntry] = {}
 
     def run(self) -> list[JournalEntry]:
-        """Make every run that is not finished; returns how each ended. Call it while `alone`.
+        """Execute every unfinished run and return the final entries of the requested runs.
 
-        An interruption stops the running ones, puts them back to waiting, and goes on up.
+        Call it under `lock_sweep`. On Ctrl-C the running runs are stopped and set back to "waiting", and
+        KeyboardInterrupt is raised again.
         """
-        known = opened(self._root, [job.entry for job in self._jobs.values()])
-        self._entries = {entry.run_id: entry for entry in known}
-        self._write()
+        entries = initial_entries(self._root, [job.entry for job in self._jobs.values()])
+        self._entries = {entry.run_id: entry for entry in entries}
+        self._write_journal()
         try:
-            while self._pending():
-                self._collect()
-                self._monitor.update(self._asked(), self._start())
-                if self._pending():
+            while self._unfinished():
+                self._collect_outcomes()
+                reasons = self._start_jobs()
+                self._monitor.update(self._requested(), reasons)
+                if self._unfinished():
                     self._pause()
         finally:
-            self._halt()
-        return self._asked()
+            self._stop()
+        return self._requested()
 
-    def _asked(self) -> list[JournalEntry]:
+    def _requested(self) -> list[JournalEntry]:
         return [self._entries[run_id] for run_id in self._jobs]
 
-    def _in(self, *states: State) -> list[Job]:
-        return [job for name, job in self._jobs.items() if self._entries[name].state in states]
+    def _jobs_in(self, *states: State) -> list[Job]:
+        return [job for run_id, job in self._jobs.items() if self._entries[run_id].state in states]
 
-    def _pending(self) -> bool:
-        return bool(self._in("waiting", "running"))
+    def _unfinished(self) -> bool:
+        return bool(self._jobs_in("waiting", "running"))
 
-    def _write(self) -> None:
+    def _write_journal(self) -> None:
         write_journal(self._root, self._entries.values())
 
-    def _mark(self, run_id: str, state: State, error: str = "") -> None:
+    def _set_state(self, run_id: str, state: State, error: str = "") -> None:
         self._entries[run_id] = replace(self._entries[run_id], state=state, error=error)
-        self._write()
+        self._write_journal()
 
-    def _collect(self) -> None:
+    def _collect_outcomes(self) -> None:
         for outcome in self._executor.poll():
             if not outcome.error:
-                self._mark(outcome.run_id, "finished")
-            elif self._in_use(outcome.run_id):  # by a run typed by hand, which will finish it
-                self._mark(outcome.run_id, "waiting")
+                self._set_state(outcome.run_id, "finished")
+            elif self._in_use(outcome.run_id):
+                # The job failed because a `stbench run` started by hand owns the folder and will finish it.
+                self._set_state(outcome.run_id, "waiting")
             else:
-                self._mark(outcome.run_id, "failed", outcome.error)
+                self._set_state(outcome.run_id, "failed", outcome.error)
 
-    def _start(self) -> dict[str, str]:
-        """Submit what may start; returns why the others wait."""
+    def _start_jobs(self) -> dict[str, str]:
+        """Submit the jobs that can start; returns why the other waiting runs cannot, by run id."""
         reasons = {
-            job.run_id: "its folder is in use" for job in self._in("waiting") if self._in_use(job.run_id)
+            job.run_id: "its run folder is in use"
+            for job in self._jobs_in("waiting")
+            if self._in_use(job.run_id)
         }
-        for job in self._in("waiting"):
+        for job in self._jobs_in("waiting"):
             if job.run_id in reasons:
                 continue
-            if maker := self._maker(job, reasons):
-                reasons[job.run_id] = f"for a stage of {maker}"
-            elif self._executor.free():
+            if provider := self._stage_provider(job, busy=reasons):
+                reasons[job.run_id] = f"needs a stage of {provider}"
+            elif self._executor.has_free_slot():
                 self._executor.submit(job)
-                self._mark(job.run_id, "running")
+                self._set_state(job.run_id, "running")
         return reasons
 
-    def _maker(self, job: Job, busy: Mapping[str, str]) -> str:
-        """The run that makes a stage which this one needs, "" for none: one under way that has the stage
-        before it, or one whose last stage it is, since a last stage is always trained.
+    def _stage_provider(self, job: Job, busy: Mapping[str, str]) -> str:
+        """Return the run that will train a stage which `job` could reuse; "" if there is none to wait for.
+
+        A run under way provides all of its stages. A run that has not started provides only its last stage:
+        a last stage is always trained, whereas an earlier one could as well be trained by `job` itself.
+        `busy` contains waiting runs whose folder is in use, so they are under way in another process.
         """
-        needed = {stage for stage in job.stages[:-1] if not self._published(stage)}
-        for other in self._in("waiting", "running"):
+        needed = {stage for stage in job.stages[:-1] if not self._is_published(stage)}
+        for other in self._jobs_in("waiting", "running"):
             under_way = self._entries[other.run_id].state == "running" or other.run_id in busy
-            made = other.stages if under_way else other.stages[-1:]
-            if other is not job and needed.intersection(made):
+            provided = other.stages if under_way else other.stages[-1:]
+            if other is not job and needed.intersection(provided):
                 return other.run_id
         return ""
 
-    def _published(self, stage: str) -> bool:
+    def _is_published(self, stage: str) -> bool:
         return (self._root / ".artifacts" / stage[:16]).is_dir()
 
     def _in_use(self, run_id: str) -> bool:
         return RunFolder(self._root / run_id).in_use()
 
-    def _halt(self) -> None:
-        """After an interruption nothing runs: stop it, and say so in the journal."""
-        if self._in("running"):
+    def _stop(self) -> None:
+        """Stop what still runs after an interruption and record it; does nothing after a normal end."""
+        if self._jobs_in("running"):
             self._monitor.stopping()
         try:
             self._executor.stop()
         finally:
             for outcome in self._executor.poll():
-                self._mark(outcome.run_id, "waiting" if outcome.error else "finished")
+                self._set_state(outcome.run_id, "waiting" if outcome.error else "finished")

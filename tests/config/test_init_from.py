@@ -100,7 +100,10 @@ def test_another_number_of_classes_keeps_the_null_row_and_says_so(file: File, tm
     path = file(classes=3)
     spec = asked(path, train__lr=1e-9)
     assert spec.init is not None
-    assert "it has 3 classes and the data set has 10, so the label embedding is initialised anew" in describe_start(spec.init, 10)
+    assert (
+        "it has 3 classes and the data set has 10, so the label embedding is initialised anew"
+        in describe_start(spec.init, 10)
+    )
     weights, _ = first_step(spec, tmp_path / "runs")
     table, key = weights["y_embedder.embedding_table.weight"], "y_embedder.embedding_table.weight"
     held = torch.load(path, weights_only=False)["ema"][key]

@@ -25,7 +25,7 @@ from stbench.config.plan import prepare as prepare_run
 from stbench.config.resolve import RunRequest, resolve
 from stbench.core.errors import UserError
 from stbench.data.dataset import get_dataset
-from stbench.data.prepare import Job, open_job, prepare
+from stbench.data.prepare import PrepareOptions, open_task, prepare
 from stbench.data.repa_layout import Repa, convert, decoder_of
 from stbench.data.shards import REFERENCE
 from stbench.data.spec import DataSpec
@@ -48,8 +48,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     make_vae(root / "vae")
     make_images(root / "images", 400, 32, mixed=True)
-    job = Job(root / "images", root / "set", str(root / "vae"), 64, flip=True, shards=3, references=100)
-    prepare(job, open_job(job), lambda count: None)
+    job = PrepareOptions(
+        root / "images", root / "set", str(root / "vae"), 64, flip=True, shards=3, references=100
+    )
+    prepare(job, open_task(job), lambda count: None)
     return root
 
 
@@ -124,7 +126,7 @@ def test_repa_looks_at_images_where_there_are_any_and_else_takes_cached_tokens(
     assert run("online", folder).stages[0].flops_teachers > 0
     with pytest.raises(UserError, match=r"keeps latents and no images .* --set recipe\.encoder=FOLDER"):
         run("none", tmp_path / "set")
-    source = teachers.source(name, weights)
+    source = teachers.find_encoder(name, weights)
     encoder = teachers.open_encoder(source, 16, torch.device("cpu"))
     assert isinstance(encoder, teachers.ImageEncoder)
     looked_at = get_dataset("custom", DataSpec(path=str(folder), vae=vae, flip=False))
@@ -153,12 +155,12 @@ def test_the_tokens_of_a_prepared_set_are_those_of_its_training_images(
     assert code == 0, err
     held = get_dataset("custom", DataSpec(path=str(root / "set")))
     assert f"tokens of {held.size} images" in out and "--set recipe.encoder=" in out
-    network = teachers.open_encoder(teachers.source(name, file), 16, torch.device("cpu"))
+    network = teachers.open_encoder(teachers.find_encoder(name, file), 16, torch.device("cpu"))
     assert isinstance(network, teachers.ImageEncoder)
     written = torch.from_numpy(np.load(tmp_path / "tokens" / "tokens.npy"))
     rows = held._rows  # type: ignore[attr-defined]
     references = np.flatnonzero(held._found.split[rows] == REFERENCE)  # type: ignore[attr-defined]
-    pixels = torch.from_numpy(held._found.pictures(rows[references][:5]))  # type: ignore[attr-defined]
+    pixels = torch.from_numpy(held._found.pixels(rows[references][:5]))  # type: ignore[attr-defined]
     with torch.no_grad():
         expected = network.tokens(pixels)
     assert torch.allclose(written[references[:5]].float(), expected, atol=2e-3)
@@ -272,8 +274,8 @@ def test_a_run_notices_that_its_path_holds_other_data(root: Path, tmp_path: Path
     shutil.copytree(root / "set", tmp_path / "set")
     record = train(tmp_path / "runs", tmp_path / "set")
     shutil.rmtree(tmp_path / "set")
-    job = Job(root / "images", tmp_path / "set", str(root / "vae"), 64, shards=3, references=100)
-    prepare(job, open_job(job), lambda count: None)
+    job = PrepareOptions(root / "images", tmp_path / "set", str(root / "vae"), 64, shards=3, references=100)
+    prepare(job, open_task(job), lambda count: None)
     get_dataset.__globals__["_built"].cache_clear()
     with pytest.raises(UserError, match="does not hold the data this run began with: expected fingerprint"):
         past_run.open_run(Path(record.path))

@@ -20,7 +20,7 @@ from stbench.core.errors import UserError
 from stbench.core.files import lock_folder
 from stbench.data import shard_writer
 from stbench.data.crop import decode_image
-from stbench.data.prepare import Job, _plan, make_encoder, open_job, prepare
+from stbench.data.prepare import PrepareOptions, _plan, make_encoder, open_task, prepare
 from stbench.data.shard_writer import shard_bounds, split_of
 from stbench.data.shards import HELDOUT, MANIFEST, REFERENCE, TRAIN, Manifest, Shards, read_manifest, verify
 from stbench.data.sources import Folder
@@ -41,12 +41,14 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture()
-def job(images: Path, vae: Path, tmp_path: Path) -> Job:
-    return Job(images, tmp_path / "set", str(vae), SIZE, flip=True, shards=3, batch=8, references=10)
+def job(images: Path, vae: Path, tmp_path: Path) -> PrepareOptions:
+    return PrepareOptions(
+        images, tmp_path / "set", str(vae), SIZE, flip=True, shards=3, batch=8, references=10
+    )
 
 
-def run(job: Job) -> tuple[Manifest, bool]:
-    return prepare(job, open_job(job), lambda count: None)
+def run(job: PrepareOptions) -> tuple[Manifest, bool]:
+    return prepare(job, open_task(job), lambda count: None)
 
 
 def column(folder: Path, array: str) -> np.ndarray:
@@ -57,7 +59,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_the_set_holds_the_moments_of_the_crops_and_of_their_mirror_images(job: Job) -> None:
+def test_the_set_holds_the_moments_of_the_crops_and_of_their_mirror_images(job: PrepareOptions) -> None:
     manifest, worked = run(job)
     assert worked
     assert (manifest.count, manifest.kind, manifest.shape, manifest.views) == (COUNT, "moments", (8, 4, 4), 2)
@@ -72,7 +74,7 @@ def test_the_set_holds_the_moments_of_the_crops_and_of_their_mirror_images(job: 
     assert column(job.target, "labels").tolist() == [int(name.decode()[5]) for name in ids]
 
 
-def test_held_out_and_reference_images_are_kept_as_pixels(job: Job) -> None:
+def test_held_out_and_reference_images_are_kept_as_pixels(job: PrepareOptions) -> None:
     run(job)
     split, ids = column(job.target, "split"), column(job.target, "ids")
     assert [int((split == k).sum()) for k in (TRAIN, HELDOUT, REFERENCE)] == [47, 3, 10]
@@ -92,7 +94,7 @@ def test_the_split_depends_on_names_alone_and_states_its_size() -> None:
         split_of(["one"], 5)
 
 
-def test_a_tar_gives_the_same_arrays(job: Job, tmp_path: Path) -> None:
+def test_a_tar_gives_the_same_arrays(job: PrepareOptions, tmp_path: Path) -> None:
     run(job)
     packed = replace(job, source=make_tar(job.source, tmp_path / "images.tar"), target=tmp_path / "packed")
     run(packed)
@@ -101,7 +103,7 @@ def test_a_tar_gives_the_same_arrays(job: Job, tmp_path: Path) -> None:
     assert read_manifest(job.target).fingerprint() == read_manifest(packed.target).fingerprint()
 
 
-def test_pixels_are_stored_without_an_autoencoder(job: Job) -> None:
+def test_pixels_are_stored_without_an_autoencoder(job: PrepareOptions) -> None:
     manifest, _ = run(replace(job, vae="none"))
     assert (manifest.kind, manifest.shape, manifest.vae, manifest.scale) == (
         "pixels",
@@ -114,7 +116,7 @@ def test_pixels_are_stored_without_an_autoencoder(job: Job) -> None:
     assert np.array_equal(column(job.target, "pixels")[5, 0], crop)
 
 
-def test_bf16_moments_are_near_the_others(job: Job, tmp_path: Path) -> None:
+def test_bf16_moments_are_near_the_others(job: PrepareOptions, tmp_path: Path) -> None:
     run(job)
     run(replace(job, precision="bf16", target=tmp_path / "bf16"))
     exact, near = (column(folder, "moments").astype(float) for folder in (job.target, tmp_path / "bf16"))
@@ -122,7 +124,7 @@ def test_bf16_moments_are_near_the_others(job: Job, tmp_path: Path) -> None:
 
 
 def test_unreadable_images_are_named_and_left_out(
-    job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: PrepareOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = make_images(tmp_path / "some", 30, SIZE)
     good = (source / "class0" / "img00000.jpg").read_bytes()
@@ -140,9 +142,9 @@ def test_unreadable_images_are_named_and_left_out(
 
 
 def test_a_source_that_vanishes_midway_makes_no_set_and_the_same_command_goes_on(
-    job: Job, monkeypatch: pytest.MonkeyPatch
+    job: PrepareOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listed, real = open_job(job), Folder.read
+    listed, real = open_task(job), Folder.read
 
     def read(source: Folder, index: int) -> bytes:
         if index >= 30:
@@ -159,7 +161,7 @@ def test_a_source_that_vanishes_midway_makes_no_set_and_the_same_command_goes_on
     assert (manifest.count, manifest.unreadable) == (COUNT, [])
 
 
-def test_a_source_without_a_readable_image_makes_no_set(job: Job, tmp_path: Path) -> None:
+def test_a_source_without_a_readable_image_makes_no_set(job: PrepareOptions, tmp_path: Path) -> None:
     source = make_images(tmp_path / "some", 4, SIZE)
     for file in source.rglob("*.*g"):
         file.write_bytes(b"no image")
@@ -168,7 +170,7 @@ def test_a_source_without_a_readable_image_makes_no_set(job: Job, tmp_path: Path
     assert not (job.target / MANIFEST).exists()
 
 
-def test_a_finished_set_is_left_alone_and_other_arguments_are_refused(job: Job) -> None:
+def test_a_finished_set_is_left_alone_and_other_arguments_are_refused(job: PrepareOptions) -> None:
     run(job)
     before = content(job.target)
     assert run(job) == (read_manifest(job.target), False)
@@ -179,7 +181,7 @@ def test_a_finished_set_is_left_alone_and_other_arguments_are_refused(job: Job) 
         run(replace(job, source=make_images(job.target.parent / "others", 12, SIZE)))
 
 
-def test_a_folder_with_other_files_is_refused(job: Job) -> None:
+def test_a_folder_with_other_files_is_refused(job: PrepareOptions) -> None:
     job.target.mkdir()
     (job.target / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds other files \(thesis.txt\)"):
@@ -187,8 +189,8 @@ def test_a_folder_with_other_files_is_refused(job: Job) -> None:
     assert content(job.target).keys() <= {"thesis.txt", ".lock"}
 
 
-def test_a_set_begun_on_another_device_is_refused(job: Job) -> None:
-    listed, plan = open_job(job), shard_writer.PLAN
+def test_a_set_begun_on_another_device_is_refused(job: PrepareOptions) -> None:
+    listed, plan = open_task(job), shard_writer.PLAN
     job.target.mkdir()
     begun = {**_plan(job, listed), "device": "cuda"}
     (job.target / plan).write_text(json.dumps(begun))
@@ -198,7 +200,7 @@ def test_a_set_begun_on_another_device_is_refused(job: Job) -> None:
 
 
 @pytest.mark.parametrize("plan", [None, '{"goal": "graduate"}', "[1]", "not JSON"])
-def test_a_folder_that_is_refused_keeps_every_file(job: Job, plan: str | None) -> None:
+def test_a_folder_that_is_refused_keeps_every_file(job: PrepareOptions, plan: str | None) -> None:
     job.target.mkdir()
     for name in (".notes.tmp", "00000-labels.npy", "2024-results.npy"):
         (job.target / name).write_text("mine")
@@ -210,7 +212,7 @@ def test_a_folder_that_is_refused_keeps_every_file(job: Job, plan: str | None) -
     assert content(job.target) == before
 
 
-def test_other_files_beside_a_set_of_ours_are_never_deleted(job: Job) -> None:
+def test_other_files_beside_a_set_of_ours_are_never_deleted(job: PrepareOptions) -> None:
     command = [sys.executable, "-c", KILLED, str(job.source), str(job.target), job.vae, "5"]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     mine = {".notes.tmp": b"a", "2024-results.npy": b"b", "shard-notes.json": b"c"}
@@ -236,7 +238,11 @@ def test_other_files_beside_a_set_of_ours_are_never_deleted(job: Job) -> None:
     ],
 )
 def test_wrong_arguments_are_told_before_anything_is_written(
-    job: Job, changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    job: PrepareOptions,
+    changes: dict[str, object],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=message) as caught:
@@ -296,7 +302,7 @@ def damage(folder: Path, how: str) -> str:
     return "manifest.json is damaged"
 
 
-def test_names_that_are_no_text_and_a_manifest_that_is_no_object(job: Job, tmp_path: Path) -> None:
+def test_names_that_are_no_text_and_a_manifest_that_is_no_object(job: PrepareOptions, tmp_path: Path) -> None:
     source = make_images(tmp_path / "some", 12, SIZE)
     os.rename(source / "class0" / "img00000.jpg", os.fsencode(source / "class0") + b"/caf\xe9.jpg")
     (source / "class1" / "img00001.png").write_bytes(b"no image")
@@ -311,7 +317,7 @@ def test_names_that_are_no_text_and_a_manifest_that_is_no_object(job: Job, tmp_p
     "how", ["truncated", "flipped byte", "missing", "manifest", "schema", "cut manifest"]
 )
 def test_verify_finds_what_is_wrong_and_names_it(
-    job: Job, how: str, capsys: pytest.CaptureFixture[str]
+    job: PrepareOptions, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(job)
     data_commands.verify(job.target)
@@ -323,7 +329,9 @@ def test_verify_finds_what_is_wrong_and_names_it(
     assert "\n" not in str(caught.value)
 
 
-def test_verify_names_every_file_that_is_wrong(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_names_every_file_that_is_wrong(
+    job: PrepareOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(job)
     first, second = sorted(job.target.glob("*-moments.npy"))[:2]
     first.write_bytes(first.read_bytes()[:-1])
@@ -334,7 +342,9 @@ def test_verify_names_every_file_that_is_wrong(job: Job, capsys: pytest.CaptureF
     assert len(told) == 2 and first.name in told[0] and second.name in told[1]
 
 
-def test_two_sets_with_the_same_unreadable_file_are_the_same(job: Job, images: Path, tmp_path: Path) -> None:
+def test_two_sets_with_the_same_unreadable_file_are_the_same(
+    job: PrepareOptions, images: Path, tmp_path: Path
+) -> None:
     source = make_images(tmp_path / "some", 12, SIZE)
     (source / "class1" / "img00001.png").write_bytes(b"no image")
     targets = tmp_path / "a", tmp_path / "b"
@@ -346,17 +356,17 @@ def test_two_sets_with_the_same_unreadable_file_are_the_same(job: Job, images: P
     ]
 
 
-def test_another_class_map_is_told_in_words(job: Job, images: Path, tmp_path: Path) -> None:
+def test_another_class_map_is_told_in_words(job: PrepareOptions, images: Path, tmp_path: Path) -> None:
     run(job)
     (tmp_path / "map.json").write_text(json.dumps({f"class{k}": (k + 1) % 10 for k in range(10)}))
     with pytest.raises(UserError, match="was begun with other images, or other classes of them"):
         run(replace(job, classes=tmp_path / "map.json"))
 
 
-def test_a_limit_on_the_size_of_a_file_is_a_full_disk(job: Job) -> None:
+def test_a_limit_on_the_size_of_a_file_is_a_full_disk(job: PrepareOptions) -> None:
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    listed = open_job(job)
+    listed = open_task(job)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write .*\.npy: File too large; free some space"):
@@ -366,7 +376,7 @@ def test_a_limit_on_the_size_of_a_file_is_a_full_disk(job: Job) -> None:
     assert run(job)[0].count == COUNT
 
 
-def test_a_wrong_hash_in_the_manifest_is_found(job: Job) -> None:
+def test_a_wrong_hash_in_the_manifest_is_found(job: PrepareOptions) -> None:
     run(job)
     manifest = read_manifest(job.target)
     files = manifest.shards[0].files
@@ -377,7 +387,7 @@ def test_a_wrong_hash_in_the_manifest_is_found(job: Job) -> None:
     assert "00000-labels.npy: expected sha256 000000000000" in problem
 
 
-def test_before_a_shard_is_finished_other_arguments_may_be_tried(job: Job, tmp_path: Path) -> None:
+def test_before_a_shard_is_finished_other_arguments_may_be_tried(job: PrepareOptions, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(job.source), str(job.target), job.vae, "5"]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     assert list(job.target.glob("*.npy")) and not list(job.target.glob("shard-*.json"))
@@ -390,7 +400,7 @@ def test_before_a_shard_is_finished_other_arguments_may_be_tried(job: Job, tmp_p
 
 @pytest.mark.parametrize("nth", [1, 4, 9])
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
-    job: Job, nth: int, monkeypatch: pytest.MonkeyPatch
+    job: PrepareOptions, nth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, real = [0], os.fsync
 
@@ -411,7 +421,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
 
 
 def test_a_disk_without_room_for_the_whole_set_is_told_first(
-    job: Job, monkeypatch: pytest.MonkeyPatch
+    job: PrepareOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
@@ -422,7 +432,7 @@ def test_a_disk_without_room_for_the_whole_set_is_told_first(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from stbench.data.prepare import Job, open_job, prepare
+from stbench.data.prepare import PrepareOptions, open_task, prepare
 real, calls = os.fsync, [0]
 def fsync(handle):
     calls[0] += 1
@@ -430,13 +440,16 @@ def fsync(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     real(handle)
 os.fsync = fsync
-job = Job(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], 32, flip=True, shards=3, batch=8, references=10)
-prepare(job, open_job(job), lambda count: None)
+images, target, vae = sys.argv[1:4]
+job = PrepareOptions(Path(images), Path(target), vae, 32, flip=True, shards=3, batch=8, references=10)
+prepare(job, open_task(job), lambda count: None)
 """
 
 
 @pytest.mark.parametrize("nth", [15])
-def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(job: Job, nth: int, tmp_path: Path) -> None:
+def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(
+    job: PrepareOptions, nth: int, tmp_path: Path
+) -> None:
     whole = replace(job, target=tmp_path / "whole")
     run(whole)
     command = [sys.executable, "-c", KILLED, str(job.source), str(job.target), job.vae, str(nth)]
@@ -448,7 +461,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(job: Job, nth: int, t
     assert content(job.target) == content(whole.target)
 
 
-def test_two_commands_do_not_write_one_set(job: Job) -> None:
+def test_two_commands_do_not_write_one_set(job: PrepareOptions) -> None:
     job.target.mkdir()
     with (
         lock_folder(job.target, ""),

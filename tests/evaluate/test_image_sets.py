@@ -11,7 +11,7 @@ from PIL import Image
 
 from stbench.core.errors import UserError
 from stbench.data.dataset import get_dataset
-from stbench.data.prepare import Job, open_job, prepare
+from stbench.data.prepare import PrepareOptions, open_task, prepare
 from stbench.data.spec import DataSpec
 from stbench.evaluate.image_sets import ImageSet, open_images
 from tests.datafiles import make_images
@@ -152,8 +152,8 @@ def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
 
 def test_a_prepared_data_set_gives_its_reference_images(tmp_path: Path) -> None:
     make_images(tmp_path / "images", 60, 32)
-    job = Job(tmp_path / "images", tmp_path / "set", "none", 32, shards=2, batch=8, references=20)
-    prepare(job, open_job(job), lambda count: None)
+    job = PrepareOptions(tmp_path / "images", tmp_path / "set", "none", 32, shards=2, batch=8, references=20)
+    prepare(job, open_task(job), lambda count: None)
     found = open_images(tmp_path / "set")
     kept = get_dataset("custom", DataSpec(path=str(tmp_path / "set"))).train_images()
     assert len(found) == 20 and found.size == (32, 32)
@@ -162,7 +162,7 @@ def test_a_prepared_data_set_gives_its_reference_images(tmp_path: Path) -> None:
 
 def test_a_prepared_data_set_without_reference_images_is_one_line(tmp_path: Path) -> None:
     make_images(tmp_path / "images", 30, 32)
-    job = Job(tmp_path / "images", tmp_path / "set", "none", 32, shards=1, batch=8, references=0)
-    prepare(job, open_job(job), lambda count: None)
+    job = PrepareOptions(tmp_path / "images", tmp_path / "set", "none", 32, shards=1, batch=8, references=0)
+    prepare(job, open_task(job), lambda count: None)
     with pytest.raises(UserError, match="keeps no reference images; prepare it again with --references"):
         open_images(tmp_path / "set")

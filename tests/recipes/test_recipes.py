@@ -284,7 +284,7 @@ def test_repa_aligns_with_the_digits_encoder_and_names_it() -> None:
 
 def test_the_digits_encoder_reads_digits() -> None:
     data = get_dataset("digits")
-    encoder = teachers.open_encoder(teachers.source("digits"), 16, torch.device("cpu"))
+    encoder = teachers.open_encoder(teachers.find_encoder("digits"), 16, torch.device("cpu"))
     assert isinstance(encoder, teachers.ImageEncoder)
     images = data.heldout_images()
     with torch.no_grad():
@@ -345,12 +345,14 @@ def test_dinov2_is_normalised_as_imagenet() -> None:
 def test_the_path_of_weights_is_no_part_of_a_source(vit: Path) -> None:
     moved = vit.with_name("moved.safetensors")
     moved.write_bytes(vit.read_bytes())
-    assert teachers.source("vit_tiny_patch16_224", vit) == teachers.source("vit_tiny_patch16_224", moved)
+    assert teachers.find_encoder("vit_tiny_patch16_224", vit) == teachers.find_encoder(
+        "vit_tiny_patch16_224", moved
+    )
 
 
 @pytest.fixture()
 def cache(tmp_path: Path) -> Path:
-    encoder = teachers.open_encoder(teachers.source("digits"), 16, torch.device("cpu"))
+    encoder = teachers.open_encoder(teachers.find_encoder("digits"), 16, torch.device("cpu"))
     assert isinstance(encoder, teachers.ImageEncoder)
     images = torch.split(get_dataset("digits").train_images(), 400)
     teachers.cache_tokens(tmp_path / "tokens", encoder, images, 1500)
@@ -385,13 +387,13 @@ def test_damaged_and_foreign_caches_are_refused(cache: Path) -> None:
     tokens = np.load(cache / "tokens.npy")
     np.save(cache / "tokens.npy", tokens[:-1])
     with pytest.raises(UserError, match="is damaged"):
-        teachers.source(str(cache))
+        teachers.find_encoder(str(cache))
     (cache / "tokens.npy").unlink()
     with pytest.raises(UserError, match=r"lacks tokens\.npy"):
-        teachers.source(str(cache))
+        teachers.find_encoder(str(cache))
     (cache / "tokens.json").write_text(json.dumps({"schema": 1}))
     with pytest.raises(UserError, match=r"tokens\.json is damaged"):
-        teachers.source(str(cache))
+        teachers.find_encoder(str(cache))
 
 
 @pytest.mark.parametrize(
@@ -411,13 +413,13 @@ def test_repa_errors_say_what_to_type(options: dict[str, Any], message: str) -> 
 
 
 def test_weights_that_are_not_here_name_the_download() -> None:
-    missing = teachers.source("vit_tiny_patch16_224.augreg_in21k")
+    missing = teachers.find_encoder("vit_tiny_patch16_224.augreg_in21k")
     with pytest.raises(UserError, match=r"cannot be loaded.*hf download timm/vit_tiny_patch16_224\.augreg"):
         teachers.open_encoder(missing, 16, torch.device("cpu"))
 
 
 def test_a_cache_of_another_number_of_images_is_not_made(tmp_path: Path) -> None:
-    encoder = teachers.open_encoder(teachers.source("digits"), 16, torch.device("cpu"))
+    encoder = teachers.open_encoder(teachers.find_encoder("digits"), 16, torch.device("cpu"))
     assert isinstance(encoder, teachers.ImageEncoder)
     images = get_dataset("digits").train_images()[:6]
     for count in (5, 7):
@@ -445,4 +447,4 @@ def test_a_dry_run_needs_no_weights() -> None:
 
 def test_an_encoder_of_another_grid_is_refused() -> None:
     with pytest.raises(UserError, match="encoder 'digits' gives 16 tokens, the backbone has 64"):
-        teachers.open_encoder(teachers.source("digits"), 64, torch.device("cpu"))
+        teachers.open_encoder(teachers.find_encoder("digits"), 64, torch.device("cpu"))

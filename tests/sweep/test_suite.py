@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from stbench.cli.sweep import seeds
 from stbench.core.errors import UserError
-from stbench.runs.journal import read_journal
 from stbench.sweep import suite
-from tests.conftest import BLOCKS, TINY, Command, Runner
+from tests.conftest import BLOCKS, TINY, Runner
 
 
 def write(file: Path, text: str) -> Path:
@@ -134,88 +131,3 @@ def test_a_mistake_in_a_suite_names_its_place(tmp_path: Path, name: str) -> None
         suite.expand(suite.read_suite(write(tmp_path / "suite.yaml", text)))
     assert message in str(caught.value) and "suite.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_how_many_seeds_or_which() -> None:
-    assert seeds("3") == [0, 1, 2] and seeds("0,5,7") == [0, 5, 7] and seeds("7,") == [7]
-    for wrong in ("0", "x", "", "-1"):
-        with pytest.raises(UserError, match="--seeds wants"):
-            seeds(wrong)
-
-
-def tiny_suite(file: Path, *groups: str, seeds: str = "[0]") -> Path:
-    """A suite of tiny runs on SiT."""
-    content = {"dataset": "digits", "backbone": "sit", "steps": 2, "precision": "fp32", "set": TINY}
-    listed = "".join(f"  - runs:\n{group}" for group in groups)
-    file.write_text(f"defaults: {json.dumps(content)[:-1]}, seeds: {seeds}}}\ngroups:\n{listed}")
-    return file
-
-
-def test_a_sweep_with_a_run_that_fails(stbench: Command, tmp_path: Path) -> None:
-    wrong = "      - {recipe: vanilla, set: {train.lr: 1.0e+30}}\n"
-    suite = tiny_suite(tmp_path / "two.yaml", wrong + "      - {recipe: vanilla}\n")
-    output = tmp_path / "runs"
-    code, out, err = stbench("sweep", "--suite", suite, "--output", output, "--device", "cpu")
-    assert code == 1, err
-    assert "1 finished, 1 failed; the same command tries" in out and f"next: stbench compare {output}" in out
-    failed, finished = read_journal(output)
-    assert failed.state == "failed" and "loss is not finite at step 2" in failed.error
-    assert finished.state == "finished" and len(list(output.glob("*/spec.json"))) == 2
-    assert f"failed: {failed.run_id}: {failed.error}" in out and "running: " + finished.run_id in err
-    text = suite.read_text()
-    suite.write_text(text.replace('"eval.samples": 40', '"eval.samples": 50'))
-    code, out, err = stbench("sweep", "--suite", suite, "--output", output, "--only", finished.run_id)
-    assert code == 2 and "was begun under other evaluation settings" in err
-    suite.write_text(text)
-    code, out, err = stbench("sweep", "--suite", suite, "--output", output, "--only", finished.run_id)
-    assert code == 0 and "1 finished, 0 failed\n" in out and "running" not in err.partition("\n")[2]
-
-
-def test_dry_run_lists_the_runs_and_writes_nothing(stbench: Command, tmp_path: Path) -> None:
-    code, out, err = stbench(
-        *("sweep", "--backbone", "dit,sit", "--recipe", "all", "--seeds", 3, "--steps", 20),
-        *("--output", tmp_path / "none", "--dry-run"),
-    )
-    assert code == 0, err
-    lines = [line for line in out.splitlines() if line.startswith("waiting")]
-    assert len(lines) == len(set(lines)) >= 18 and not (tmp_path / "none").exists()
-    assert f"{len(lines)} runs: 0 running, {len(lines)} waiting" in out
-    total, different = (
-        int(out.partition(mark)[0].split()[-1]) for mark in (" stages,", " of them different")
-    )
-    assert total - different >= 6  # Self-Transcendence's teacher is VAE alignment's run
-
-
-def test_only_takes_a_part_of_a_name_or_of_the_words(stbench: Command, tmp_path: Path) -> None:
-    file = write(tmp_path / "suite.yaml", WHOLE)
-    for text, count in {"sit-ti-2-vanilla": 1, "dit-ti/2 iddpm": 3, "guidance=1.0": 1, "seed 7": 1}.items():
-        code, out, err = stbench("sweep", "--suite", file, "--only", text, "--dry-run")
-        assert code == 0 and f"\n{count} runs:" in out, err
-
-
-SIT = ("sweep", "--backbone", "sit", "--recipe", "vanilla")
-MISTAKES = {
-    "no backbone": (("sweep", "--recipe", "all"), "expected --backbone or --suite, found none"),
-    "no recipe": (("sweep", "--backbone", "all"), "expected --recipe or --suite, found none"),
-    "recipe": ((*SIT[:-1], "vanilla,vanila"), "unknown recipe 'vanila'; did you mean 'vanilla'?"),
-    "twice": ((*SIT[:-1], "vanilla,vanilla"), "is named twice; name it once"),
-    "seeds": ((*SIT, "--seeds", "none"), "--seeds wants how many, or a list, got 'none'"),
-    "jobs": ((*SIT, "--jobs", "0"), "Invalid value for '--jobs'"),
-    "suite": (("sweep", "--suite", "nowhere"), "unknown suite 'nowhere'"),
-    "suite file": (("sweep", "--suite", "gone.yaml"), "suite file not found: gone.yaml"),
-    "both": ((*SIT, "--suite", "gone.yaml"), "found --backbone beside it"),
-    "set beside": (("sweep", "--suite", "gone.yaml", "--set", "train.lr=1"), "found --set beside it"),
-    "only": ((*SIT, "--only", "uvit"), "--only 'uvit' fits none of the 1 runs"),
-    "option": ((*SIT, "--set", "train.lrr=1"), "unknown option 'train.lrr'; did you mean 'train.lr'?"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_trains_nothing(
-    stbench: Command, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    arguments, message = MISTAKES[name]
-    code, _, err = stbench(*arguments)
-    assert code == 2 and err.count("\n") == 1 and message in err
-    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from stbench.core.recipe import Cost, Step, Supervision
 from stbench.diffusion import ImprovedDdpm, LinearFlow
 from stbench.models import align
 from stbench.models.align import Clock
-from stbench.models.encoders import Source
+from stbench.models.encoders import EncoderSpec
 from stbench.recipes.dispersive import Dispersive
 from stbench.recipes.layersync import LayerSync
 from stbench.recipes.repa import Repa
@@ -48,7 +48,7 @@ def repa(golden: Golden) -> Iterator[Check]:
     net, stored = network(golden)
     block = golden.meta["settings"]["encoder_depth"] - 1
     out, hidden = stored["projectors.0.4.weight"].shape
-    recipe = _Given((Source("cached", "golden", out, ""),), block, 0.5, hidden, net.info.tokens)
+    recipe = _Given((EncoderSpec("cached", "golden", out, ""),), block, 0.5, hidden, net.info.tokens)
     recipe.given = [t["in/z"]]
     heads = recipe.heads(net.info)
     filled(heads["0"], stored, "projectors.0.")

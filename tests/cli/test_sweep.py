@@ -1,0 +1,125 @@
+"""`stbench sweep`: its options, its slots, its summary, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from stbench.cli.sweep import seeds, slots
+from stbench.core.errors import UserError
+from stbench.runs.journal import read_journal
+from tests.conftest import TINY, Command
+
+
+def test_seeds_are_a_count_or_a_list() -> None:
+    assert seeds("3") == [0, 1, 2] and seeds("0,5,7") == [0, 5, 7] and seeds("7,") == [7]
+    for wrong in ("0", "x", "", "-1"):
+        with pytest.raises(UserError, match="--seeds wants"):
+            seeds(wrong)
+
+
+def test_a_sweep_records_a_failed_run_and_continues(stbench: Command, tmp_path: Path) -> None:
+    defaults = {"dataset": "digits", "backbone": "sit", "steps": 2, "precision": "fp32", "set": TINY}
+    runs = [{"recipe": "vanilla", "set": {"train.lr": 1.0e30}}, {"recipe": "vanilla"}]
+    suite, output = tmp_path / "two.json", tmp_path / "runs"
+    suite.write_text(json.dumps({"defaults": defaults, "groups": [{"runs": runs}]}))
+    code, out, err = stbench("sweep", "--suite", suite, "--output", output, "--device", "cpu")
+    assert code == 1, err
+    assert "1 finished, 1 failed; rerun the same command to retry" in out
+    assert f"next: stbench compare {output}" in out
+    failed, finished = read_journal(output)
+    assert failed.state == "failed" and "loss is not finite at step 2" in failed.error
+    assert finished.state == "finished" and len(list(output.glob("*/spec.json"))) == 2
+    assert f"failed: {failed.run_id}: {failed.error}" in out and "running: " + finished.run_id in err
+    text = suite.read_text()
+    suite.write_text(text.replace('"eval.samples": 40', '"eval.samples": 50'))
+    code, out, err = stbench("sweep", "--suite", suite, "--output", output, "--only", finished.run_id)
+    assert code == 2 and "was begun under other evaluation settings" in err
+    suite.write_text(text)
+    code, out, err = stbench("sweep", "--suite", suite, "--output", output, "--only", finished.run_id)
+    assert code == 0 and "1 finished, 0 failed\n" in out and "running" not in err.partition("\n")[2]
+
+
+def test_dry_run_lists_the_runs_and_writes_nothing(stbench: Command, tmp_path: Path) -> None:
+    code, out, err = stbench(
+        *("sweep", "--backbone", "dit,sit", "--recipe", "all", "--seeds", 3, "--steps", 20),
+        *("--output", tmp_path / "none", "--dry-run"),
+    )
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if line.startswith("waiting")]
+    assert len(lines) == len(set(lines)) >= 18 and not (tmp_path / "none").exists()
+    assert f"{len(lines)} runs: 0 running, {len(lines)} waiting" in out
+    total, different = (
+        int(out.partition(mark)[0].split()[-1]) for mark in (" stages,", " of them different")
+    )
+    assert total - different >= 6  # Self-Transcendence's teacher is VAE alignment's run
+
+
+SUITE = """
+defaults: {dataset: digits, steps: 400, seeds: [0, 1], precision: fp32}
+groups:
+  - with: {backbone: dit, objective: iddpm, set: {eval.sampler: ddim}}
+    runs:
+      - {recipe: vanilla}
+      - {recipe: self-transcendence, seeds: [7], set: {recipe.guidance: 1}}
+  - runs:
+      - {recipe: vanilla, backbone: sit, seed: 3}
+"""
+
+
+def test_only_selects_runs_by_folder_name_or_description(stbench: Command, tmp_path: Path) -> None:
+    file = tmp_path / "suite.yaml"
+    file.write_text(SUITE)
+    for text, count in {"sit-ti-2-vanilla": 1, "dit-ti/2 iddpm": 3, "guidance=1.0": 1, "seed 7": 1}.items():
+        code, out, err = stbench("sweep", "--suite", file, "--only", text, "--dry-run")
+        assert code == 0 and f"\n{count} runs:" in out, err
+
+
+SIT = ("sweep", "--backbone", "sit", "--recipe", "vanilla")
+MISTAKES = {
+    "no backbone": (("sweep", "--recipe", "all"), "expected --backbone or --suite, found none"),
+    "no recipe": (("sweep", "--backbone", "all"), "expected --recipe or --suite, found none"),
+    "recipe": ((*SIT[:-1], "vanilla,vanila"), "unknown recipe 'vanila'; did you mean 'vanilla'?"),
+    "twice": ((*SIT[:-1], "vanilla,vanilla"), "is named twice; name it once"),
+    "seeds": ((*SIT, "--seeds", "none"), "--seeds wants how many, or a list, got 'none'"),
+    "jobs": ((*SIT, "--jobs", "0"), "Invalid value for '--jobs'"),
+    "suite": (("sweep", "--suite", "nowhere"), "unknown suite 'nowhere'"),
+    "suite file": (("sweep", "--suite", "gone.yaml"), "suite file not found: gone.yaml"),
+    "both": ((*SIT, "--suite", "gone.yaml"), "found --backbone beside it"),
+    "set beside": (("sweep", "--suite", "gone.yaml", "--set", "train.lr=1"), "found --set beside it"),
+    "only": ((*SIT, "--only", "uvit"), "--only 'uvit' fits none of the 1 runs"),
+    "option": ((*SIT, "--set", "train.lrr=1"), "unknown option 'train.lrr'; did you mean 'train.lr'?"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_trains_nothing(
+    stbench: Command, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, message = MISTAKES[name]
+    code, _, err = stbench(*arguments)
+    assert code == 2 and err.count("\n") == 1 and message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("jobs", "threads"), [(1, 4), (2, 2), (3, 1), (9, 1), (None, 1)])
+def test_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch, jobs: int | None, threads: int) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = slots(torch.device("cpu"), jobs)
+    assert found == [{"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}] * (jobs or 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert {slot["OMP_NUM_THREADS"] for slot in slots(torch.device("cpu"), jobs)} == {"1"}
+
+
+def test_slots_use_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    cuda = torch.device("cuda")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(cuda, None)] == ["2", "5"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(cuda, 3)] == ["2", "5", "2"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(torch.device("cuda:1"), None)] == ["5"]
