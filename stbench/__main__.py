@@ -1,4 +1,4 @@
-"""`python -m stbench`."""
+"""`python -m stbench` is the `stbench` command."""
 
 from stbench.cli.app import main
 

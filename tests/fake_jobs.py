@@ -10,8 +10,8 @@ from tests import fake_runs
 
 
 def job(recipe: str, seed: int = 0, stages: Sequence[str] = ()) -> Job:
-    """A job that `fake_runs.build` can finish. Without `stages` it has one, which no other job shares."""
-    spec = fake_runs.spec(recipe, seed, fake_runs.STEPS[-1], {})
+    """A job that `fake_runs.write_run` can finish. Without `stages` it has one, which no other job shares."""
+    spec = fake_runs.make_spec(recipe, seed, fake_runs.STEPS[-1], {})
     entry = JournalEntry(
         run_id=spec["run_id"],
         dataset="digits",

@@ -13,8 +13,9 @@ import pytest
 import typer
 
 from stbench.cli import app as cli
+from stbench.cli.completion import registered_names
 from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, load_builtins, names
-from stbench.evaluate import METRICS
+from stbench.evaluate.metrics import METRICS
 from stbench.evaluate.scores import SCORES
 from tests.conftest import Command
 
@@ -101,6 +102,18 @@ def test_paths_in_backticks_exist(page: Path) -> None:
 def test_the_index_lists_every_page() -> None:
     listed = set(re.findall(r"\]\((\w+\.md)\)", (DOCS / "index.md").read_text()))
     assert listed == {page.name for page in DOCS.glob("*.md")} - {"index.md"}
+
+
+def test_the_architecture_page_lists_every_package_with_its_layer() -> None:
+    rows = re.findall(r"^\| +(\d) +\| `(\w+)` ", section(DOCS / "architecture.md", "Packages"), re.MULTILINE)
+    (layers,) = re.findall(
+        r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+    )
+    downwards = [re.findall(r"\w+", line) for line in layers.splitlines()]
+    expected = [
+        (str(n), package) for n, layer in enumerate(reversed(downwards), start=1) for package in layer
+    ]
+    assert sorted(rows) == sorted(expected)
 
 
 # Commands
@@ -236,7 +249,7 @@ def test_the_usage_page_lists_every_suite() -> None:
 
 @pytest.mark.parametrize("kind", REGISTRIES)
 def test_completion_knows_the_registered_names(kind: str) -> None:
-    assert set(cli.registered(kind)) == builtin(REGISTRIES[kind])
+    assert set(registered_names(kind)) == builtin(REGISTRIES[kind])
 
 
 # The recipe of the README

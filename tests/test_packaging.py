@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_runs import build
+from tests.fake_runs import write_run
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"stbench": "stbench", "stbench.backbones": "backbones", "stbench.recipes": "recipes"}
@@ -111,11 +111,11 @@ def test_help_is_light(command: str) -> None:
 
 
 def test_compare_is_light(tmp_path: Path) -> None:
-    build(tmp_path, "vanilla", 0, (10.0, 3.0, 1.0))
-    build(tmp_path, "vae-align", 0, (9.0, 2.0, 0.9))
+    write_run(tmp_path, "vanilla", 0, (10.0, 3.0, 1.0))
+    write_run(tmp_path, "vae-align", 0, (9.0, 2.0, 0.9))
     assert loaded(COMMAND, "compare", str(tmp_path)) == set()
 
 
 def test_show_is_light(tmp_path: Path) -> None:
-    record = build(tmp_path, "vanilla", 0, (10.0, 3.0, 1.0))
+    record = write_run(tmp_path, "vanilla", 0, (10.0, 3.0, 1.0))
     assert loaded(COMMAND, "show", record.path) == set()

@@ -1,27 +1,31 @@
-"""The command line: parses, calls, prints; nothing else. No heavy import at the top: `--help` answers at
-once.
-"""
+"""The `stbench` command line: the Typer app, its entry point, and one-line error messages."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 import traceback
 from enum import Enum
-from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from stbench import __version__
+from stbench.cli import compare, show
 from stbench.cli import data_options as cli_data
 from stbench.cli import samples_options as cli_samples
+from stbench.cli.completion import complete
 from stbench.cli.export_options import export
 from stbench.cli.options import RUNS, Device, KeepChoice, Original, Output, Plugins
 from stbench.cli.sweep_options import sweep
 from stbench.core.errors import UserError
+
+USER_ERROR, INTERRUPTED = 2, 130
+"""Exit codes: a mistake that the user can fix, and Ctrl-C."""
+
+click_exceptions = sys.modules[typer.BadParameter.__module__]
+"""`click.exceptions`, or the copy of it that newer versions of typer bundle."""
 
 app = typer.Typer(
     add_completion=True,
@@ -31,22 +35,6 @@ app = typer.Typer(
 )
 
 app.add_typer(cli_data.app, name="data")
-
-HOMES = {
-    "backbone": ("stbench.backbones", "."),
-    "recipe": ("stbench.recipes", "."),
-    "dataset": ("stbench", "data"),
-    "objective": ("stbench", "diffusion"),
-}
-"""Kind -> package, and folder in it, whose files register names of that kind."""
-
-
-def registered(kind: str) -> list[str]:
-    """The built-in names of a kind, read from the sources: completion must not import torch."""
-    package, folder = HOMES[kind]
-    sources = (file.read_text() for file in (Path(str(files(package))) / folder).glob("*.py"))
-    pattern = rf'^@{kind.upper()}S\.register_module\(name="([^"]+)"'
-    return sorted(name for source in sources for name in re.findall(pattern, source, re.MULTILINE))
 
 
 class Kind(str, Enum):
@@ -60,22 +48,8 @@ class Kind(str, Enum):
     metrics = "metrics"
 
 
-class Format(str, Enum):
-    """How `compare` prints."""
-
-    table = "table"
-    md = "md"
-    csv = "csv"
-    json = "json"
-    tex = "tex"
-
-
-def _complete(kind: str) -> Any:
-    return lambda incomplete: [name for name in registered(kind) if name.startswith(incomplete)]
-
-
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"stbench {__version__}")
         raise typer.Exit
 
@@ -84,30 +58,31 @@ def _version(asked: bool) -> None:
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    """`--debug` is read in main(), before anything can fail; it is declared here for --help."""
+    """Declares --debug for --help; main() reads it, because errors can occur before this function runs."""
 
 
 @app.command()
 def run(
     backbone: Annotated[
         str | None,
-        typer.Option(help="Family, or family-size such as sit-b/2.", autocompletion=_complete("backbone")),
+        typer.Option(help="Family, or family-size such as sit-b/2.", autocompletion=complete("backbone")),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Supervision recipe.", autocompletion=_complete("recipe"))
+        str | None, typer.Option(help="Supervision recipe.", autocompletion=complete("recipe"))
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Data set; digits is embedded.", autocompletion=_complete("dataset"))
+        str | None, typer.Option(help="Data set; digits is embedded.", autocompletion=complete("dataset"))
     ] = None,
     data: Annotated[str | None, typer.Option(help="Prepared data, REPA's layout, or a few images.")] = None,
     objective: Annotated[
         str | None,
         typer.Option(
             help="Corruption and target; default: the backbone's published one.",
-            autocompletion=_complete("objective"),
+            autocompletion=complete("objective"),
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of the last stage.")] = None,
@@ -190,26 +165,7 @@ app.command()(sweep)
 app.command()(export)
 
 
-@app.command()
-def compare(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders of them.")] = None,
-    format: Annotated[Format, typer.Option(help="How to print.")] = Format.table,
-    output: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="PNG of FID against images, student only and everything paid.")
-    ] = None,
-    reported: Annotated[
-        bool, typer.Option("--reported", help="Add published numbers, in a section of their own.")
-    ] = False,
-    reported_file: Annotated[
-        Path | None, typer.Option(help="Their CSV file, instead of results/reported.csv; implies --reported.")
-    ] = None,
-) -> None:
-    """Rank finished runs: one table per setting and evaluation protocol."""
-    from stbench.cli import compare as board
-
-    form = None if format is Format.table else format.value
-    board.compare(runs or [RUNS], form, output, plot, reported_file or reported)
+app.command()(compare.compare)
 
 
 @app.command(name="list")
@@ -224,56 +180,39 @@ def list_(
     listing.list_registered(kind.value, as_json, plugin)
 
 
-@app.command()
-def show(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Show one run: settings, stages, costs, curve."""
-    from stbench.compare import terminal
-    from stbench.runs.folder import RunFolder
-
-    folder = RunFolder(run)
-    if not folder.exists():
-        raise UserError(
-            f"{run} is no run folder (it has no spec.json); `stbench compare` lists those there are"
-        )
-    terminal.show(folder.record())
-
-
+app.command()(show.show)
 app.command()(cli_samples.sample)
 app.command()(cli_samples.evaluate)
 
 
 def main() -> None:
-    """Entry point: one-line errors and exit code 2, unless --debug asks for the traceback."""
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    """Run the command line. An error is one line and exit code 2; --debug adds its traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    stopped = f"stopped; go on with: {shlex.join(['stbench', *arguments])}"
-    usage_error: type[Exception] = typer.BadParameter.__mro__[
-        1
-    ]  # click's UsageError, vendored by typer or not
+    stopped = f"stopped; rerun the same command to resume: {shlex.join(['stbench', *arguments])}"
     try:
         code = app(args=arguments or ["--help"], prog_name="stbench", standalone_mode=False)
-        if code == 130:  # typer's word for a KeyboardInterrupt
-            _fail(stopped, debug, code)
+        if code == INTERRUPTED:  # typer returns it for a KeyboardInterrupt
+            _report(stopped, debug)
     except UserError as error:
-        code = _fail(f"error: {error}", debug, 2)
-    except usage_error as error:
-        command = error.ctx.command_path if error.ctx else "stbench"  # type: ignore[attr-defined]
-        message = error.format_message()  # type: ignore[attr-defined]
-        code = _fail(f"error: {message}; see `{command} --help`", debug, 2)
+        code = USER_ERROR
+        _report(f"error: {error}", debug)
+    except click_exceptions.UsageError as error:
+        code = USER_ERROR
+        command = error.ctx.command_path if error.ctx else "stbench"
+        _report(f"error: {error.format_message().rstrip('.')}; see `{command} --help`", debug)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail(stopped, debug, 130)
+        code = INTERRUPTED
+        _report(stopped, debug)
     except OSError as error:
+        code = USER_ERROR
         where = f": {error.filename}" if error.filename else ""
-        code = _fail(f"error: {error.strerror or error}{where}; choose another path", debug, 2)
+        _report(f"error: {error.strerror or error}{where}; choose another path", debug)
     sys.exit(code or 0)
 
 
-def _fail(message: str, debug: bool, code: int) -> int:
+def _report(message: str, debug: bool) -> None:
+    """Print a message in one line on standard error, below the traceback with --debug."""
     if debug:
         traceback.print_exc()
     typer.echo(" ".join(message.split()), err=True)
-    return code
-
-
-if __name__ == "__main__":
-    main()

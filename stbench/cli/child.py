@@ -1,5 +1,7 @@
-"""What a sweep starts for each run. `python -m stbench.child PARENT ARGUMENTS...` is `stbench ARGUMENTS...`,
-and when the process PARENT is gone, however it died, this one saves and ends as after Ctrl-C.
+"""The process that a sweep starts for each run.
+
+`python -m stbench.cli.child PARENT ARGUMENTS...` is `stbench ARGUMENTS...`, except that it saves and exits,
+as after Ctrl-C, when the process PARENT no longer exists, even if that was killed.
 """
 
 from __future__ import annotations
@@ -10,23 +12,23 @@ import sys
 import threading
 import time
 
-from stbench.cli import app as cli
+from stbench.cli import app
 
 WATCH_SECONDS = 0.5
 
 
 def watch(parent: int) -> None:
-    """Ask this process to end, once, when its parent is no longer `parent`."""
+    """Send SIGTERM to this process once its parent is no longer `parent`."""
     while os.getppid() == parent:
         time.sleep(WATCH_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:
-    """Bind this process to its parent, then be the command line."""
+    """Watch the parent in a thread and run the command line."""
     parent = int(sys.argv.pop(1))
     threading.Thread(target=watch, args=(parent,), daemon=True).start()
-    cli.main()
+    app.main()
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ def statistics(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Measure real images once: a reference for `stbench evaluate`, with ADM's names for ADM's arrays."""
-    from stbench.cli import evaluate as scoring
+    from stbench.cli import evaluate as command
+    from stbench.evaluate.feature_networks import NetworkFiles
 
-    weights = {"inception": inception, "inception_sha256": inception_sha256, "dino": dino}
-    scoring.statistics(images, output, size, scoring.Measuring.of(weights, batch, device))
+    networks = NetworkFiles(inception, inception_sha256, dino)
+    command.statistics(images, output, size, command.MeasureOptions(networks, batch, device))

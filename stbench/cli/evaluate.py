@@ -1,157 +1,111 @@
-"""`stbench evaluate SAMPLES --reference REF` and `stbench data statistics`: measure, print, write JSON."""
+"""`stbench evaluate` and `stbench data statistics`: score images or a run, print the results."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
 from rich.table import Table
 
+from stbench.cli.progress import progress_bar
 from stbench.config.overrides import parse_set
 from stbench.config.resolve import evaluation_spec, parse_scales
 from stbench.config.spec import EvalSpec
 from stbench.core.device import pick_device, pick_devices
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write
 from stbench.core.registry import load_builtins
-from stbench.evaluate import past_run, points
-from stbench.evaluate.feature_networks import INCEPTION_SHA256, Network, load_dino, load_inception
+from stbench.evaluate.feature_networks import NetworkFiles
 from stbench.evaluate.image_sets import ImageSet, open_images
 from stbench.evaluate.past_run import open_run
-from stbench.evaluate.reference import load_reference, size_of, write_statistics
-from stbench.evaluate.sample_job import Asked, draw
-from stbench.evaluate.sample_parts import settings_of
-from stbench.evaluate.sample_source import Origin
-from stbench.evaluate.scores import SCORES, Verdict, full_name, require_comparable, score
-from stbench.evaluate.statistics import survey
+from stbench.evaluate.points import evaluate_again
+from stbench.evaluate.reference import reference_size, write_statistics
+from stbench.evaluate.sample_job import SampleRequest, sample_images
+from stbench.evaluate.sample_model import ModelLocation
+from stbench.evaluate.score_images import open_samples, score_images
+from stbench.evaluate.scores import SCORES, ScoreReport, require_comparable, score_name
 from stbench.runs.folder import RunFolder
-from stbench.runs.records import SCHEMA
 from stbench.train.progress import point_line
+
+_progress = partial(progress_bar, transient=True)
 
 
 @dataclass(frozen=True)
-class Measuring:
+class MeasureOptions:
     """The options that `evaluate --reference` and `data statistics` share."""
 
-    inception: Path | None = None
-    """Weights; None for the file in torch hub's cache."""
-    inception_sha256: str = INCEPTION_SHA256
-    dino: Path | None = None
-    """Weights; None for no FD-DINOv2."""
+    networks: NetworkFiles = NetworkFiles()  # noqa: RUF009 - frozen
     batch: int = 64
     device: str = "auto"
 
-    @classmethod
-    def of(cls, weights: Mapping[str, Any], batch: int, device: str) -> Measuring:
-        """From options of the command line, None where one was not given."""
-        given = {name: value for name, value in weights.items() if value is not None}
-        return cls(**given, batch=batch, device=device)
-
-    def open(self) -> list[Network]:
-        """The networks on their device."""
-        device = pick_device(self.device)
-        networks: list[Network] = [load_inception(self.inception, self.inception_sha256)]
-        if self.dino is not None:
-            networks.append(load_dino(self.dino))
-        return [network.to(device) for network in networks]
-
 
 @dataclass(frozen=True)
-class Protocol:
-    """The options of `stbench evaluate` that are for a run."""
+class RunOptions:
+    """The options of `stbench evaluate` that apply to a run only."""
 
-    guidance: str | None
-    samples: int | None
-    overrides: Sequence[str]
+    guidance: str | None = None
+    samples: int | None = None
+    overrides: Sequence[str] = ()
 
 
-def evaluate_samples(
-    samples: Path, reference: Path | None, output: Path | None, measuring: Measuring, protocol: Protocol
+def evaluate(
+    path: Path, reference: Path | None, output: Path | None, *, measure: MeasureOptions, run: RunOptions
 ) -> None:
-    """What `stbench evaluate` does with a run, with or without a reference, and with images."""
-    run = RunFolder(samples).exists()
+    """Evaluate a run under another protocol, or score a run or images against a reference."""
+    if RunFolder(path).exists():
+        if reference is None:
+            evaluate_run(path, run, measure.device)
+        elif output is not None:
+            raise UserError("a run's scores are written to its folder evaluation/; drop --output")
+        else:
+            score_run(path, reference, measure, run)
+        return
+    if reference is None and path.exists():
+        raise UserError(f"{path} is not a run folder; to score images, add --reference REF")
     if reference is None:
-        if not run and samples.exists():
-            raise UserError(f"{samples} is no run folder; images are measured against --reference REF")
-        device = measuring.device
-        evaluate(samples, protocol.guidance, protocol.samples, protocol.overrides, device)
-    elif run:
-        if output is not None:
-            raise UserError("a run's scores go to its folder evaluation/; leave --output out")
-        _evaluate_run(samples, reference, measuring, protocol)
+        evaluate_run(path, run, measure.device)  # which says what a run folder is
+    elif run != RunOptions():
+        raise UserError(
+            f"--samples, --eval-guidance and --set apply to a run, but {path} is not a run folder; drop them"
+        )
     else:
-        if protocol != Protocol(None, None, []):
-            raise UserError(
-                f"{samples} is no run folder: leave out --samples, --eval-guidance and --set, "
-                "which are for a run"
-            )
-        evaluate_images(samples, reference, output, measuring)
+        score_and_print(path, reference, output, measure)
 
 
-def evaluate_images(samples: Path, reference: Path, output: Path | None, measuring: Measuring) -> Verdict:
-    """Measure a finished set of samples against a reference; prints the scores and writes them as JSON.
+def evaluate_run(path: Path, options: RunOptions, device: str) -> None:
+    """Add evaluation rows to a run under another protocol and print them."""
+    settings = _evaluation_settings(path, options)
+    run = open_run(path)
+    added = evaluate_again(run, settings, pick_device(device))
+    for point in added:
+        print(point_line(point))
+    print(f"{len(added)} rows added to {path}")
 
-    Without `output` they go beside the samples; scores against another reference stay.
 
-    Raises UserError for whatever is missing, before the first image is measured where that can be.
+def score_run(path: Path, reference: Path, measure: MeasureOptions, options: RunOptions) -> None:
+    """Sample from a run at every guidance scale, into its folder evaluation/, and score the images.
+
+    Rerunning the command resumes, as `stbench sample` does.
     """
-    if samples.name in ("", ".."):  # such as `stbench evaluate .`
-        samples = samples.resolve()
-    images = open_images(samples)
-    _require_reference(reference)
-    require_comparable(str(samples), len(images), images.size, str(reference), size_of(reference))
-    _say_ignored(images)
-    networks = measuring.open()
-    device = pick_device(measuring.device)
-    options: dict[str, Any] = {"batch": measuring.batch, "device": device}
-    with _progress("reference") as report:
-        real = load_reference(reference, networks, report=report, **options)
-    with _progress("samples") as report:
-        found = survey(images, networks, report=report, **options)
-    verdict = score(found, real, device)
-    settings = settings_of(samples)
-    protocol = {
-        **verdict.protocol,
-        "networks": {space: network.label for network in networks for space in network.spaces},
-        "rounding": (settings or {}).get("rounding", "not known: the samples are not from `stbench sample`"),
-        "sampling": settings,
-    }
-    verdict = Verdict(verdict.metrics, protocol, verdict.warnings)
-    target = output or _beside(samples, real.digest)
-    _write(target, verdict)
-    _print(verdict, target)
-    return verdict
+    # Fail before hours of sampling if the reference does not fit or weights are missing.
+    settings = _evaluation_settings(path, options)
+    height, width = open_run(path).prepared.dataset.image_shape[1:]
+    require_comparable(
+        str(path),
+        count=settings.samples,
+        size=(height, width),
+        reference=str(reference),
+        reference_size=reference_size(reference),
+    )
+    measure.networks.load()
 
-
-def _beside(samples: Path, digest: str) -> Path:
-    """`<samples>.json`; where that holds scores against another reference, the digest is in the name."""
-    name = samples.name.removesuffix(".npz")
-    first = samples.parent / f"{name}.json"
-    if not first.exists():
-        return first
-    try:
-        same = json.loads(first.read_text())["protocol"]["reference_sha256"] == digest
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    return first if same else samples.parent / f"{name}-{digest[:8]}.json"
-
-
-def _evaluate_run(run: Path, reference: Path, measuring: Measuring, protocol: Protocol) -> None:
-    """Draw from a run at every guidance scale, into its folder, and measure that; resumes like `sample`."""
-    _require_reference(reference)
-    measuring.open()  # missing weights are told before hours of sampling
-    settings = evaluation_of(run, protocol.guidance, protocol.samples, protocol.overrides)
-    height, width = open_run(run).prepared.dataset.image_shape[1:]
-    require_comparable(str(run), settings.samples, (height, width), str(reference), size_of(reference))
     for scale in settings.guidance:
-        asked = Asked(
+        request = SampleRequest(
             count=settings.samples,
             scale=scale,
             interval=settings.interval,
@@ -161,109 +115,79 @@ def _evaluate_run(run: Path, reference: Path, measuring: Measuring, protocol: Pr
             labels=settings.labels,
             seed=settings.seed,
         )
-        output = run / "evaluation" / f"g{scale:g}-n{asked.count}.npz"
-        draw(Origin(run), asked, [output], pick_devices(measuring.device))
-        evaluate_images(output, reference, None, measuring)
+        output = path / "evaluation" / f"g{scale:g}-n{request.count}.npz"
+        devices = pick_devices(measure.device)
+        sample_images(ModelLocation(path), request, [output], devices, progress=progress_bar)
+        score_and_print(output, reference, None, measure)
 
 
-def statistics(images: Path, output: Path, size: int | None, measuring: Measuring) -> None:
-    """Measure a set of real images once, for any number of evaluations; `size` crops a folder's."""
+def score_and_print(samples: Path, reference: Path, output: Path | None, options: MeasureOptions) -> None:
+    """Score images against a reference, write the scores as JSON and print them."""
+    _print_ignored(open_samples(samples, reference))
+    device = pick_device(options.device)
+    scores, target = score_images(
+        samples,
+        reference,
+        options.networks.load(device),
+        output,
+        batch=options.batch,
+        device=device,
+        progress=_progress,
+    )
+    _print_scores(scores, target)
+
+
+def statistics(images: Path, output: Path, size: int | None, options: MeasureOptions) -> None:
+    """Measure real images and write a statistics file, centre-cropping the images of a folder to `size`."""
     if output.suffix != ".npz":
-        raise UserError(f"statistics go to a file that ends in .npz, got {output}; try {output}.npz")
+        raise UserError(f"the output must be a file that ends in .npz, found {output}; try {output}.npz")
     found = open_images(images, size)
-    _say_ignored(found)
-    networks = measuring.open()
+    _print_ignored(found)
+    device = pick_device(options.device)
+    networks = options.networks.load(device)
     with _progress("images") as report:
-        done = write_statistics(
-            found,
-            networks,
-            output,
-            batch=measuring.batch,
-            device=pick_device(measuring.device),
-            report=report,
-        )
+        done = write_statistics(found, networks, output, batch=options.batch, device=device, report=report)
     print(f"{done.count} images of {done.size[1]}x{done.size[0]}: {output}")
 
 
-def _say_ignored(images: ImageSet) -> None:
-    if images.ignored:
-        others = ", ".join(f"{count} {suffix}" for suffix, count in sorted(images.ignored.items()))
-        print(f"not taken for images: {others}", file=sys.stderr)
-
-
-def _require_reference(reference: Path) -> None:
-    if not reference.exists():
-        raise UserError(
-            f"reference {reference} is not there; expected an ADM npz, a file of `stbench data statistics`, "
-            "a prepared data set, or a folder of images"
-        )
-
-
-def _write(target: Path, verdict: Verdict) -> None:
-    content = {
-        "schema": SCHEMA,
-        "metrics": dict(verdict.metrics),
-        "warnings": verdict.warnings,
-        "protocol": dict(verdict.protocol),
-    }
-    atomic_write(target, json.dumps(content, indent=1) + "\n")
-
-
-def _print(verdict: Verdict, target: Path) -> None:
-    count = verdict.protocol["count"]
-    table = Table("score", "value", "meaning", title=f"{verdict.protocol['samples']}: {count} images")
-    for name, meaning in SCORES.items():
-        if (full := full_name(name, count)) in verdict.metrics:
-            table.add_row(full, f"{verdict.metrics[full]:.5g}", meaning)
-    Console().print(table)
-    for warning in verdict.warnings:
-        Console(stderr=True).print(f"warning: {warning}", highlight=False, soft_wrap=True)
-    print(f"scores and protocol: {target}")
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int], None]]:
-    """A bar without an end on standard error, if that is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn(what), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done: bar.update(task, completed=done)
-
-
-def evaluate(
-    path: Path, guidance: str | None, samples: int | None, overrides: Sequence[str], device: str
-) -> None:
-    """Add evaluation rows to a run under another protocol."""
-    checked = evaluation_of(path, guidance, samples, overrides)
-    run = past_run.open_run(path)
-    added = points.evaluate_again(run, checked, pick_device(device))
-    for point in added:
-        print(point_line(point))
-    print(f"{len(added)} rows added to {path}")
-
-
-def evaluation_of(
-    path: Path, guidance: str | None, samples: int | None, overrides: Sequence[str]
-) -> EvalSpec:
-    """A run's evaluation settings with these changes, checked."""
+def _evaluation_settings(path: Path, options: RunOptions) -> EvalSpec:
+    """Return a run's evaluation settings with the options applied, validated."""
     load_builtins()
-    run = past_run.open_run(path)
-    settings = _evaluation_settings(overrides)
-    if guidance is not None:
-        settings["guidance"] = parse_scales(guidance)
-    if samples is not None:
-        settings["samples"] = samples
+    run = open_run(path)
+    changes = _evaluation_overrides(options.overrides)
+    if options.guidance is not None:
+        changes["guidance"] = parse_scales(options.guidance)
+    if options.samples is not None:
+        changes["samples"] = options.samples
     spec = run.prepared.spec
-    return evaluation_spec(spec.eval.model_dump() | settings, spec.objective, spec.train.steps)
+    return evaluation_spec(spec.eval.model_dump() | changes, spec.objective, spec.train.steps)
 
 
-def _evaluation_settings(overrides: Sequence[str]) -> dict[str, Any]:
+def _evaluation_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the values of --set without their prefix; UserError for anything but evaluation settings."""
     settings = parse_set(overrides)
     for name in settings:
         if not name.startswith("eval.") or name == "eval.points":
             raise UserError(
-                f"evaluate changes how the kept points are evaluated: expected eval.*, got '{name}'; "
+                f"`stbench evaluate` can change eval.* only, except eval.points; found '{name}'; "
                 f"for example --set eval.steps=50"
             )
     return {name.removeprefix("eval."): value for name, value in settings.items()}
+
+
+def _print_ignored(images: ImageSet) -> None:
+    if images.ignored:
+        others = ", ".join(f"{count} {suffix}" for suffix, count in sorted(images.ignored.items()))
+        print(f"ignored, not images: {others}", file=sys.stderr)
+
+
+def _print_scores(scores: ScoreReport, target: Path) -> None:
+    count = scores.protocol["count"]
+    table = Table("score", "value", "meaning", title=escape(f"{scores.protocol['samples']}: {count} images"))
+    for name, meaning in SCORES.items():
+        if (full := score_name(name, count)) in scores.metrics:
+            table.add_row(full, f"{scores.metrics[full]:.5g}", meaning)
+    Console().print(table)
+    for warning in scores.warnings:
+        Console(stderr=True).print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    print(f"scores and protocol: {target}")

@@ -28,7 +28,7 @@ from stbench.core.registry import (
     lookup,
     names,
 )
-from stbench.evaluate import METRICS
+from stbench.evaluate.metrics import METRICS
 from stbench.evaluate.scores import SCORES
 from stbench.train.cost import expected_cost
 

@@ -1,4 +1,4 @@
-"""Options that several commands take. No heavy import: `--help` answers at once."""
+"""Options that several commands share. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,15 +8,55 @@ from typing import Annotated
 
 import typer
 
+from stbench.cli.completion import complete
+
+RUNS = Path("results/runs")
+"""Default folder of run folders."""
+
 
 class KeepChoice(str, Enum):
-    """Which EMA weights stay."""
+    """Choices of --keep."""
 
     all = "all"
     last = "last"
 
 
-Output = Annotated[Path, typer.Option(help="Folder that holds the run folders.")]
+# --- What a run is: `run` and `sweep` ---
+
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="Data set; default: digits, which is included.", autocompletion=complete("dataset")),
+]
+Objective = Annotated[
+    str | None,
+    typer.Option(
+        help="Corruption process and regression target; default: the one published for the backbone.",
+        autocompletion=complete("objective"),
+    ),
+]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps of the last stage.")]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="fp32, tf32 or bf16; default: bf16 on a GPU that supports it, otherwise fp32."),
+]
+EvalGuidance = Annotated[
+    str | None, typer.Option(help="Guidance scales to evaluate, separated by commas, such as 1.0,1.5,2.0.")
+]
+Overrides = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        help="Any other option as KEY=VALUE: train.lr=1e-3, recipe.guidance=5, backbone.depth=4, "
+        "eval.seed=1; repeatable.",
+    ),
+]
+Keep = Annotated[
+    KeepChoice, typer.Option(help="EMA weights to keep: those of all evaluation points, or only the last.")
+]
+
+# --- Where and with what ---
+
+Output = Annotated[Path, typer.Option(help="Folder that contains the run folders.")]
 Plugins = Annotated[
     list[Path], typer.Option("--plugin", help="Python file that registers backbones or recipes; repeatable.")
 ]
@@ -24,8 +64,19 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Original = Annotated[
     str | None,
     typer.Option(
-        help="Repository a checkpoint is from, where its keys leave it open: dit, sit, repa, sra, layersync, "
-        "dispersive, self-transcendence, uvit-discrete, uvit-continuous."
+        help="Repository that the checkpoint comes from, if its keys are ambiguous: dit, sit, repa, sra, "
+        "layersync, dispersive, self-transcendence, uvit-discrete, uvit-continuous."
     ),
 ]
-RUNS = Path("results/runs")
+
+# --- How images are measured: `evaluate` and `data statistics` ---
+
+Inception = Annotated[
+    Path | None, typer.Option(help="Inception weights; default: the file in the torch hub cache.")
+]
+InceptionSha256 = Annotated[
+    str | None,
+    typer.Option(help="First digits of the sha256 of the Inception weights; default: the published file's."),
+]
+Dino = Annotated[Path | None, typer.Option(help="DINOv2 weights; adds FD-DINOv2.")]
+MeasureBatch = Annotated[int, typer.Option(min=1, help="Images measured at a time.")]

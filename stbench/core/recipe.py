@@ -6,6 +6,7 @@ artifact. Shapes and conventions are listed in `stbench.core.backbone`.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -282,8 +283,14 @@ def effective_options(
     return {name: known[name] for name in parameters} | options
 
 
-def build_stages(
-    recipe: Recipe, info: BackboneInfo, *, steps: int | None = None, **options: Any
-) -> Sequence[Stage]:
-    """Call a recipe with its effective options."""
-    return recipe(info, **effective_options(recipe, info, steps=steps, **options))
+def computed_defaults(recipe: Recipe) -> Recipe:
+    """Decorate a recipe so that a direct call in Python also fills in its computed defaults.
+
+    `stbench run` fills them in with or without this decorator. Put it below the registration.
+    """
+
+    @functools.wraps(recipe)
+    def call(info: BackboneInfo, **options: Any) -> Sequence[Stage]:
+        return recipe(info, **effective_options(recipe, info, **options))
+
+    return call

@@ -1,41 +1,6 @@
-"""Draw images from a network, measure them with torch-fidelity, and name the protocol of it."""
+"""Image generation and everything that is computed from images.
 
-from __future__ import annotations
-
-from stbench.evaluate.extractors import DigitsClassifier, DigitsExtractor, extract, get_extractor
-from stbench.evaluate.generate import draw_labels, generate, grid, image_noise, validation_loss
-from stbench.evaluate.metrics import (
-    BASIC,
-    EXTRAS,
-    METRICS,
-    frechet_distance,
-    kernel_distance,
-    metrics,
-    nearest_distance,
-    reference_statistics,
-    statistics,
-)
-from stbench.evaluate.points import Protocol, protocol_of
-
-__all__ = [
-    "BASIC",
-    "EXTRAS",
-    "METRICS",
-    "DigitsClassifier",
-    "DigitsExtractor",
-    "Protocol",
-    "draw_labels",
-    "extract",
-    "frechet_distance",
-    "generate",
-    "get_extractor",
-    "grid",
-    "image_noise",
-    "kernel_distance",
-    "metrics",
-    "nearest_distance",
-    "protocol_of",
-    "reference_statistics",
-    "statistics",
-    "validation_loss",
-]
+Owns sampling from a network, the metrics and the statistics behind them, reference sets, the evaluation of
+a run's checkpoints, and the sampling jobs of `stbench sample`. It must not know how a network is trained, how
+runs are compared, or anything about the command line: progress is reported through callbacks.
+"""

@@ -1,6 +1,7 @@
-"""Formulas of ADM's evaluator on features: streaming moments, inception score, precision and recall.
+"""The formulas of ADM's evaluator on features: streaming moments, inception score, precision and recall.
 
-Dhariwal and Nichol 2021; Kynkäänniemi et al. 2019 for precision and recall. All in float64.
+Dhariwal and Nichol 2021; Kynkäänniemi et al. 2019 for precision and recall. Everything is in float64, and
+nothing here knows about images, networks or files.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import torch
 from torch import Tensor
 
 SPLIT = 5000
-"""Images in a split of the inception score (ADM)."""
+"""Images per split of the inception score (ADM)."""
 NEIGHBOURS = 3
 """k of precision and recall (ADM)."""
 BLOCK = 5000
-"""Rows of a block of distances; two blocks of float64 are 400 MB."""
+"""Rows per block of pairwise distances; two float64 blocks take 400 MB."""
 
 
 @final
-class Moments:
-    """Mean and covariance of rows that arrive in batches, as numpy's `mean` and `cov` of all of them.
+class RunningMoments:
+    """Mean and covariance of rows that arrive in batches, equal to numpy's `mean` and `cov` of all rows.
 
-    Chan, Golub and LeVeque 1983: sums of squares about the running mean, so nothing cancels.
+    Accumulates sums of squares about the running mean, so that large means do not cancel (Chan, Golub and
+    LeVeque 1983).
     """
 
     def __init__(self) -> None:
@@ -30,7 +32,7 @@ class Moments:
         self._mean = self._scatter = torch.zeros(0)
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (B,D)."""
+        """Add rows (B,D)."""
         rows = rows.double()
         mean = rows.mean(0)
         centred = rows - mean
@@ -44,14 +46,15 @@ class Moments:
         self.count = total
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Mean (D,) and covariance (D,D), divided by N-1, on the host."""
+        """Return the mean (D,) and the covariance (D,D), divided by N-1, on the CPU."""
         return self._mean.cpu(), (self._scatter / (self.count - 1)).cpu()
 
 
 def inception_score_in_order(logits: Tensor, split: int = SPLIT) -> float:
-    """ADM's inception score of logits (N,K): mean over consecutive splits of exp of the mean KL divergence.
+    """Compute ADM's inception score of logits (N,K): the mean over splits of exp of the mean KL divergence.
 
-    Nothing is shuffled and the last split may be shorter, so the order of the file counts.
+    Splits are consecutive rows and the last one may be shorter. Nothing is shuffled, so the score depends on
+    the order of the images.
     """
     scores = []
     for part in torch.split(logits.double(), split):
@@ -63,43 +66,45 @@ def inception_score_in_order(logits: Tensor, split: int = SPLIT) -> float:
 
 
 def precision_recall(
-    samples: Tensor, references: Tensor, neighbours: int = NEIGHBOURS, block: int = BLOCK
+    samples: Tensor, references: Tensor, *, neighbours: int = NEIGHBOURS, block: int = BLOCK
 ) -> tuple[float, float]:
-    """Shares of samples (N,D) in the references' balls and of references (M,D) in the samples' balls.
+    """Compute improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2).
 
-    A ball reaches to the k-th nearest neighbour in its own set, the edge included. Blocks of distances, so
-    50,000 rows need no 20 GB.
+    Precision is the share of samples (N,D) inside any reference's ball, recall the share of references (M,D)
+    inside any sample's ball. The radius of a ball is the distance to the k-th nearest neighbour in its own
+    set; the boundary belongs to the ball. Distances are computed in blocks: 50,000 rows would need 20 GB.
     """
     samples, references = samples.double(), references.double()
-    precision = _covered(samples, references, _radii(references, neighbours, block), block)
-    recall = _covered(references, samples, _radii(samples, neighbours, block), block)
+    precision = _share_inside(samples, references, _squared_radii(references, neighbours, block), block)
+    recall = _share_inside(references, samples, _squared_radii(samples, neighbours, block), block)
     return precision, recall
 
 
-def _radii(rows: Tensor, neighbours: int, block: int) -> Tensor:
-    """Squared distance (N,) of every row to its k-th nearest other row."""
+def _squared_radii(rows: Tensor, neighbours: int, block: int) -> Tensor:
+    """Return the squared distance (N,) of every row to its k-th nearest other row."""
     radii = []
     for part in torch.split(rows, block):
         nearest = torch.empty(len(part), 0, dtype=rows.dtype, device=rows.device)
         for others in torch.split(rows, block):
-            both = torch.cat([nearest, _squared(part, others)], dim=1)
-            # one more than k, because every row is nearest to itself
+            both = torch.cat([nearest, _squared_distances(part, others)], dim=1)
+            # k + 1, because every row is its own nearest neighbour
             nearest = both.topk(min(neighbours + 1, both.shape[1]), dim=1, largest=False).values
         radii.append(nearest.amax(1))
     return torch.cat(radii)
 
 
-def _covered(points: Tensor, centres: Tensor, radii: Tensor, block: int) -> float:
+def _share_inside(points: Tensor, centres: Tensor, squared_radii: Tensor, block: int) -> float:
+    """Return the share of points (N,D) inside any ball around centres (M,D)."""
     inside = []
     for part in torch.split(points, block):
         found = torch.zeros(len(part), dtype=torch.bool, device=points.device)
-        for others, reach in zip(torch.split(centres, block), torch.split(radii, block), strict=True):
-            found |= (_squared(part, others) <= reach).any(1)
+        for others, radii in zip(torch.split(centres, block), torch.split(squared_radii, block), strict=True):
+            found |= (_squared_distances(part, others) <= radii).any(1)
         inside.append(found)
     return float(torch.cat(inside).double().mean())
 
 
-def _squared(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances (N,M) of rows (N,D) and (M,D), by the product that ADM uses."""
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the squared distances (N,M) of rows (N,D) and (M,D), by the same expansion as ADM."""
     squares = a.square().sum(1, keepdim=True) + b.square().sum(1)
     return torch.addmm(squares, a, b.T, alpha=-2.0).clamp(min=0.0)

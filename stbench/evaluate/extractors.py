@@ -1,4 +1,4 @@
-"""Feature extractors: the shipped digits classifier in torch-fidelity's terms, features of images."""
+"""Feature extractors of a run's evaluation: torch-fidelity's registry and the shipped digits classifier."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from stbench.models.autoencoder import to_float
 
 
 class DigitsClassifier(nn.Module):
-    """A small convolutional digit classifier; its 64-d features play Inception's part on the digits."""
+    """A small convolutional digit classifier; its 64-d features replace Inception's for the digits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,13 +35,13 @@ class DigitsClassifier(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images (B,1,32,32) in [-1,1] to features (B,64)."""
+        """Map images (B,1,32,32) in [-1,1] to features (B,64)."""
         for convolution in self.convolutions:
             images = nn.functional.max_pool2d(nn.functional.gelu(convolution(images)), 2)
         return nn.functional.gelu(self.penultimate(images.flatten(1)))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B,1,32,32) in [-1,1] to logits (B,10)."""
+        """Map images (B,1,32,32) in [-1,1] to logits (B,10)."""
         return self.head(self.features(images))
 
 
@@ -50,35 +50,35 @@ class DigitsExtractor(FeatureExtractorBase):
     """The shipped classifier for torch-fidelity: uint8 (B,1,32,32) to features "64" and "logits"."""
 
     def __init__(self, name: str, features_list: Sequence[str], **_options: object) -> None:
-        # torch-fidelity hands every option of its own to every extractor; this one needs none.
+        # torch-fidelity passes all its options to every extractor; this one has none.
         super().__init__(name, list(features_list))
-        # On the meta device nothing is initialised, so building leaves the global random state alone.
+        # The meta device initialises nothing, so the global random state does not change.
         with torch.device("meta"):
             self.classifier = DigitsClassifier()
         self.classifier.load_state_dict(load_asset("digits_classifier"), assign=True)
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
-        """Names of the features."""
+        """Return the names of the features."""
         return "64", "logits"
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric: str) -> str:
-        """Logits for the inception score, features for everything else."""
+        """Return "logits" for the inception score and "64" for every other metric."""
         return "logits" if metric == "isc" else "64"
 
     @staticmethod
     def can_be_compiled() -> bool:
-        """It can, but a network this small gains nothing."""
+        """Return False: compiling a network this small gains nothing."""
         return False
 
     @staticmethod
     def get_dummy_input_for_compile() -> Tensor:
-        """One black image."""
+        """Return one black image."""
         return torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The requested features, in the order they were asked for."""
+        """Return the requested features in the requested order."""
         features = self.classifier.features(to_float(images))
         found = {"64": features, "logits": self.classifier.head(features)}
         return tuple(found[name] for name in self.features_list)
@@ -89,11 +89,13 @@ register_feature_extractor("stbench-digits", DigitsExtractor)
 
 @cache
 def get_extractor(name: str) -> FeatureExtractorBase:
-    """A registered torch-fidelity extractor that returns (FID features, IS logits), on the host."""
+    """Return a registered torch-fidelity extractor that computes (FID features, IS logits), on the CPU.
+
+    Inception is loaded from local weights; see `load_inception`. Raises UserError for an unknown name.
+    """
     if name == INCEPTION:
-        return load_inception(
-            by_option=False
-        ).net  # local weights, their hash checked; torch-fidelity would download
+        # torch-fidelity would download the weights; this loads a local file and checks its hash.
+        return load_inception(has_option=False).net
     known = FEATURE_EXTRACTORS_REGISTRY
     if name not in known:
         raise UserError(f"unknown feature extractor '{name}'{suggest(name, known)}")
@@ -102,13 +104,12 @@ def get_extractor(name: str) -> FeatureExtractorBase:
 
 
 @torch.no_grad()
-def extract(
-    extractor: FeatureExtractorBase, images: Tensor, batch: int = 250, device: torch.device | str = "cpu"
+def extract_features(
+    extractor: FeatureExtractorBase, images: Tensor, *, batch: int = 250, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """FID features (N,D) and IS logits (N,K), float64 on the host, of uint8 images (N,c,H,W).
+    """Compute FID features (N,D) and IS logits (N,K), float64 on the CPU, of uint8 images (N,c,H,W).
 
-    The extractor works on `device`, in fp32, and is back on the host afterwards. Inception sees grey images
-    as three equal channels.
+    The extractor runs on `device` in fp32. Grey images are repeated to three channels for Inception.
     """
     if images.shape[1] == 1 and isinstance(extractor, FeatureExtractorInceptionV3):
         images = images.expand(-1, 3, -1, -1)
@@ -120,13 +121,14 @@ def extract(
                 features, logits = extractor(part.to(device))
                 found.append((features.cpu(), logits.cpu()))
     finally:
-        extractor.to("cpu")  # it is shared by all of the process
+        # `get_extractor` caches one instance per process, which other callers expect on the CPU.
+        extractor.to("cpu")
     features, logits = (torch.cat(parts).double() for parts in zip(*found, strict=True))
     return features, logits
 
 
 def tensors_hash(tensors: Sequence[Tensor]) -> str:
-    """sha256 over shapes, types and bytes."""
+    """Return the sha256 of the shapes, types and bytes of tensors, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -135,6 +137,6 @@ def tensors_hash(tensors: Sequence[Tensor]) -> str:
 
 
 def extractor_hash(extractor: FeatureExtractorBase) -> str:
-    """Hash of an extractor's weights and of the layers it returns."""
+    """Return a hash of an extractor's weights and of the layers it returns."""
     weights = tensors_hash(list(extractor.state_dict().values()))
     return hashlib.sha256(f"{extractor.get_requested_features_list()}{weights}".encode()).hexdigest()

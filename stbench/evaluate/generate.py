@@ -1,7 +1,7 @@
-"""Draw images from a network, measure its loss on held-out images, and lay images out in one picture.
+"""Generate images with a network, compute its loss on held-out images, and save image grids.
 
-All noise is keyed by the evaluation seed and the image's number, so neither the batch nor the caller changes
-a sample, and the global random state is never touched.
+All noise is keyed by the evaluation seed and the image index. Neither the batch size nor the caller changes a
+sample, and the global random state is never touched.
 """
 
 from __future__ import annotations
@@ -23,45 +23,49 @@ from stbench.core.rng import generator
 from stbench.data.dataset import Dataset
 from stbench.diffusion.sample import Guidance, Noise, sample
 
-BLOCK = 50
-"""Images whose evaluation noise shares one generator."""
+NOISE_BLOCK = 50
+"""Number of consecutive images whose evaluation noise comes from one generator."""
 HELDOUT_BATCH = 512
-"""Held-out images of one forward."""
-BINS = 10
-"""Equal bins of t in which the held-out loss is recorded."""
+"""Batch size of the held-out loss."""
+TIME_BINS = 10
+"""Number of equal bins of t in which the held-out loss is recorded."""
 
 
-def draw_labels(kind: str, n: int, classes: int, seed: int) -> Tensor:
-    """Labels (n,) to ask for: "balanced" cycles through the classes, "random" draws each uniformly.
+def draw_labels(kind: str, n: int, *, classes: int, seed: int) -> Tensor:
+    """Return the class labels (n,) to generate images for.
 
-    All are 0 for a network without classes.
+    "balanced" cycles through the classes, "random" draws each label uniformly. All labels are 0 for a network
+    without classes. Raises UserError for any other `kind`.
     """
     classes = max(classes, 1)
     if kind == "balanced":
         return torch.arange(n) % classes
     if kind == "random":
         return torch.randint(classes, (n,), generator=generator(seed, "evaluation-labels"))
-    raise UserError(f"expected labels 'balanced' or 'random', found '{kind}'; choose one of them")
+    raise UserError(f"labels must be 'balanced' or 'random', found '{kind}'")
 
 
-def block_noise(seed: int, stream: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal (stop-start, *shape) of images start..stop; `start` is a multiple of BLOCK."""
+def block_noise(seed: int, stream: str, *, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+    """Draw standard normal noise (stop-start, *shape) for images start..stop, one generator per block.
+
+    `start` must be a multiple of NOISE_BLOCK.
+    """
     blocks = [
-        torch.randn((BLOCK, *shape), generator=generator(seed, stream, first))
-        for first in range(start, stop, BLOCK)
+        torch.randn((NOISE_BLOCK, *shape), generator=generator(seed, stream, first))
+        for first in range(start, stop, NOISE_BLOCK)
     ]
     return torch.cat(blocks)[: stop - start]
 
 
-def step_noise(seed: int, start: int, stop: int, shape: tuple[int, ...]) -> Noise:
-    """What a stochastic sampler draws for images start..stop: a stream for each draw."""
-    return lambda draw: block_noise(seed, f"evaluation-step-{draw}", start, stop, shape)
+def step_noise(seed: int, *, start: int, stop: int, shape: tuple[int, ...]) -> Noise:
+    """Return the noise source of a stochastic sampler for images start..stop: one stream per draw."""
+    return lambda draw: block_noise(seed, f"evaluation-step-{draw}", start=start, stop=stop, shape=shape)
 
 
-def image_noise(seed: int, stream: str, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal (stop-start, *shape) of images start..stop, each from a generator of its own.
+def image_noise(seed: int, stream: str, *, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
+    """Draw standard normal noise (stop-start, *shape) for images start..stop, one generator per image.
 
-    Slower to draw than `block_noise`, and any image can be drawn alone.
+    Slower than `block_noise`, but any image can be drawn on its own.
     """
     drawn = [torch.randn(shape, generator=generator(seed, stream, index)) for index in range(start, stop)]
     return torch.stack(drawn)
@@ -82,17 +86,17 @@ def generate(
     device: torch.device | str,
     batch: int = 250,
 ) -> tuple[Tensor, Tensor]:
-    """Draw n images: uint8 (n,c,H,W) and the labels (n,) they were asked to show, on the host.
+    """Generate n images: uint8 (n,c,H,W) and their class labels (n,), both on the CPU.
 
-    `backbone` and `dataset` lie on `device`; `batch`, a multiple of BLOCK, decides memory and not noise.
-    All is computed in fp32, whatever the network was trained in.
+    `backbone` and `dataset` must be on `device`. `batch`, a multiple of NOISE_BLOCK, affects memory but not
+    the noise. Everything is computed in fp32, whatever precision the network was trained in.
     """
-    y = draw_labels(labels, n, dataset.classes, seed)
+    y = draw_labels(labels, n, classes=dataset.classes, seed=seed)
     shape = (dataset.channels, dataset.input_size, dataset.input_size)
     images = []
     for start in range(0, n, batch):
         stop = min(start + batch, n)
-        z = block_noise(seed, "evaluation", start, stop, shape).to(device)
+        z = block_noise(seed, "evaluation", start=start, stop=stop, shape=shape).to(device)
         with arithmetic("fp32", torch.device(device)):
             latents = sample(
                 sampler,
@@ -102,7 +106,7 @@ def generate(
                 y[start:stop].to(device),
                 steps=steps,
                 guidance=guidance,
-                noise=step_noise(seed, start, stop, shape),
+                noise=step_noise(seed, start=start, stop=stop, shape=shape),
             )
             images.append(dataset.decode(latents).cpu())
     return torch.cat(images), y
@@ -112,15 +116,21 @@ def generate(
 def validation_loss(
     backbone: Backbone, objective: Objective, dataset: Dataset, *, seed: int, device: torch.device | str
 ) -> list[float]:
-    """Mean denoising loss on the held-out images in each of 10 equal bins of t, at fixed times and noise."""
+    """Return the mean denoising loss on the held-out images in each of TIME_BINS equal bins of t.
+
+    Times and noise depend only on `seed`, so the losses of different networks are comparable.
+    """
     x0, y = (tensor.to(device) for tensor in dataset.heldout())
     losses = []
-    for index in range(BINS):
+    for index in range(TIME_BINS):
+        # Draw all times and all noise of a bin before splitting: the batch size must not change them.
         draw = generator(seed, "validation", index)
-        t = (index + torch.rand(len(x0), generator=draw, dtype=torch.float64)) / BINS
+        t = (index + torch.rand(len(x0), generator=draw, dtype=torch.float64)) / TIME_BINS
         noise = torch.randn(x0.shape, generator=draw).to(device)
-        parts = []
         columns = [torch.split(values, HELDOUT_BATCH) for values in (x0, noise, t, y)]
+
+        # Average in float64 over all images of the bin.
+        parts = []
         for clean, eps, time, labels in zip(*columns, strict=True):
             noised = objective.at(clean, eps, time)
             with arithmetic("fp32", torch.device(device)):
@@ -130,8 +140,8 @@ def validation_loss(
     return losses
 
 
-def grid(images: Tensor, path: Path, columns: int = 10) -> None:
-    """Write uint8 images (N,c,H,W), c 1 or 3, as one PNG, row by row with lines between, pixels doubled.
+def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:
+    """Save uint8 images (N,c,H,W), with c 1 or 3, as one PNG, row by row, each pixel enlarged to 2x2.
 
     With balanced labels and as many columns as classes, each column shows one class.
     """

@@ -17,8 +17,8 @@ from stbench.core.backbone import Backbone
 from stbench.data.dataset import Dataset
 from stbench.diffusion.guidance import Guidance
 from stbench.evaluate.extractors import extractor_hash, get_extractor, tensors_hash
-from stbench.evaluate.generate import generate, grid, validation_loss
-from stbench.evaluate.metrics import BASIC, EXTRAS, metrics
+from stbench.evaluate.generate import generate, save_grid, validation_loss
+from stbench.evaluate.metrics import BASIC_METRICS, EXTRA_METRICS, compute_metrics
 from stbench.evaluate.past_run import PastRun
 from stbench.models.autoencoder import ROUNDING
 from stbench.runs.folder import OutputFolder, RunFolder
@@ -166,9 +166,9 @@ class PointEvaluator:
         )
         columns = self._dataset.classes if settings.labels == "balanced" else 10
         picture = self._folder.sample_file(self._stage.index, self._stage.name, step, scale)
-        grid(images[: 10 * columns], picture, columns)
-        names = BASIC + (EXTRAS if extras else ())
-        return metrics(images, self._dataset, names, self._cache, labels, self._device)
+        save_grid(images[: 10 * columns], picture, columns)
+        names = BASIC_METRICS + (EXTRA_METRICS if extras else ())
+        return compute_metrics(images, self._dataset, names, self._cache, labels, self._device)
 
 
 def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> Sequence[CurvePoint]:

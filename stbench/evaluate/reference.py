@@ -1,7 +1,7 @@
-"""What samples are measured against: ADM's reference npz, our own statistics file, or images.
+"""References that samples are measured against: ADM's npz files, our statistics files, or images.
 
-A statistics file has ADM's names for ADM's arrays, the rows for precision, recall and KID (`features`), and a
-JSON (`about`) of the images and networks that it was made from.
+A statistics file uses ADM's names for ADM's arrays, stores the features for precision, recall and KID as
+`features`, and describes the images and networks it was made from in a JSON string, `about`.
 """
 
 from __future__ import annotations
@@ -18,169 +18,242 @@ from torch import Tensor
 
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_file, hash_file
-from stbench.evaluate.feature_networks import Network
+from stbench.evaluate.feature_networks import FeatureNetwork
 from stbench.evaluate.image_sets import (
-    DAMAGED,
+    NPZ_ERRORS,
     ImageSet,
     NpzImages,
-    damaged,
+    damaged_npz,
     open_images,
-    open_member,
     open_npz,
+    open_npz_array,
 )
-from stbench.evaluate.statistics import ROWS, Fit, Survey, survey
+from stbench.evaluate.progress import Report, ignore
+from stbench.evaluate.statistics import REFERENCE_FEATURES, ImageStatistics, Moments, measure_images
 
-NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dino": ("mu_dino", "sigma_dino")}
-"""Feature space -> names of its mean and covariance in a file; the first two are ADM's."""
+ARRAY_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dino": ("mu_dino", "sigma_dino")}
+"""Feature space -> names of its mean and covariance in a file; the first two pairs are ADM's."""
+
+Measure = Callable[[ImageSet], ImageStatistics]
+"""Measures a set of images with the caller's networks, batch size and device."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of the real images, and rows of some of them."""
+    """Statistics of the real images, and pool features of some of them."""
 
     name: str
     digest: str
     """Hash of the file, or of the images."""
     count: int | None
-    """Images behind the statistics; None if the file does not say."""
+    """Number of images behind the statistics; None if the file does not say."""
     size: tuple[int, int] | None
     """(H,W) of the images; None if the file does not say."""
-    fits: Mapping[str, Fit]
-    rows: Tensor | None
-    """Pool features (M,2048)."""
-    fitted_on: Mapping[str, int]
-    """Feature space -> images behind its statistics, where that is not `count`."""
+    moments: Mapping[str, Moments]
+    """By feature space."""
+    features: Tensor | None
+    """Pool features (M,2048); None if the file has none."""
+    other_counts: Mapping[str, int]
+    """Feature space -> number of images behind its moments, where that differs from `count`."""
 
 
 def load_reference(
     path: Path,
-    networks: Sequence[Network],
+    networks: Sequence[FeatureNetwork],
     *,
     batch: int = 64,
     device: torch.device | str = "cpu",
-    report: Callable[[int], None] = lambda done: None,
+    report: Report = ignore,
 ) -> Reference:
-    """Read or measure the reference at `path`. Raises UserError for a file that is damaged, incomplete, of
-    other shapes, or made with other weights.
+    """Read the reference at `path`, or measure it if `path` contains images.
+
+    Raises UserError for a file that is missing, damaged or incomplete, that has arrays of other shapes, or
+    that was made with other weights.
     """
-    held = _arrays(path) if path.is_file() else set()
-    if "about" in held:
-        return _own(path, networks)
-    measure = {"batch": batch, "device": device, "report": report}
-    if held & {"mu", "sigma"}:
-        return _adm(path, held, networks, measure)
-    return of_survey(survey(open_images(path), networks, keep=ROWS, **measure))  # type: ignore[arg-type]
+
+    def measure(images: ImageSet) -> ImageStatistics:
+        return measure_images(
+            images, networks, keep=REFERENCE_FEATURES, batch=batch, device=device, report=report
+        )
+
+    _require_exists(path)
+    arrays = _array_names(path) if path.is_file() else set()
+    if "about" in arrays:
+        return _read_statistics(path, networks)
+    if arrays & {"mu", "sigma"}:
+        return _read_adm(path, arrays, networks, measure)
+    return reference_from(measure(open_images(path)))
 
 
-def size_of(path: Path) -> tuple[int, int] | None:
-    """(H,W) of the images behind a reference, without measuring any; None if the file does not say."""
-    held = _arrays(path) if path.is_file() else set()
-    if "about" in held:
-        height, width = _about(path)["size"]
+def reference_size(path: Path) -> tuple[int, int] | None:
+    """Return (H,W) of the images behind a reference without measuring them; None if the file does not say."""
+    _require_exists(path)
+    arrays = _array_names(path) if path.is_file() else set()
+    if "about" in arrays:
+        height, width = _read_about(path)["size"]
         return int(height), int(width)
-    return None if held and "arr_0" not in held else open_images(path).size
+    return None if arrays and "arr_0" not in arrays else open_images(path).size
 
 
-def of_survey(found: Survey) -> Reference:
-    """A measured set of images as a reference."""
-    rows = found.rows if len(found.rows) else None
-    return Reference(found.name, found.digest, found.count, found.size, found.fits, rows, {})
+def reference_from(measured: ImageStatistics) -> Reference:
+    """Turn a measured set of images into a reference."""
+    return Reference(
+        name=measured.name,
+        digest=measured.digest,
+        count=measured.count,
+        size=measured.size,
+        moments=measured.moments,
+        features=_features_or_none(measured),
+        other_counts={},
+    )
 
 
-def write_statistics(images: ImageSet, networks: Sequence[Network], output: Path, **measure: Any) -> Survey:
-    """Measure images and write their statistics, whole or not at all."""
-    found = survey(images, networks, keep=ROWS, **measure)
-    arrays = {"features": found.rows.numpy()} if len(found.rows) else {}
-    for space, fit in found.fits.items():
-        arrays |= {name: array.numpy() for name, array in zip(NAMES[space], fit, strict=True)}
+def write_statistics(
+    images: ImageSet,
+    networks: Sequence[FeatureNetwork],
+    output: Path,
+    *,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+    report: Report = ignore,
+) -> ImageStatistics:
+    """Measure images and write their statistics file atomically."""
+    measured = measure_images(
+        images, networks, keep=REFERENCE_FEATURES, batch=batch, device=device, report=report
+    )
+    features = _features_or_none(measured)
+    arrays = {} if features is None else {"features": features.numpy()}
+    for space, moments in measured.moments.items():
+        arrays |= {name: array.numpy() for name, array in zip(ARRAY_NAMES[space], moments, strict=True)}
     about = {
         "schema": 1,
-        "images": found.name,
-        "digest": found.digest,
-        "count": found.count,
-        "size": list(found.size),
+        "images": measured.name,
+        "digest": measured.digest,
+        "count": measured.count,
+        "size": list(measured.size),
         "networks": {space: network.label for network in networks for space in network.spaces},
     }
     with atomic_file(output) as file:
         np.savez(file, **arrays, about=np.array(json.dumps(about)))  # type: ignore[arg-type]
-    return found
+    return measured
 
 
-def _own(path: Path, networks: Sequence[Network]) -> Reference:
-    about = _about(path)
-    fits = {}
+def _features_or_none(measured: ImageStatistics) -> Tensor | None:
+    """Return the kept pool features; None if Inception was not among the networks."""
+    return measured.features if len(measured.features) else None
+
+
+def _read_statistics(path: Path, networks: Sequence[FeatureNetwork]) -> Reference:
+    """Read a file written by `write_statistics`. Raises UserError if it was made with other weights."""
+    about = _read_about(path)
+    moments = {}
     for network in networks:
         for space in network.spaces:
             made_with = about["networks"].get(space)
             if made_with != network.label:
-                made = f"with {made_with}" if made_with else f"without '{space}' features"
+                found = f"with {made_with}" if made_with else f"without '{space}' features"
                 raise UserError(
-                    f"{path} was made {made}, not with {network.label}; "
+                    f"{path} was made {found}, not with {network.label}; "
                     "make it again by `stbench data statistics` with the weights you give now"
                 )
-            fits[space] = _fit(path, space, network)
-    rows = _array(path, "features", (None, len(fits["pool"][0]))) if "features" in _arrays(path) else None
-    size = tuple(about["size"])
-    return Reference(str(path), about["digest"], about["count"], size, fits, rows, {})  # type: ignore[arg-type]
+            moments[space] = _read_moments(path, space, network)
+    features = None
+    if "features" in _array_names(path):
+        features = _read_array(path, "features", (None, len(moments["pool"][0])))
+    return Reference(
+        name=str(path),
+        digest=about["digest"],
+        count=about["count"],
+        size=tuple(about["size"]),  # type: ignore[arg-type]
+        moments=moments,
+        features=features,
+        other_counts={},
+    )
 
 
-def _about(path: Path) -> dict[str, Any]:
-    with open_member(path, "about") as (file, _, dtype):
+def _require_exists(path: Path) -> None:
+    if not path.exists():
+        raise UserError(
+            f"reference {path} not found; expected an ADM npz, a file of `stbench data statistics`, "
+            "a prepared data set, or a folder of images"
+        )
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    with open_npz_array(path, "about") as (file, _, dtype):
         text = str(np.frombuffer(file.read(), dtype)[0])
     try:
         about = json.loads(text)
-        held = about.keys() >= {"digest", "count", "size", "networks"}
+        complete = about.keys() >= {"digest", "count", "size", "networks"}
     except (AttributeError, ValueError) as error:
-        raise damaged(path, error) from error
-    if not held:
-        raise damaged(path, "its description is incomplete")
+        raise damaged_npz(path, error) from error
+    if not complete:
+        raise damaged_npz(path, "its description is incomplete")
     return about
 
 
-def _adm(path: Path, held: set[str], networks: Sequence[Network], measure: Mapping[str, Any]) -> Reference:
-    """Inception's statistics are those in the file (all training images); what it lacks comes from arr_0."""
-    fits: dict[str, Fit] = {}
-    fitted_on: dict[str, int] = {}
-    rows, size = None, None
+def _read_adm(
+    path: Path, arrays: set[str], networks: Sequence[FeatureNetwork], measure: Measure
+) -> Reference:
+    """Read an ADM npz: moments of all training images, and in arr_0 some of the images themselves.
+
+    Feature spaces that the file lacks are measured on arr_0.
+    """
+    moments: dict[str, Moments] = {}
+    other_counts: dict[str, int] = {}
+    features, size = None, None
     for network in networks:
-        fits |= {space: _fit(path, space, network) for space in network.spaces if held & set(NAMES[space])}
-    if "arr_0" in held:
-        found = survey(NpzImages(path), networks, keep=ROWS, **measure)
-        size, rows = found.size, found.rows if len(found.rows) else None
-        for space in found.fits.keys() - fits.keys():
-            fits[space], fitted_on[space] = found.fits[space], found.count
-    return Reference(str(path), hash_file(path), None, size, fits, rows, fitted_on)
+        for space in network.spaces:
+            if arrays & set(ARRAY_NAMES[space]):
+                moments[space] = _read_moments(path, space, network)
+    if "arr_0" in arrays:
+        measured = measure(NpzImages(path))
+        size, features = measured.size, _features_or_none(measured)
+        for space in measured.moments.keys() - moments.keys():
+            moments[space], other_counts[space] = measured.moments[space], measured.count
+    return Reference(
+        name=str(path),
+        digest=hash_file(path),
+        count=None,
+        size=size,
+        moments=moments,
+        features=features,
+        other_counts=other_counts,
+    )
 
 
-def _fit(path: Path, space: str, network: Network) -> Fit:
+def _read_moments(path: Path, space: str, network: FeatureNetwork) -> Moments:
     dimension = network.spaces[space]
-    mean_name, covariance_name = NAMES[space]
-    mean = _array(path, mean_name, (dimension,))
-    return mean.double(), _array(path, covariance_name, (len(mean), len(mean))).double()
+    mean_name, covariance_name = ARRAY_NAMES[space]
+    mean = _read_array(path, mean_name, (dimension,))
+    return mean.double(), _read_array(path, covariance_name, (len(mean), len(mean))).double()
 
 
-def _arrays(path: Path) -> set[str]:
+def _array_names(path: Path) -> set[str]:
     with open_npz(path) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 
-def _array(path: Path, name: str, shape: tuple[int | None, ...]) -> Tensor:
-    """A float array of an npz whose shape fits; None in `shape` is any length."""
-    with open_member(path, name) as (file, found, dtype):
+def _read_array(path: Path, name: str, shape: tuple[int | None, ...]) -> Tensor:
+    """Read a float array of an npz. Raises UserError if its shape is not `shape`; None matches any length."""
+    # Check type and shape from the header, before the data is read.
+    with open_npz_array(path, name) as (file, found, dtype):
         fits = len(found) == len(shape) and all(w in (None, f) for f, w in zip(found, shape, strict=True))
         if not fits or dtype not in (np.float32, np.float64):
-            wanted = "x".join("N" if length is None else str(length) for length in shape)
+            expected = "x".join("N" if length is None else str(length) for length in shape)
             raise UserError(
-                f"{path}: expected {name} float {wanted}, found {dtype} {'x'.join(map(str, found))}; "
-                "is it a reference for Inception of 2015-12-05?"
+                f"{path}: expected {name} float {expected}, found {dtype} {'x'.join(map(str, found))}; "
+                "use a reference made with the Inception of 2015-12-05"
             )
         try:
             content = file.read()
-        except DAMAGED as error:
-            raise damaged(path, error) from error
+        except NPZ_ERRORS as error:
+            raise damaged_npz(path, error) from error
+
+    # A bytearray, because torch warns about read-only memory.
     if len(content) != int(np.prod(found)) * dtype.itemsize:
-        raise damaged(path, f"{name} ends early")
+        raise damaged_npz(path, f"{name} ends early")
     array = torch.from_numpy(np.frombuffer(bytearray(content), dtype).reshape(found))
     if not bool(array.isfinite().all()):
-        raise damaged(path, f"{name} holds values that are not finite")
+        raise damaged_npz(path, f"{name} contains values that are not finite")
     return array

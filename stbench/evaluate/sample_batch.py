@@ -1,7 +1,8 @@
-"""Draws numbered images from a network: image i of a seed is the same whoever draws it, and with whom.
+"""Generate numbered images: image i of a seed is the same whichever command, batch or process generates it.
 
-A CPU always runs `ROWS` images at once, at multiples of `ROWS`, and a GPU `batch` images; the last call is
-filled up. So no image depends on how many are asked for, how they are split, or where a stopped job began.
+A CPU always runs CPU_ROWS images per network call, at multiples of CPU_ROWS, and a GPU always `batch` images;
+the last call is padded. So no image depends on the number of images, on how they are divided among processes,
+or on where an interrupted job resumed.
 """
 
 from __future__ import annotations
@@ -14,28 +15,30 @@ import torch
 
 from stbench.core.device import arithmetic
 from stbench.diffusion.sample import Guidance, sample
-from stbench.evaluate import draw_labels, image_noise
-from stbench.evaluate.sample_source import Source
+from stbench.evaluate.generate import draw_labels, image_noise
+from stbench.evaluate.sample_model import SamplingModel
 
-ROWS = 32
-"""Images in one network call on a CPU, whose products depend in their last bits on the number of rows."""
+CPU_ROWS = 32
+"""Images per network call on a CPU, where the last bits of a product depend on the number of rows."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """What to draw. Everything here moves a pixel, but `batch` on a CPU."""
+class SampleSpec:
+    """Everything besides the network that changes a pixel. `batch` does so on a GPU only."""
 
     count: int
     guidance: Guidance
     sampler: str
     steps: int
     labels: str
+    """ "balanced" or "random"."""
     seed: int
     batch: int
     precision: str = "fp32"
+    """Arithmetic of the network; the decoder always runs in fp32."""
 
     def fields(self) -> dict[str, Any]:
-        """As plain data, for the settings beside the images."""
+        """Return plain data for the settings that are stored with the images."""
         return {
             "count": self.count,
             "cfg": self.guidance.scale,
@@ -51,44 +54,49 @@ class Order:
 
 
 @final
-class Painter:
-    """Draws any range of an order's images on one device."""
+class BatchSampler:
+    """Generates any range of a specification's images on one device."""
 
-    def __init__(self, source: Source, order: Order, device: torch.device) -> None:
-        self._source, self._order, self._device = source, order, device
-        self._labels = draw_labels(order.labels, order.count, source.backbone.info.classes, order.seed)
-        self._rows = rows(order, device)
+    def __init__(self, model: SamplingModel, spec: SampleSpec, device: torch.device) -> None:
+        self._model, self._spec, self._device = model, spec, device
+        self._labels = draw_labels(
+            spec.labels, spec.count, classes=model.backbone.info.classes, seed=spec.seed
+        )
+        self._rows = rows_per_call(spec, device)
 
-    def paint(self, start: int, stop: int) -> np.ndarray:
-        """Images start..stop, uint8 (stop-start,H,W,3); `start` is a multiple of `rows`."""
+    def sample(self, start: int, stop: int) -> np.ndarray:
+        """Generate images start..stop, uint8 (stop-start,H,W,3); `start` is a multiple of `rows_per_call`."""
         calls = range(start, stop, self._rows)
         images = np.concatenate([self._call(first) for first in calls])
         return images[: stop - start]
 
     @torch.no_grad()
     def _call(self, first: int) -> np.ndarray:
-        order, source = self._order, self._source
-        info = source.backbone.info
+        """Run the network once: uint8 (rows,H,W,3), padded with images of class 0 beyond the last label."""
+        spec, model = self._spec, self._model
+        info = model.backbone.info
         last, shape = first + self._rows, (info.channels, info.input_size, info.input_size)
         labels = torch.zeros(self._rows, dtype=torch.long)
-        held = self._labels[first:last]
-        labels[: len(held)] = held
-        with arithmetic(order.precision, self._device):
+        existing = self._labels[first:last]
+        labels[: len(existing)] = existing
+        with arithmetic(spec.precision, self._device):
             latents = sample(
-                order.sampler,
-                source.backbone,
-                source.objective,
-                image_noise(order.seed, "sample", first, last, shape).to(self._device),
+                spec.sampler,
+                model.backbone,
+                model.objective,
+                image_noise(spec.seed, "sample", start=first, stop=last, shape=shape).to(self._device),
                 labels.to(self._device),
-                steps=order.steps,
-                guidance=order.guidance,
-                noise=lambda draw: image_noise(order.seed, f"sample-step-{draw}", first, last, shape),
+                steps=spec.steps,
+                guidance=spec.guidance,
+                noise=lambda draw: image_noise(
+                    spec.seed, f"sample-step-{draw}", start=first, stop=last, shape=shape
+                ),
             )
         with arithmetic("fp32", self._device):
-            images = source.decode(latents)
+            images = model.decode(latents)
         return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def rows(order: Order, device: torch.device) -> int:
-    """Images in one network call."""
-    return ROWS if device.type == "cpu" else order.batch
+def rows_per_call(spec: SampleSpec, device: torch.device) -> int:
+    """Return the number of images in one network call."""
+    return CPU_ROWS if device.type == "cpu" else spec.batch

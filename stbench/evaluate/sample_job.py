@@ -1,38 +1,35 @@
-"""Many images of a network: what is drawn, by which processes, and how a stopped job goes on."""
+"""Sampling jobs: complete a request and generate its images, in one or more processes, resumably."""
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stbench.core.device import pick_devices
 from stbench.core.errors import UserError
 from stbench.core.files import write_array
 from stbench.core.registry import suggest
 from stbench.diffusion.sample import Guidance, check_steps
 from stbench.diffusion.sample import resolve as resolve_sampler
-from stbench.evaluate import draw_labels
-from stbench.evaluate.sample_batch import Order, Painter, rows
-from stbench.evaluate.sample_parts import Parts, is_made, join
-from stbench.evaluate.sample_source import PRECISIONS, Origin, Source, open_source
+from stbench.evaluate.generate import draw_labels
+from stbench.evaluate.progress import ProgressBar, Report, ignore, no_progress
+from stbench.evaluate.sample_batch import BatchSampler, SampleSpec, rows_per_call
+from stbench.evaluate.sample_model import ModelLocation, SamplingModel, load_model
+from stbench.evaluate.sample_parts import PartsFolder, is_finished, join_parts
 from stbench.runs.records import SCHEMA
 
-Report = Callable[[int], None]
-"""Called with the number of images drawn so far."""
+PRECISIONS = ("fp32", "tf32", "bf16")
+"""Arithmetic that the network may use."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The options of `stbench sample`; None takes the run's own evaluation setting, or the published one."""
+class SampleRequest:
+    """What was requested. None takes the run's own evaluation setting, or the published value."""
 
     count: int
     scale: float = 1.0
@@ -46,161 +43,153 @@ class Asked:
     precision: str = "fp32"
 
 
-def origin(
-    run: Path | None,
-    checkpoint: Path | None,
-    vae: str | None = None,
-    original: str | None = None,
-    heads: int | None = None,
-    weights: str = "ema",
-) -> Origin:
-    """Where the network comes from. Raises UserError unless exactly one of run and checkpoint is given."""
-    if (run is None) == (checkpoint is None):
-        found = "neither" if run is None else "both"
-        raise UserError(f"expected a run folder or --checkpoint FILE, found {found}; give one of them")
-    if checkpoint is not None:
-        if weights not in ("ema", "raw"):
-            raise UserError(f"--weights wants ema or raw, got {weights!r}; leave it out for ema")
-        return Origin(checkpoint, True, vae, original, heads, weights)  # type: ignore[arg-type]
-    if (original, heads, weights) != (None, None, "ema"):
-        raise UserError(
-            "--original, --heads and --weights are for --checkpoint: a run knows its own; drop them"
-        )
-    return Origin(run or Path(), vae=vae)
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to generate images into a parts folder."""
+
+    location: ModelLocation
+    spec: SampleSpec
+    parts: PartsFolder
 
 
-def sample(where: Origin, asked: Asked, outputs: Sequence[Path], device: str) -> None:
-    """`stbench sample`: draw to every output and say where it is."""
-    for output in outputs:
-        if output.suffix not in ("", ".npz"):
-            raise UserError(
-                f"--output wants a file that ends in .npz, or a folder, got {output}; "
-                f"try {output.with_suffix('.npz')}"
-            )
-    if len({output.resolve() for output in outputs}) < len(outputs):
-        raise UserError("--output names one place twice; give each once")
-    draw(where, asked, outputs, pick_devices(device))
-    for output in outputs:
-        print(f"{asked.count} images: {output}")
+def resolve_request(request: SampleRequest, model: SamplingModel) -> SampleSpec:
+    """Complete a request with the model's defaults.
 
-
-def order_of(asked: Asked, source: Source) -> Order:
-    """Fill in what was left open. Raises UserError for what the network cannot do."""
+    Raises UserError if the sampler cannot invert the objective or cannot take that many steps, and for an
+    unknown precision or kind of labels, or more guided channels than the network has.
+    """
     chosen = {
-        name: given if (given := getattr(asked, name)) is not None else source.defaults[name]
+        name: given if (given := getattr(request, name)) is not None else model.defaults[name]
         for name in ("interval", "channels", "sampler", "steps", "labels")
     }
-    check_steps(resolve_sampler(chosen["sampler"], source.objective).name, source.objective, chosen["steps"])
-    low, high = chosen["interval"]
-    info = source.backbone.info
+
+    # Fail now rather than in the middle of a long job, or in a worker process.
+    sampler = resolve_sampler(chosen["sampler"], model.objective)
+    check_steps(sampler.name, model.objective, chosen["steps"])
+    info = model.backbone.info
     if (chosen["channels"] or 0) > info.channels:
         raise UserError(
-            f"--channels wants 1..{info.channels}, got {chosen['channels']}; "
-            f"type --channels {info.channels} for all"
+            f"--channels must be between 1 and {info.channels}, found {chosen['channels']}; "
+            f"use --channels {info.channels} for all"
         )
-    if asked.precision not in PRECISIONS:
-        raise UserError(f"unknown precision '{asked.precision}'{suggest(asked.precision, PRECISIONS)}")
-    draw_labels(chosen["labels"], 1, info.classes, asked.seed)
-    return Order(
-        count=asked.count,
-        guidance=Guidance(asked.scale, low, high, chosen["channels"]),
+    if request.precision not in PRECISIONS:
+        raise UserError(f"unknown precision '{request.precision}'{suggest(request.precision, PRECISIONS)}")
+    draw_labels(chosen["labels"], 1, classes=info.classes, seed=request.seed)
+
+    low, high = chosen["interval"]
+    return SampleSpec(
+        count=request.count,
+        guidance=Guidance(request.scale, low, high, chosen["channels"]),
         sampler=chosen["sampler"],
         steps=chosen["steps"],
         labels=chosen["labels"],
-        seed=asked.seed,
-        batch=asked.batch,
-        precision=asked.precision,
+        seed=request.seed,
+        batch=request.batch,
+        precision=request.precision,
     )
 
 
-def draw(
-    origin: Origin, asked: Asked, outputs: Sequence[Path], devices: Sequence[torch.device]
+def sample_images(
+    location: ModelLocation,
+    request: SampleRequest,
+    outputs: Sequence[Path],
+    devices: Sequence[torch.device],
+    *,
+    progress: ProgressBar = no_progress,
 ) -> dict[str, Any]:
-    """Draw what is asked for to every output; returns the settings, whatever was there already included.
+    """Generate the requested images into every output, an npz file or a folder of PNG files.
 
-    Raises UserError if an output, or the parts of it, was made with other settings.
+    One process runs per device. An interrupted job resumes from the shards in `<output>.parts/`; a finished
+    output is not written again. Returns the settings that are stored with the images. Raises UserError if an
+    output, or its parts, was made with other settings.
     """
-    source = open_source(origin)
-    if source.note:
-        print(f"drawing from {source.note}", file=sys.stderr)
-    order = order_of(asked, source)
-    settings = {"schema": SCHEMA, "device": devices[0].type, **order.fields(), **source.facts()}
-    missing = [output for output in outputs if not is_made(output, settings)]
+    model = load_model(location)
+    if model.description:
+        print(f"sampling from {model.description}", file=sys.stderr)
+    spec = resolve_request(request, model)
+    settings = {"schema": SCHEMA, "device": devices[0].type, **spec.fields(), **model.identity()}
+    missing = [output for output in outputs if not is_finished(output, settings)]
     if not missing:
         return settings
-    parts = Parts(outputs[0], settings, shard_size(order, devices[0]))
+
+    # All outputs are joined from the shards of the first one.
+    parts = PartsFolder(outputs[0], settings, shard_size(spec, devices[0]))
+    job = Job(location, spec, parts)
     with parts.lock():
         parts.open()
-        _fill(origin, source, order, devices, parts)
-        labels = draw_labels(order.labels, order.count, source.backbone.info.classes, order.seed)
+        with progress("images", spec.count) as report:
+            _generate_missing(job, model, devices, report)
+        labels = draw_labels(spec.labels, spec.count, classes=model.backbone.info.classes, seed=spec.seed)
         for output in missing:
-            join(parts, output, settings, labels.numpy())
-        parts.close()
+            join_parts(parts, output, labels.numpy())
+        parts.delete()
     return settings
 
 
-def _fill(
-    origin: Origin, source: Source, order: Order, devices: Sequence[torch.device], parts: Parts
+def shard_size(spec: SampleSpec, device: torch.device) -> int:
+    """Return the number of images per shard: the batch, rounded up to whole network calls."""
+    rows = rows_per_call(spec, device)
+    return -(-spec.batch // rows) * rows
+
+
+def _generate_missing(
+    job: Job, model: SamplingModel, devices: Sequence[torch.device], report: Report
 ) -> None:
-    """Draw every shard that is missing."""
-    todo = parts.missing()
-    with _progress(order.count) as report:
-        if len(devices) > 1 and todo:
-            _draw_apart(origin, order, devices, parts, todo, report)
-        elif todo:
-            _draw_here(origin, source, order, devices[0], parts, todo, report)
+    """Generate every missing shard."""
+    missing = job.parts.missing()
+    if not missing:
+        return
+    if len(devices) > 1:
+        generate_in_processes(job, devices, missing, report)
+        return
+    if devices[0].type != "cpu":
+        model = load_model(job.location, devices[0])
+    _generate_shards(job, model, devices[0], missing, report)
 
 
-def shard_size(order: Order, device: torch.device) -> int:
-    """Images in one file: the batch, made up to whole network calls."""
-    unit = rows(order, device)
-    return -(-order.batch // unit) * unit
-
-
-def _draw_here(
-    origin: Origin,
-    source: Source | None,
-    order: Order,
+def _generate_shards(
+    job: Job,
+    model: SamplingModel,
     device: torch.device,
-    parts: Parts,
-    todo: Sequence[tuple[int, int]],
+    shards: Sequence[tuple[int, int]],
     report: Report,
 ) -> None:
-    if source is None or device.type != "cpu":
-        source = open_source(origin, device)
-    painter = Painter(source, order, device)
-    for start, stop in todo:
-        write_array(parts.file(start), painter.paint(start, stop))
-        report(parts.drawn())
+    """Generate shards (start, stop) one after the other in this process."""
+    sampler = BatchSampler(model, job.spec, device)
+    for start, stop in shards:
+        write_array(job.parts.file(start), sampler.sample(start, stop))
+        report(job.parts.done())
 
 
-def _draw_apart(
-    origin: Origin,
-    order: Order,
+def generate_in_processes(
+    job: Job,
     devices: Sequence[torch.device],
-    parts: Parts,
-    todo: Sequence[tuple[int, int]],
-    report: Report,
+    shards: Sequence[tuple[int, int]],
+    report: Report = ignore,
 ) -> None:
-    """One process a device, each with every n-th of the missing shards; the first error stops all."""
+    """Generate shards in one process per device, each with every n-th shard.
+
+    The first error terminates all processes and is raised as a UserError; finished shards remain.
+    """
+    # Start. "spawn", because a forked process cannot use CUDA.
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
     threads = torch.get_num_threads()
     workers = [
         context.Process(
-            target=_work,
-            args=(origin, order, device, parts, todo[index :: len(devices)], threads, errors),
-            daemon=True,
+            target=_work, args=(job, device, shards[index :: len(devices)], threads, errors), daemon=True
         )
         for index, device in enumerate(devices)
     ]
     try:
         for worker in workers:
             worker.start()
+
+        # Watch, until all have ended or one has failed.
         while any(worker.is_alive() for worker in workers):
             for worker in workers:
                 worker.join(0.2)
-            report(parts.drawn())
+            report(job.parts.done())
             if not errors.empty() or any(worker.exitcode for worker in workers):
                 break
     finally:
@@ -209,40 +198,28 @@ def _draw_apart(
                 worker.terminate()
             if worker.pid is not None:
                 worker.join()
+
+    # Report the first error; a worker killed by a signal leaves none, only its exit code.
     if not errors.empty():
         raise UserError(errors.get())
     for worker, device in zip(workers, devices, strict=True):
         if worker.exitcode:
             raise UserError(
-                f"the process on {device} ended with code {worker.exitcode}; give the same command again"
+                f"the process on {device} ended with exit code {worker.exitcode}; "
+                "rerun the same command to resume"
             )
 
 
 def _work(
-    origin: Origin,
-    order: Order,
-    device: torch.device,
-    parts: Parts,
-    todo: Sequence[tuple[int, int]],
-    threads: int,
-    errors: Any,
+    job: Job, device: torch.device, shards: Sequence[tuple[int, int]], threads: int, errors: Any
 ) -> None:
+    """Run in a worker process: load the model on its device and generate its shards."""
     torch.set_num_threads(threads)
     try:
-        _draw_here(origin, None, order, device, parts, todo, lambda drawn: None)
+        _generate_shards(job, load_model(job.location, device), device, shards, ignore)
     except KeyboardInterrupt:
         return
     except UserError as error:
         errors.put(str(error))
-    except Exception as error:  # the parent prints one line, whatever it was
+    except Exception as error:  # the parent process prints one line, whatever went wrong
         errors.put(f"the process on {device} failed: {type(error).__name__}: {error}")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Report]:
-    """A bar on standard error, if that is a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("images"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images", total=total)
-        yield lambda drawn: bar.update(task, completed=drawn)

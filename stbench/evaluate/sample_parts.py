@@ -1,6 +1,6 @@
-"""Images drawn so far in `<output>.parts/`, and what they are joined into: an npz, or a folder of PNG files.
+"""Store the shards of a sampling job in `<output>.parts/` and join them into an npz or a folder of PNGs.
 
-The settings that made the images lie beside them, in the parts and in what they become.
+The settings that made the images are stored with them, both in the parts and in the output.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from PIL import Image
 
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_file, atomic_folder, atomic_write, lock_folder, remove_unfinished
-from stbench.evaluate.image_sets import open_member, open_npz
+from stbench.evaluate.image_sets import SETTINGS, open_npz, open_npz_array
 
 
-class Parts:
-    """The folder `<output>.parts/`: settings.json and one npy for each shard, uint8 (B,H,W,3)."""
+class PartsFolder:
+    """The folder `<output>.parts/`: settings.json and one npy per shard, uint8 (B,H,W,3)."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any], size: int) -> None:
         self.folder = output.with_name(f"{output.name}.parts")
-        self.output, self.settings, self.size = output, settings, size
+        self.settings = settings
         count = settings["count"]
         self.shards = [(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -38,31 +38,31 @@ class Parts:
             yield
 
     def open(self) -> None:
-        """Begin, or go on with, these settings. Raises UserError if the folder was begun with others."""
-        file = self.folder / "settings.json"
+        """Start or resume a job. Raises UserError if the folder was started with other settings."""
+        file = self.folder / SETTINGS
         if file.is_file():
             _require_same(_parse(file.read_text(), file), self.settings, self.folder)
         else:
             atomic_write(file, json.dumps(self.settings, indent=1) + "\n")
 
     def file(self, start: int) -> Path:
-        """Where the shard that begins with image `start` lies."""
+        """Return the path of the shard whose first image is `start`."""
         return self.folder / f"{start:08d}.npy"
 
     def missing(self) -> list[tuple[int, int]]:
-        """Shards still to draw: not there, or unreadable."""
+        """Return the shards (start, stop) that are missing or unreadable."""
         return [shard for shard in self.shards if self._read(*shard) is None]
 
-    def drawn(self) -> int:
-        """Images in the shards that are there."""
+    def done(self) -> int:
+        """Return the number of images in existing shards."""
         return sum(stop - start for start, stop in self.shards if self.file(start).exists())
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """Every shard in order."""
+        """Yield every shard in order, memory-mapped. Raises UserError for one that is missing or damaged."""
         for start, stop in self.shards:
             array = self._read(start, stop)
             if array is None:
-                raise UserError(f"{self.file(start)} is gone or damaged; give the same command again")
+                raise UserError(f"{self.file(start)} is missing or damaged; rerun the same command to resume")
             yield array
 
     def _read(self, start: int, stop: int) -> np.ndarray | None:
@@ -72,17 +72,18 @@ class Parts:
                 return array
         return None
 
-    def close(self) -> None:
+    def delete(self) -> None:
         """Delete the folder."""
         shutil.rmtree(self.folder)
 
 
-def join(parts: Parts, output: Path, settings: Mapping[str, Any], labels: np.ndarray) -> None:
-    """Write an npz (by its suffix) or a folder of PNG files from the parts, whole or not at all.
+def join_parts(parts: PartsFolder, output: Path, labels: np.ndarray) -> None:
+    """Write all shards as an npz, if `output` ends in .npz, or as a folder of PNG files, atomically.
 
-    What a killed process had begun of it goes; the lock on the parts is held.
+    The parts must be locked: temporary files that a killed process left next to `output` are deleted.
     """
     remove_unfinished(output.parent, output.name)
+    settings = parts.settings
     if output.suffix == ".npz":
         first = next(parts.arrays())
         others = {"labels": labels, "settings": np.array(json.dumps(settings))}
@@ -120,38 +121,38 @@ def write_pictures(
             for image in batch:
                 Image.fromarray(image).save(draft / f"{number:0{digits}d}.png")
                 number += 1
-        (draft / "settings.json").write_text(json.dumps(settings, indent=1))
+        (draft / SETTINGS).write_text(json.dumps(settings, indent=1))
 
 
-def settings_of(output: Path) -> dict[str, Any] | None:
-    """The settings that `stbench sample` left in an npz or a folder of images; None if it made neither."""
+def read_settings(output: Path) -> dict[str, Any] | None:
+    """Read the settings that `stbench sample` stored in an npz or a folder; None if it did not make them."""
     if output.is_dir():
-        file = output / "settings.json"
+        file = output / SETTINGS
         return _parse(file.read_text(), file) if file.is_file() else None
     with open_npz(output) as archive:
         if "settings.npy" not in archive.namelist():
             return None
-    with open_member(output, "settings") as (stream, _, dtype):
+    with open_npz_array(output, "settings") as (stream, _, dtype):
         return _parse(str(np.frombuffer(stream.read(), dtype)[0]), output)
 
 
-def is_made(output: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether `output` is there with these settings. Raises UserError if it is there with others."""
+def is_finished(output: Path, settings: Mapping[str, Any]) -> bool:
+    """Return whether `output` exists with these settings. Raises UserError if it exists with others."""
     if not output.exists():
         return False
-    found = settings_of(output)
+    found = read_settings(output)
     if found is None:
-        raise UserError(f"{output} is there and was not made by `stbench sample`; choose another --output")
+        raise UserError(f"{output} exists and was not made by `stbench sample`; choose another --output")
     _require_same(found, settings, output)
     return True
 
 
-def _require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
-    wanted = json.loads(json.dumps(wanted))
-    for name in [*wanted, *found]:
-        if found.get(name) != wanted.get(name):
+def _require_same(found: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> None:
+    expected = json.loads(json.dumps(expected))  # as stored: tuples become lists
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
             raise UserError(
-                f"{where} was made with {name} {found.get(name)}, not {wanted.get(name)}; "
+                f"{where} was made with {name} {found.get(name)}, not {expected.get(name)}; "
                 "delete it or choose another --output"
             )
 
@@ -160,7 +161,7 @@ def _parse(text: str, where: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{where} holds damaged settings ({error}); delete it and begin again") from error
+        raise UserError(f"{where} contains damaged settings ({error}); delete it and start again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{where} holds no settings; delete it and begin again")
+        raise UserError(f"{where} contains no settings; delete it and start again")
     return content

@@ -185,7 +185,8 @@ def test_training_mode_drops_no_labels(family: str) -> None:
 def test_a_block_out_of_range_is_named_with_those_there_are(family: str, block: int) -> None:
     net = tiny(family)
     with pytest.raises(
-        ValueError, match=rf"block {block} asked, {family}-ti/2 has blocks 0\.\.{net.info.depth - 1}"
+        ValueError,
+        match=rf"block {block} is out of range: {family}-ti/2 has blocks 0\.\.{net.info.depth - 1}",
     ):
         net.forward_intermediates(*batch(), indices=(block,))
 
@@ -230,19 +231,19 @@ def test_uvit_without_a_label_table_ignores_labels() -> None:
 
 
 def test_uvit_with_an_even_depth_is_refused() -> None:
-    with pytest.raises(UserError, match=r"odd depth.*found 6"):
+    with pytest.raises(UserError, match=r"depth must be odd .*, got 6"):
         build("uvit", "ti/2", depth=6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patches_that_do_not_cover_the_latent_are_refused(family: str) -> None:
-    with pytest.raises(UserError, match="divides the latent size 8, found 3"):
+    with pytest.raises(UserError, match="divide the latent size 8, got 3"):
         build(family, "ti/2", patch=3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_that_do_not_divide_the_width_are_refused(family: str) -> None:
-    with pytest.raises(UserError, match="divide the width 96, found 5"):
+    with pytest.raises(UserError, match="divide the width 96, got 5"):
         build(family, "ti/2", heads=5)
 
 

@@ -15,7 +15,7 @@ from stbench.core.rng import Rng
 from stbench.data.dataset import get_dataset
 from stbench.diffusion.sample import Guidance, nfe, sample
 from stbench.diffusion.sample import resolve as resolve_sampler
-from stbench.evaluate import BASIC, EXTRAS, metrics
+from stbench.evaluate.metrics import BASIC_METRICS, EXTRA_METRICS, compute_metrics
 
 load_builtins()
 pytestmark = pytest.mark.benchmark
@@ -61,12 +61,16 @@ def test_a_batch_of_latents(benchmark: BenchmarkFixture) -> None:
     assert benchmark(load).shape == (size, *shape)
 
 
-@pytest.mark.parametrize("wanted", [BASIC, EXTRAS], ids=["at every point", "at the last point"])
+@pytest.mark.parametrize(
+    "wanted", [BASIC_METRICS, EXTRA_METRICS], ids=["at every point", "at the last point"]
+)
 def test_metrics(benchmark: BenchmarkFixture, wanted: tuple[str, ...], tmp_path: Path) -> None:
     digits = get_dataset("digits")
     images, labels = digits.train_images()[:1000], torch.arange(1000) % digits.classes
     benchmark.group = "metrics of 1000 images"
     found = benchmark.pedantic(
-        lambda: metrics(images, digits, wanted, tmp_path, labels), rounds=3, warmup_rounds=1
+        lambda: compute_metrics(images, digits, wanted, cache_dir=tmp_path, labels=labels),
+        rounds=3,
+        warmup_rounds=1,
     )
     assert found.keys() == set(wanted)

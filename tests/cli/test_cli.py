@@ -130,7 +130,10 @@ MISTAKES = {
     "empty size": (("run", "--backbone", "sit-", "--recipe", "vanilla"), "unknown size ''"),
     "hidden": ((*TAUGHT, "--set", "recipe.hidden=-4"), "bad value for 'recipe.hidden'"),
     "teacher steps": ((*TAUGHT, "--set", "recipe.teacher_steps=0"), "bad value for 'recipe.teacher_steps'"),
-    "recipe interval": ((*TAUGHT, "--set", "recipe.interval=[0.7,0.4]"), "recipe.interval wants low <= high"),
+    "recipe interval": (
+        (*TAUGHT, "--set", "recipe.interval=[0.7,0.4]"),
+        "must be [low,high] with low <= high",
+    ),
     "betas": ((*VANILLA, "--set", "train.betas=[0.9,1.0]"), "bad value for 'train.betas'"),
     "guided channels": ((*VANILLA, "--set", "eval.channels=9"), "eval.channels wants 1..4"),
     "interval": ((*VANILLA, "--set", "eval.interval=[0.7,0.2]"), "eval.interval wants low <= high"),
@@ -143,7 +146,7 @@ MISTAKES = {
     "command": (("runn",), "No such command 'runn'"),
     "flag": ((*VANILLA, "--stepz", "3"), "No such option: --stepz"),
     "kind": (("list", "backbone"), "'backbone' is not one of"),
-    "no run": (("show", "nowhere"), "nowhere is no run folder"),
+    "no run": (("show", "nowhere"), "nowhere is not a run folder"),
     "nothing to compare": (("compare", "nowhere"), "expected a run folder"),
     "sample of nothing": (("sample", "nowhere"), "nowhere is no run folder"),
     "evaluate of nothing": (("evaluate", "nowhere"), "nowhere is no run folder"),
@@ -210,7 +213,9 @@ def test_ctrl_c_prints_the_command_that_goes_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.returncode == 130
-    assert rest.splitlines()[-1].startswith("stopped; go on with: stbench run --backbone sit")
+    assert rest.splitlines()[-1].startswith(
+        "stopped; rerun the same command to resume: stbench run --backbone sit"
+    )
 
 
 def test_version(stbench: Command) -> None:

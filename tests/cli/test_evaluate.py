@@ -16,16 +16,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stbench.cli import evaluate
-from stbench.cli import evaluate as scoring
+from stbench.cli.evaluate import MeasureOptions, RunOptions, evaluate, statistics
 from stbench.core.errors import UserError
 from stbench.evaluate.extractors import get_extractor
-from stbench.evaluate.feature_networks import INCEPTION_FILE, Inception, Network, load_dino, load_inception
+from stbench.evaluate.feature_networks import (
+    INCEPTION_FILE,
+    FeatureNetwork,
+    Inception,
+    NetworkFiles,
+    load_dino,
+    load_inception,
+)
 from stbench.evaluate.image_sets import open_images
 from stbench.evaluate.metrics import frechet_distance
-from stbench.evaluate.reference import load_reference, of_survey, write_statistics
-from stbench.evaluate.scores import SCORES, full_name, score
-from stbench.evaluate.statistics import Survey, evenly_spaced, survey
+from stbench.evaluate.reference import load_reference, reference_from, write_statistics
+from stbench.evaluate.score_images import score_images
+from stbench.evaluate.scores import SCORES, compute_scores, score_name
+from stbench.evaluate.statistics import ImageStatistics, evenly_spaced, measure_images
 from stbench.runs.folder import RunFolder
 from tests.conftest import Command, Runner
 from tests.evaluate.test_image_sets import folder
@@ -61,7 +68,7 @@ def pictures(seed: int, count: int, size: int = 24) -> np.ndarray:
     return large.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-class Cheap(Network):
+class Cheap(FeatureNetwork):
     """Features that cost nothing: "pool" are 48 fixed projections, "spatial" the first 40 of them."""
 
     spaces: ClassVar[Mapping[str, int | None]] = {"pool": 48, "spatial": 40}
@@ -75,7 +82,7 @@ class Cheap(Network):
 
 
 @final
-class Wide(Network):
+class Wide(FeatureNetwork):
     """Inception's dimensions, to read its references without it."""
 
     spaces = Inception.spaces
@@ -85,9 +92,11 @@ class Wide(Network):
         raise NotImplementedError
 
 
-def measured(images: np.ndarray, tmp_path: Path, name: str, network: Network, **options: int) -> Survey:
+def measured(
+    images: np.ndarray, tmp_path: Path, name: str, network: FeatureNetwork, **options: int
+) -> ImageStatistics:
     np.savez(tmp_path / f"{name}.npz", images)
-    return survey(open_images(tmp_path / f"{name}.npz"), [network], **options)
+    return measure_images(open_images(tmp_path / f"{name}.npz"), [network], **options)
 
 
 def test_the_graph_gives_what_hooks_on_the_original_see(inception: Inception) -> None:
@@ -166,7 +175,7 @@ def test_missing_inception_names_file_place_url_and_hash(
             "evaluate", tmp_path / "a.npz", "--reference", tmp_path / "a.npz", *options, "--device", "cpu"
         )
         assert code == 2 and err.count("\n") == 1 and f"expected them at {expected};" in err
-        assert f"weights {INCEPTION_FILE} (sha256 6726825d...) are missing" in err
+        assert f"weights {INCEPTION_FILE} (sha256 6726825d...) not found" in err
         assert (
             f"put https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}" in err
         )
@@ -184,11 +193,11 @@ def test_a_wrong_hash_is_refused_before_anything_is_read(tmp_path: Path) -> None
     ):
         load_inception(file)
     own = hashlib.sha256(file.read_bytes()).hexdigest()
-    with pytest.raises(UserError, match="does not hold the weights of Inception"):
+    with pytest.raises(UserError, match="does not contain the weights of Inception"):
         load_inception(file, own)  # even where the hash was given, no pickle is run
     assert not Path("harmed").exists()
     torch.save({"fc.bias": torch.zeros(3)}, file)
-    with pytest.raises(UserError, match="does not hold the weights of Inception .*Missing key"):
+    with pytest.raises(UserError, match="does not contain the weights of Inception .*Missing key"):
         load_inception(file, hashlib.sha256(file.read_bytes()).hexdigest())
 
 
@@ -218,10 +227,10 @@ def test_missing_or_foreign_dino_is_one_line(tmp_path: Path, weights: tuple[Path
         UserError, match=r"`hf download timm/vit_large_patch14_dinov2.lvd142m model.safetensors"
     ):
         load_dino(tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="does not hold the weights of DINOv2 .no cls_token"):
+    with pytest.raises(UserError, match="does not contain the weights of DINOv2 .no cls_token"):
         load_dino(weights[0])
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0")
-    with pytest.raises(UserError, match="does not hold the weights of DINOv2"):
+    with pytest.raises(UserError, match="does not contain the weights of DINOv2"):
         load_dino(tmp_path / "cut.safetensors")
 
 
@@ -231,10 +240,10 @@ def test_a_survey_does_not_depend_on_the_batch(tmp_path: Path, batch: int) -> No
     found = measured(images, tmp_path, "a", Cheap(), batch=batch, keep=10)
     rows = Cheap()(torch.from_numpy(images).permute(0, 3, 1, 2))["pool"]
     assert (found.count, found.size) == (33, (24, 24))
-    assert torch.equal(found.rows, rows[evenly_spaced(33, 10)])
-    assert np.allclose(found.fits["pool"][0], rows.double().mean(0))
-    assert np.allclose(found.fits["pool"][1], np.cov(rows.double().numpy(), rowvar=False))
-    again = survey(open_images(folder(tmp_path / "png", images)), [Cheap()])
+    assert torch.equal(found.features, rows[evenly_spaced(33, 10)])
+    assert np.allclose(found.moments["pool"][0], rows.double().mean(0))
+    assert np.allclose(found.moments["pool"][1], np.cov(rows.double().numpy(), rowvar=False))
+    again = measure_images(open_images(folder(tmp_path / "png", images)), [Cheap()])
     assert again.digest == found.digest
 
 
@@ -259,17 +268,17 @@ def test_kept_rows_are_evenly_spaced() -> None:
 
 
 def test_the_number_of_samples_is_part_of_a_name() -> None:
-    assert [full_name("fid", n) for n in (50_000, 10_000, 1234)] == ["fid50k", "fid10k", "fid1234"]
-    assert full_name("fd_dinov2", 50_000) == "fd_dinov2_50k"
+    assert [score_name("fid", n) for n in (50_000, 10_000, 1234)] == ["fid50k", "fid10k", "fid1234"]
+    assert score_name("fd_dinov2", 50_000) == "fd_dinov2_50k"
 
 
-def adm_file(path: Path, found: Survey, images: np.ndarray | None) -> Path:
+def adm_file(path: Path, found: ImageStatistics, images: np.ndarray | None) -> Path:
     """A reference as ADM's evaluator reads it: statistics of all images, arr_0 for precision and recall."""
     arrays = {}
     for space, suffix in (("pool", ""), ("spatial", "_s")):
         arrays |= {
-            f"mu{suffix}": found.fits[space][0].numpy(),
-            f"sigma{suffix}": found.fits[space][1].numpy(),
+            f"mu{suffix}": found.moments[space][0].numpy(),
+            f"sigma{suffix}": found.moments[space][1].numpy(),
         }
     np.savez(path, **(arrays if images is None else {"arr_0": images, **arrays}))
     return path
@@ -279,23 +288,23 @@ def test_an_adm_reference_gives_stored_statistics_and_rows_of_arr_0(tmp_path: Pa
     real = measured(pictures(1, 40), tmp_path, "real", Cheap())
     samples = measured(pictures(2, 20), tmp_path, "samples", Cheap())
     reference = load_reference(adm_file(tmp_path / "adm.npz", real, pictures(1, 40)[:15]), [Cheap()])
-    assert reference.rows is not None and len(reference.rows) == 15 and reference.count is None
-    found = score(samples, reference).metrics
-    assert found.keys() == {full_name(name, 20) for name in SCORES if name != "fd_dinov2"}
+    assert reference.features is not None and len(reference.features) == 15 and reference.count is None
+    found = compute_scores(samples, reference).metrics
+    assert found.keys() == {score_name(name, 20) for name in SCORES if name != "fd_dinov2"}
     for name, space in (("fid20", "pool"), ("sfid20", "spatial")):
-        assert found[name] == pytest.approx(frechet_distance(*samples.fits[space], *real.fits[space]))
+        assert found[name] == pytest.approx(frechet_distance(*samples.moments[space], *real.moments[space]))
     assert found["fid20"] != pytest.approx(found["sfid20"], rel=1e-3)
 
 
 def test_an_adm_reference_of_statistics_alone_says_what_is_left_out(tmp_path: Path) -> None:
     real = measured(pictures(1, 40), tmp_path, "real", Cheap())
-    mu, sigma = (tensor.numpy() for tensor in real.fits["pool"])
+    mu, sigma = (tensor.numpy() for tensor in real.moments["pool"])
     np.savez(tmp_path / "adm.npz", mu=mu.astype(np.float32), sigma=sigma)
     reference = load_reference(tmp_path / "adm.npz", [Cheap()])
-    verdict = score(measured(pictures(2, 20), tmp_path, "samples", Cheap()), reference)
+    verdict = compute_scores(measured(pictures(2, 20), tmp_path, "samples", Cheap()), reference)
     assert verdict.metrics.keys() == {"fid20", "is_adm20", "is_torch_fidelity20"}
     told = " / ".join(verdict.warnings)
-    assert "has no arr_0: no precision, recall and KID" in told
+    assert "has no arr_0: precision, recall and KID are left out" in told
     assert "has no statistics for sfid: left out" in told
 
 
@@ -309,7 +318,7 @@ WRONG = {
     "no sigma": ({"mu": np.zeros(2048)}, "expected sigma, found mu"),
     "no numbers": (
         {"mu": np.full(2048, np.nan), "sigma": np.eye(2048)},
-        "mu holds values that are not finite",
+        "mu contains values that are not finite",
     ),
     "spatial": (
         {"mu": np.zeros(2048), "sigma": np.eye(2048), "mu_s": np.zeros(2048), "sigma_s": np.eye(2048)},
@@ -332,10 +341,10 @@ def test_a_statistics_file_is_the_reference_it_was_made_from(tmp_path: Path) -> 
     images = open_images(tmp_path / "real.npz")
     write_statistics(images, [Cheap()], tmp_path / "stats.npz", batch=8)
     stored = load_reference(tmp_path / "stats.npz", [Cheap()])
-    direct = of_survey(survey(images, [Cheap()], batch=8))
+    direct = reference_from(measure_images(images, [Cheap()], batch=8))
     assert (stored.count, stored.size, stored.digest) == (30, (24, 24), direct.digest)
     samples = measured(pictures(2, 20), tmp_path, "samples", Cheap())
-    assert score(samples, stored).metrics == score(samples, direct).metrics
+    assert compute_scores(samples, stored).metrics == compute_scores(samples, direct).metrics
     held = np.load(tmp_path / "stats.npz")
     assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(held.files) and held["mu_s"].shape == (40,)
     other = Cheap()
@@ -352,16 +361,16 @@ def test_a_damaged_statistics_file_is_one_line(tmp_path: Path) -> None:
 
 def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
     samples = measured(pictures(0, 12, 16), tmp_path, "small", Cheap())
-    with pytest.raises(
-        UserError, match=r"small.npz holds images of 16x16, .*large.npz of 24x24; expected one"
-    ):
-        score(samples, of_survey(measured(pictures(0, 12), tmp_path, "large", Cheap())))
+    with pytest.raises(UserError, match=r"of one size, found .*small.npz of 16x16 and .*large.npz of 24x24"):
+        compute_scores(samples, reference_from(measured(pictures(0, 12), tmp_path, "large", Cheap())))
+
+
+MISSING = MeasureOptions(NetworkFiles(inception=Path("missing.pth")), device="cpu")
+"""Options that fail as soon as the networks are loaded."""
 
 
 @pytest.mark.parametrize("kind", ["npz", "folder", "statistics"])
-def test_another_size_is_told_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_another_size_is_refused_before_any_network_is_loaded(tmp_path: Path, kind: str) -> None:
     np.savez(tmp_path / "samples.npz", pictures(0, 12, 16))
     np.savez(tmp_path / "reference.npz", pictures(0, 12))
     reference = tmp_path / "reference.npz"
@@ -370,47 +379,43 @@ def test_another_size_is_told_before_anything_is_measured(
     if kind == "statistics":
         write_statistics(open_images(reference), [Cheap()], tmp_path / "statistics.npz")
         reference = tmp_path / "statistics.npz"
-    monkeypatch.setattr(scoring, "survey", None)
-    monkeypatch.setattr(scoring.Measuring, "open", None)
-    with pytest.raises(UserError, match="holds images of 16x16, .* of 24x24; expected one size"):
-        scoring.evaluate_images(tmp_path / "samples.npz", reference, None, scoring.Measuring(device="cpu"))
+    with pytest.raises(UserError, match="of one size, found .* of 16x16 and .* of 24x24"):
+        evaluate(tmp_path / "samples.npz", reference, None, measure=MISSING, run=RunOptions())
 
 
-def test_another_size_is_told_before_a_run_is_sampled(
-    tmp_path: Path, tiny: Runner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_size_is_refused_before_a_run_is_sampled(tmp_path: Path, tiny: Runner) -> None:
     np.savez(tmp_path / "reference.npz", pictures(0, 12))
-    monkeypatch.setattr(scoring.Measuring, "open", lambda self: [])
-    monkeypatch.setattr(scoring, "draw", None)
-    run, protocol = Path(tiny(steps=1).path), scoring.Protocol(None, 20, [])
-    with pytest.raises(UserError, match="holds images of 32x32, .* of 24x24; expected one size"):
-        evaluate.evaluate_samples(
-            run, tmp_path / "reference.npz", None, scoring.Measuring(device="cpu"), protocol
-        )
+    run = Path(tiny(steps=1).path)
+    with pytest.raises(UserError, match="of one size, found .* of 32x32 and .* of 24x24"):
+        evaluate(run, tmp_path / "reference.npz", None, measure=MISSING, run=RunOptions(samples=20))
+    with pytest.raises(UserError, match=r"expected them at missing.pth"):
+        np.savez(tmp_path / "reference.npz", pictures(0, 12, 32))
+        evaluate(run, tmp_path / "reference.npz", None, measure=MISSING, run=RunOptions(samples=20))
+    assert not (run / "evaluation").exists()
 
 
 def test_fewer_images_than_features_is_a_warning(tmp_path: Path) -> None:
     few = measured(pictures(0, 12), tmp_path, "few", Cheap())
-    told = score(few, of_survey(few)).warnings
+    told = compute_scores(few, reference_from(few)).warnings
     assert len(told) == 4 and "fid: 12 images in" in told[0] and "no more than the 48 features" in told[0]
     as_many = measured(pictures(0, 48), tmp_path, "as-many", Cheap())
-    assert "48 images in" in score(as_many, of_survey(as_many)).warnings[0]
+    assert "48 images in" in compute_scores(as_many, reference_from(as_many)).warnings[0]
     enough = measured(pictures(0, 49), tmp_path, "enough", Cheap())
-    assert not [told for told in score(enough, of_survey(enough)).warnings if told.startswith("fid:")]
-    with pytest.raises(UserError, match="holds 4 images; an inception score wants 10"):
-        score(measured(pictures(0, 4), tmp_path, "four", Cheap()), of_survey(few))
+    assert not [
+        told for told in compute_scores(enough, reference_from(enough)).warnings if told.startswith("fid:")
+    ]
+    with pytest.raises(UserError, match="expected at least 10 images in .*four.npz, found 4"):
+        compute_scores(measured(pictures(0, 4), tmp_path, "four", Cheap()), reference_from(few))
 
 
 def test_scores_of_two_references_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also from inside a folder of samples, which then has no name of its own."""
-    monkeypatch.setattr(scoring.Measuring, "open", lambda self: [Cheap()])
-    measuring = scoring.Measuring(device="cpu")
     samples = folder(tmp_path / "samples", pictures(0, 12))
     for seed in (1, 2):
         np.savez(tmp_path / f"{seed}.npz", pictures(seed, 12))
     monkeypatch.chdir(samples)
     for reference in ("1.npz", "2.npz", "2.npz", "1.npz"):
-        scoring.evaluate_images(Path("."), tmp_path / reference, None, measuring)
+        score_images(Path("."), tmp_path / reference, [Cheap()])
     files = sorted(tmp_path.glob("samples*.json"), key=lambda file: -len(file.name))
     held = [json.loads(file.read_text())["protocol"] for file in files]
     assert [Path(one["reference"]).name for one in held] == ["2.npz", "1.npz"]
@@ -434,18 +439,18 @@ def test_from_images_to_scores_by_commands(
     assert code == 0 and "fid10" in out and "fd_dinov2_10" in out, err
     assert "warning: fid: 10 images" in err
     content = json.loads((tmp_path / "samples.json").read_text())
-    assert content["metrics"].keys() == {full_name(name, 10) for name in SCORES}
+    assert content["metrics"].keys() == {score_name(name, 10) for name in SCORES}
     assert all(np.isfinite(value) for value in content["metrics"].values())
     protocol = content["protocol"]
     assert protocol["networks"]["pool"] == f"inception-v3-compat {digest[:16]}"
     assert protocol["networks"]["dino"].startswith("vit_small_patch14_dinov2 ")
     assert protocol["reference_count"] == 10 and protocol["sampling"] is None
     code, _, err = stbench("evaluate", tmp_path / "samples.npz")
-    assert code == 2 and "images are measured against --reference REF" in err
+    assert code == 2 and "to score images, add --reference REF" in err
     code, _, err = stbench(*asked, "--samples", 20)
-    assert code == 2 and "leave out --samples" in err
+    assert code == 2 and "--samples, --eval-guidance and --set apply to a run" in err
     code, _, err = stbench("evaluate", tmp_path / "samples.npz", "--reference", tmp_path / "gone", *options)
-    assert code == 2 and err.count("\n") == 1 and "gone is not there" in err
+    assert code == 2 and err.count("\n") == 1 and "gone not found" in err
 
 
 @pytest.mark.slow
@@ -472,4 +477,4 @@ def test_a_run_is_sampled_and_measured_at_every_scale(
 
 def test_statistics_go_to_an_npz(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ends in .npz"):
-        scoring.statistics(tmp_path, tmp_path / "stats.pt", None, scoring.Measuring())
+        statistics(tmp_path, tmp_path / "stats.pt", None, MeasureOptions())

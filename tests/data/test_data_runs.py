@@ -30,8 +30,8 @@ from stbench.data.repa_layout import Repa, convert, decoder_of
 from stbench.data.shards import REFERENCE
 from stbench.data.spec import DataSpec
 from stbench.evaluate import past_run, points
-from stbench.evaluate.sample_job import Asked, draw
-from stbench.evaluate.sample_source import Origin
+from stbench.evaluate.sample_job import SampleRequest, sample_images
+from stbench.evaluate.sample_model import ModelLocation
 from stbench.models import encoders as teachers
 from stbench.runs.records import RunRecord
 from stbench.train import engine
@@ -86,10 +86,10 @@ def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
         assert last.metrics.keys() >= {"fid", "fid_all", "is", "kid", "nn_distance"}
         assert all(np.isfinite(value) for value in last.val_loss)
     run = past_run.open_run(Path(records[1].path))
-    device, wanted = engine.RunOptions(tmp_path).device, Asked(5, 1.5)
+    device, wanted = engine.RunOptions(tmp_path).device, SampleRequest(5, 1.5)
     again: Any = run.dataset.to(device)
     assert run.spec.data is not None and run.spec.data.resident == "yes" and again._resident is None
-    draw(Origin(Path(records[1].path)), wanted, [tmp_path / "five.npz"], [device])
+    sample_images(ModelLocation(Path(records[1].path)), wanted, [tmp_path / "five.npz"], [device])
     with np.load(tmp_path / "five.npz") as found:
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((5, 64, 64, 3), np.uint8)
     changed = run.spec.eval.model_copy(update={"seed": 1})

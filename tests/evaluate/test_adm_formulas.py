@@ -10,7 +10,7 @@ from scipy.special import softmax
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from stbench.evaluate.adm_formulas import Moments, inception_score_in_order, precision_recall
+from stbench.evaluate.adm_formulas import RunningMoments, inception_score_in_order, precision_recall
 from stbench.evaluate.metrics import frechet_distance
 
 
@@ -22,7 +22,7 @@ def features(seed: int, count: int, width: int, shift: float = 0.0) -> Tensor:
 
 
 def fit(rows: Tensor, batch: int = 7) -> tuple[Tensor, Tensor]:
-    moments = Moments()
+    moments = RunningMoments()
     for part in torch.split(rows, batch):
         moments.add(part)
     return moments.finish()
@@ -83,7 +83,7 @@ def inside(points: Tensor, centres: Tensor, k: int) -> float:
 @pytest.mark.parametrize("k", [3, 1])
 def test_precision_and_recall_are_those_of_scikit_learns_neighbours(block: int, k: int) -> None:
     samples, references = features(7, 150, 6), features(8, 210, 6, 0.7)
-    found = precision_recall(samples, references, k, block)
+    found = precision_recall(samples, references, neighbours=k, block=block)
     assert found == pytest.approx((inside(samples, references, k), inside(references, samples, k)), abs=1e-12)
     assert 0.0 < found[1] < 1.0 and found[0] != found[1]
 

@@ -25,29 +25,30 @@ from stbench.core.errors import UserError
 from stbench.data.dataset import Dataset, get_dataset
 from stbench.diffusion import LinearFlow
 from stbench.diffusion.sample import Guidance
-from stbench.evaluate import (
-    BASIC,
-    EXTRAS,
-    METRICS,
+from stbench.evaluate import extractors
+from stbench.evaluate import generate as generation
+from stbench.evaluate import metrics as measuring
+from stbench.evaluate.extractors import extract_features, get_extractor, tensors_hash
+from stbench.evaluate.generate import (
+    block_noise,
     draw_labels,
-    extract,
-    extractors,
-    frechet_distance,
     generate,
-    get_extractor,
-    grid,
-    kernel_distance,
-    metrics,
-    nearest_distance,
-    protocol_of,
-    reference_statistics,
-    statistics,
+    save_grid,
+    step_noise,
     validation_loss,
 )
-from stbench.evaluate import generate as drawing
-from stbench.evaluate import metrics as fidelity
-from stbench.evaluate.extractors import tensors_hash
-from stbench.evaluate.generate import block_noise, step_noise
+from stbench.evaluate.metrics import (
+    BASIC_METRICS,
+    EXTRA_METRICS,
+    METRICS,
+    compute_metrics,
+    feature_statistics,
+    frechet_distance,
+    kernel_distance,
+    nearest_distance,
+    reference_statistics,
+)
+from stbench.evaluate.points import protocol_of
 from stbench.models.assets import asset_manifest
 
 EXTRACTOR = get_extractor("stbench-digits")
@@ -90,7 +91,7 @@ def draw(digits: Dataset, n: int = 60, **changes: object) -> tuple[Tensor, Tenso
 
 
 def test_classifier_reaches_the_stated_accuracy(digits: Dataset) -> None:
-    _, logits = extract(EXTRACTOR, digits.heldout_images())
+    _, logits = extract_features(EXTRACTOR, digits.heldout_images())
     accuracy = float((logits.argmax(1) == digits.heldout()[1]).double().mean())
     figures = asset_manifest()["assets"]["digits_classifier"]
     assert accuracy == pytest.approx(figures["heldout_accuracy"], abs=0.004)
@@ -98,19 +99,19 @@ def test_classifier_reaches_the_stated_accuracy(digits: Dataset) -> None:
 
 
 def test_features_have_64_dimensions_and_logits_ten() -> None:
-    features, logits = extract(EXTRACTOR, torch.zeros(3, 1, 32, 32, dtype=torch.uint8), batch=2)
+    features, logits = extract_features(EXTRACTOR, torch.zeros(3, 1, 32, 32, dtype=torch.uint8), batch=2)
     assert (features.shape, logits.shape, features.dtype) == ((3, 64), (3, 10), torch.float64)
 
 
 def test_fid_agrees_with_a_matrix_root_and_with_torch_fidelity(digits: Dataset, cache_dir: Path) -> None:
     images = digits.heldout_images()
-    features = extract(EXTRACTOR, images)[0]
-    other = extract(EXTRACTOR, digits.train_images())[0]
+    features = extract_features(EXTRACTOR, images)[0]
+    other = extract_features(EXTRACTOR, digits.train_images())[0]
     a, b = features.numpy(), other.numpy()
     sa, sb = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = sqrtm(sa @ sb).real
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(sa + sb - 2 * root)
-    found = metrics(images, digits, ["fid", "fid_all"], cache_dir)
+    found = compute_metrics(images, digits, ["fid", "fid_all"], cache_dir=cache_dir)
     assert found["fid"] == pytest.approx(expected, rel=1e-5)
     assert found["fid_all"] < found["fid"]
     ours, theirs = ({"mu": x.mean(0), "sigma": np.cov(x, rowvar=False)} for x in (a, b))
@@ -120,21 +121,25 @@ def test_fid_agrees_with_a_matrix_root_and_with_torch_fidelity(digits: Dataset, 
 
 
 def test_fid_of_identical_sets_is_zero_and_never_negative(digits: Dataset, cache_dir: Path) -> None:
-    assert 0.0 <= metrics(digits.train_images(), digits, ["fid"], cache_dir)["fid"] < 1e-4
+    assert 0.0 <= compute_metrics(digits.train_images(), digits, ["fid"], cache_dir=cache_dir)["fid"] < 1e-4
 
 
 def test_fid_of_shifted_features_is_the_squared_shift() -> None:
-    own = statistics(torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    own = feature_statistics(
+        torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
     assert frechet_distance(own["mu"], own["sigma"], own["mu"] + 2.0, own["sigma"]) == pytest.approx(20.0)
 
 
 def test_inception_score_of_ten_even_splits(digits: Dataset, cache_dir: Path) -> None:
     images = digits.heldout_images()[:290]
-    logits = extract(EXTRACTOR, images)[1].numpy()[np.random.RandomState(2020).permutation(290)]
+    logits = extract_features(EXTRACTOR, images)[1].numpy()[np.random.RandomState(2020).permutation(290)]
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     scores = [np.exp((s * np.log(s / s.mean(0))).sum(1).mean()) for s in np.split(p, 10)]
-    assert metrics(images, digits, ["is"], cache_dir)["is"] == pytest.approx(np.mean(scores), rel=1e-6)
+    assert compute_metrics(images, digits, ["is"], cache_dir=cache_dir)["is"] == pytest.approx(
+        np.mean(scores), rel=1e-6
+    )
 
 
 def test_kid_of_whole_sets_is_the_unbiased_mmd() -> None:
@@ -147,13 +152,13 @@ def test_kid_of_whole_sets_is_the_unbiased_mmd() -> None:
 
 def test_precision_and_recall_by_brute_force(digits: Dataset, cache_dir: Path) -> None:
     images = digits.heldout_images()[:100]
-    a, b = (extract(EXTRACTOR, x)[0].numpy() for x in (images, digits.train_images()))
+    a, b = (extract_features(EXTRACTOR, x)[0].numpy() for x in (images, digits.train_images()))
 
     def share_inside(points: np.ndarray, centres: np.ndarray) -> float:
         radius = np.sort(cdist(centres, centres), axis=1)[:, 3]
         return float((cdist(points, centres) <= radius).any(1).mean())
 
-    found = metrics(images, digits, ["precision", "recall"], cache_dir)
+    found = compute_metrics(images, digits, ["precision", "recall"], cache_dir=cache_dir)
     assert found["recall"] == pytest.approx(share_inside(b, a), abs=2e-3)
     assert found["precision"] == pytest.approx(share_inside(a, b), abs=1e-2)
     assert found["recall"] != found["precision"]
@@ -166,47 +171,63 @@ def test_nearest_distance_is_the_rms_over_pixels() -> None:
 
 
 def test_copied_training_images_show_as_memorised(digits: Dataset, cache_dir: Path) -> None:
-    found = metrics(digits.train_images()[:50], digits, ["nn_distance", "nn_distance_heldout"], cache_dir)
+    found = compute_metrics(
+        digits.train_images()[:50], digits, ["nn_distance", "nn_distance_heldout"], cache_dir=cache_dir
+    )
     assert found["nn_distance"] < 1e-6 < 0.05 < found["nn_distance_heldout"]
 
 
 def test_accuracy_compares_with_the_labels_asked_for(digits: Dataset, cache_dir: Path) -> None:
     images, labels = digits.heldout_images(), digits.heldout()[1]
-    assert metrics(images, digits, ["accuracy"], cache_dir, labels)["accuracy"] > 0.97
-    assert metrics(images, digits, ["accuracy"], cache_dir, (labels + 1) % 10)["accuracy"] < 0.03
-    assert metrics(images, digits, ["accuracy", "is"], cache_dir).keys() == {"is"}
+    assert (
+        compute_metrics(images, digits, ["accuracy"], cache_dir=cache_dir, labels=labels)["accuracy"] > 0.97
+    )
+    assert (
+        compute_metrics(images, digits, ["accuracy"], cache_dir=cache_dir, labels=(labels + 1) % 10)[
+            "accuracy"
+        ]
+        < 0.03
+    )
+    assert compute_metrics(images, digits, ["accuracy", "is"], cache_dir=cache_dir).keys() == {"is"}
 
 
 def test_metrics_that_do_not_fit_a_data_set_are_left_out(
     digits: Dataset, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images, labels = digits.heldout_images()[:50], digits.heldout()[1][:50]
-    monkeypatch.setattr(fidelity, "PIXELS", 32 * 32 - 1)
-    assert "nn_distance" not in metrics(images, digits, ["fid", "nn_distance"], cache_dir)
+    monkeypatch.setattr(measuring, "MAX_PIXEL_VALUES", 32 * 32 - 1)
+    assert "nn_distance" not in compute_metrics(images, digits, ["fid", "nn_distance"], cache_dir=cache_dir)
     other = copy.copy(digits)
     other.classes = 1000
-    assert "accuracy" not in metrics(images, other, ["fid", "accuracy"], cache_dir, labels)
+    assert "accuracy" not in compute_metrics(
+        images, other, ["fid", "accuracy"], cache_dir=cache_dir, labels=labels
+    )
 
 
 def test_validation_loss_is_the_same_in_parts(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = validation_loss(Stand(), LinearFlow(), digits, seed=0, device="cpu")
-    monkeypatch.setattr(drawing, "HELDOUT_BATCH", 100)
+    monkeypatch.setattr(generation, "HELDOUT_BATCH", 100)
     assert validation_loss(Stand(), LinearFlow(), digits, seed=0, device="cpu") == pytest.approx(whole)
 
 
 def test_every_listed_metric_is_computed_and_finite(digits: Dataset, cache_dir: Path) -> None:
     images, labels = digits.heldout_images()[:120], digits.heldout()[1][:120]
-    found = metrics(images, digits, (*BASIC, *EXTRAS), cache_dir, labels)
+    found = compute_metrics(
+        images, digits, (*BASIC_METRICS, *EXTRA_METRICS), cache_dir=cache_dir, labels=labels
+    )
     assert list(found) == list(METRICS)
     assert np.isfinite(list(found.values())).all()
-    assert metrics(images, digits, (*BASIC, *EXTRAS), cache_dir, labels) == found
+    assert (
+        compute_metrics(images, digits, (*BASIC_METRICS, *EXTRA_METRICS), cache_dir=cache_dir, labels=labels)
+        == found
+    )
 
 
 def test_unknown_names_and_too_few_images_are_user_errors(digits: Dataset, cache_dir: Path) -> None:
     with pytest.raises(UserError, match="unknown metric 'fidd'; did you mean 'fid'"):
-        metrics(digits.heldout_images(), digits, ["fidd"], cache_dir)
+        compute_metrics(digits.heldout_images(), digits, ["fidd"], cache_dir=cache_dir)
     with pytest.raises(UserError, match="at least 10 images, found 9"):
-        metrics(digits.heldout_images()[:9], digits, ["is"], cache_dir)
+        compute_metrics(digits.heldout_images()[:9], digits, ["is"], cache_dir=cache_dir)
     with pytest.raises(UserError, match="unknown feature extractor 'stbench-digit'"):
         get_extractor("stbench-digit")
 
@@ -234,21 +255,23 @@ def test_the_extractor_goes_to_the_device_and_comes_back(
     digits: Dataset, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched: Any = Watched()
-    extract(watched, digits.heldout_images()[:4], device="cpu:0")
+    extract_features(watched, digits.heldout_images()[:4], device="cpu:0")
     assert watched.sent == ["cpu:0", "cpu"]
     with pytest.raises(RuntimeError, match="a full device"):
-        extract(watched, digits.heldout_images()[:1], device="cpu:0")
+        extract_features(watched, digits.heldout_images()[:1], device="cpu:0")
     assert watched.sent[2:] == ["cpu:0", "cpu"]
     asked: list[Any] = []
 
     def recorded(*args: Any, device: Any) -> tuple[Tensor, Tensor]:
         asked.append(device)
-        return extract(*args, device="cpu")
+        return extract_features(*args, device="cpu")
 
-    monkeypatch.setattr(fidelity, "extract", recorded)
+    monkeypatch.setattr(measuring, "extract_features", recorded)
     images = digits.heldout_images()
-    found = metrics(images, digits, ["fid"], cache_dir / "elsewhere", device="cuda:3")
-    assert asked == ["cuda:3", "cuda:3"] and found == metrics(images, digits, ["fid"], cache_dir)
+    found = compute_metrics(images, digits, ["fid"], cache_dir=cache_dir / "elsewhere", device="cuda:3")
+    assert asked == ["cuda:3", "cuda:3"] and found == compute_metrics(
+        images, digits, ["fid"], cache_dir=cache_dir
+    )
 
 
 def test_inception_sees_grey_images_as_three_channels(
@@ -256,36 +279,38 @@ def test_inception_sees_grey_images_as_three_channels(
 ) -> None:
     watched: Any = Watched()
     images = digits.heldout_images()[:5]
-    extract(watched, images)
+    extract_features(watched, images)
     monkeypatch.setattr(extractors, "FeatureExtractorInceptionV3", Watched)
-    features, _ = extract(watched, images)
+    features, _ = extract_features(watched, images)
     assert watched.shapes == [(5, 1, 32, 32), (5, 3, 32, 32)]
     assert torch.equal(features, images.float().mean((2, 3)).double().expand(-1, 3))
 
 
 def test_cached_reference_is_used(digits: Dataset, tmp_path: Path) -> None:
-    reference_statistics(digits, "train", EXTRACTOR, tmp_path)
+    reference_statistics(digits, "train", EXTRACTOR, cache_dir=tmp_path)
     (path,) = tmp_path.iterdir()
     found = load_file(path)
     planted = {key: torch.full_like(found[key], 7.0) for key in ("features", "mu", "sigma")}
     save_file(planted, path, {"sha256": tensors_hash(list(planted.values()))})
-    assert reference_statistics(digits, "train", EXTRACTOR, tmp_path)["mu"].unique().tolist() == [7.0]
+    assert reference_statistics(digits, "train", EXTRACTOR, cache_dir=tmp_path)["mu"].unique().tolist() == [
+        7.0
+    ]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_damaged_reference_is_made_anew(damage: str, digits: Dataset, tmp_path: Path) -> None:
-    whole = reference_statistics(digits, "train", EXTRACTOR, tmp_path)
+    whole = reference_statistics(digits, "train", EXTRACTOR, cache_dir=tmp_path)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
     path.write_bytes(content[:-100] if damage == "truncate" else content[:-1] + bytes([content[-1] ^ 1]))
-    again = reference_statistics(digits, "train", EXTRACTOR, tmp_path)
+    again = reference_statistics(digits, "train", EXTRACTOR, cache_dir=tmp_path)
     assert all(torch.equal(again[key], whole[key]) for key in whole)
     assert path.read_bytes() == content
 
 
 def test_references_are_kept_apart(digits: Dataset, tmp_path: Path) -> None:
-    train = reference_statistics(digits, "train", EXTRACTOR, tmp_path)
-    every = reference_statistics(digits, "all", EXTRACTOR, tmp_path)
+    train = reference_statistics(digits, "train", EXTRACTOR, cache_dir=tmp_path)
+    every = reference_statistics(digits, "all", EXTRACTOR, cache_dir=tmp_path)
     assert (len(train["features"]), len(every["features"])) == (1500, 1797)
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -318,15 +343,20 @@ def test_noise_differs_between_images_and_between_steps(digits: Dataset) -> None
 
 
 def test_each_draw_of_a_sampler_and_the_initial_noise_are_independent() -> None:
-    noise = step_noise(0, 50, 110, (4, 8, 8))
-    draws = torch.stack([noise(0), noise(1), block_noise(0, "evaluation", 50, 110, (4, 8, 8))]).flatten(1)
+    noise = step_noise(0, start=50, stop=110, shape=(4, 8, 8))
+    draws = torch.stack(
+        [noise(0), noise(1), block_noise(0, "evaluation", start=50, stop=110, shape=(4, 8, 8))]
+    ).flatten(1)
     assert torch.equal(noise(1), noise(1))
     assert (torch.corrcoef(draws) - torch.eye(3)).abs().max() < 0.05
 
 
 def test_evaluation_noise_is_what_published_figures_were_drawn_from() -> None:
     """Other noise would be another protocol under the same hash."""
-    drawn = block_noise(0, "evaluation", 0, 100, (4, 8, 8)), step_noise(0, 50, 100, (4, 8, 8))(3)
+    drawn = (
+        block_noise(0, "evaluation", start=0, stop=100, shape=(4, 8, 8)),
+        step_noise(0, start=50, stop=100, shape=(4, 8, 8))(3),
+    )
     hashes = [hashlib.sha256(noise.numpy().tobytes()).hexdigest()[:16] for noise in drawn]
     assert hashes == ["c137e30fc8caa64a", "6fb927de0fb8b99b"]
 
@@ -342,11 +372,15 @@ def test_guidance_reaches_the_sampler(digits: Dataset) -> None:
 
 
 def test_balanced_labels_are_even_and_random_ones_seeded() -> None:
-    assert draw_labels("balanced", 1000, 10, 0).bincount().tolist() == [100] * 10
-    assert torch.equal(draw_labels("random", 50, 10, 3), draw_labels("random", 50, 10, 3))
-    assert not torch.equal(draw_labels("random", 50, 10, 3), draw_labels("random", 50, 10, 4))
+    assert draw_labels("balanced", 1000, classes=10, seed=0).bincount().tolist() == [100] * 10
+    assert torch.equal(
+        draw_labels("random", 50, classes=10, seed=3), draw_labels("random", 50, classes=10, seed=3)
+    )
+    assert not torch.equal(
+        draw_labels("random", 50, classes=10, seed=3), draw_labels("random", 50, classes=10, seed=4)
+    )
     with pytest.raises(UserError, match="'balanced' or 'random'"):
-        draw_labels("even", 50, 10, 0)
+        draw_labels("even", 50, classes=10, seed=0)
 
 
 def test_validation_loss_is_by_bin_of_time_at_fixed_noise(digits: Dataset) -> None:
@@ -374,7 +408,7 @@ def test_validation_loss_of_a_zero_prediction_is_the_size_of_the_velocity(digits
 
 def test_grid_puts_images_in_rows_and_doubles_their_pixels(tmp_path: Path) -> None:
     images = (torch.arange(12) * 20).to(torch.uint8).view(12, 1, 1, 1).expand(12, 1, 4, 4)
-    grid(images, tmp_path / "deep" / "grid.png", columns=5)
+    save_grid(images, tmp_path / "deep" / "grid.png", columns=5)
     picture = np.asarray(Image.open(tmp_path / "deep" / "grid.png"))
     assert picture.shape == (2 * (3 * 5 + 1), 2 * (5 * 5 + 1), 3)
     corners = picture[2::10, 2::10, 0][:3, :5].flatten()
@@ -384,7 +418,7 @@ def test_grid_puts_images_in_rows_and_doubles_their_pixels(tmp_path: Path) -> No
 
 def test_grid_writes_colour(tmp_path: Path) -> None:
     image = torch.tensor([10, 20, 30]).to(torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
-    grid(image, tmp_path / "grid.png", columns=1)
+    save_grid(image, tmp_path / "grid.png", columns=1)
     assert np.asarray(Image.open(tmp_path / "grid.png"))[3, 3].tolist() == [10, 20, 30]
 
 

@@ -68,7 +68,7 @@ def test_other_files_in_a_folder_are_counted(tmp_path: Path) -> None:
 def test_a_folder_of_mixed_sizes_is_cropped_only_when_asked(tmp_path: Path) -> None:
     place = folder(tmp_path, pixels(2, 20, 30))
     Image.fromarray(pixels(1, 33, 21)[0]).save(place / "z.png")
-    with pytest.raises(UserError, match=r"z.png is 21x33 but 0000.png is 30x20; expected images of one size"):
+    with pytest.raises(UserError, match=r"images of one size, found 0000.png of 30x20 and .*z.png of 21x33"):
         read(open_images(place))
     assert read(open_images(place, 16)).shape == (3, 16, 16, 3)
 
@@ -100,7 +100,7 @@ def test_damage_inside_compressed_arrays_is_one_line(tmp_path: Path) -> None:
     for start in range(200, len(whole) - 300, 97):  # zlib finds some of it, the checksum the rest
         inverted = bytes(byte ^ 255 for byte in whole[start : start + 40])
         file.write_bytes(whole[:start] + inverted + whole[start + 40 :])
-        with pytest.raises(UserError, match="is cut off, damaged or no npz"):
+        with pytest.raises(UserError, match="is truncated, damaged or not an npz file"):
             read(open_images(file))
 
 
@@ -111,17 +111,17 @@ def test_a_damaged_npz_is_one_line(tmp_path: Path, damage: str) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes({"cut": content[:-60], "flipped": content, "text": b"hello"}[damage])
-    with pytest.raises(UserError, match=r"a.npz is cut off, damaged or no npz .*; make it again"):
+    with pytest.raises(UserError, match=r"a.npz is truncated, damaged or not an npz file .*; make it again"):
         read(open_images(file))
 
 
 def test_what_is_not_there_or_empty_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone.npz is not there; expected an npz"):
+    with pytest.raises(UserError, match=r"gone.npz not found; expected an npz"):
         open_images(tmp_path / "gone.npz")
-    with pytest.raises(UserError, match="holds no images; expected files that end in .bmp, .gif, .jpeg"):
+    with pytest.raises(UserError, match="contains no images; expected files that end in .bmp, .gif, .jpeg"):
         open_images(tmp_path)
     np.savez(tmp_path / "a.npz", pixels())
-    with pytest.raises(UserError, match="is no folder of images.*leave --size out"):
+    with pytest.raises(UserError, match="--size crops a folder of images, found .*; drop --size"):
         open_images(tmp_path / "a.npz", 16)
 
 
@@ -146,7 +146,7 @@ def test_an_oversized_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 900).save(tmp_path / "deep.png")
-    with pytest.raises(UserError, match="expected 8 bits a channel, found mode I"):
+    with pytest.raises(UserError, match="expected 8 bits per channel, found mode I"):
         open_images(tmp_path)
 
 
@@ -164,5 +164,5 @@ def test_a_prepared_data_set_without_reference_images_is_one_line(tmp_path: Path
     make_images(tmp_path / "images", 30, 32)
     job = PrepareOptions(tmp_path / "images", tmp_path / "set", "none", 32, shards=1, batch=8, references=0)
     prepare(job, open_task(job), lambda count: None)
-    with pytest.raises(UserError, match="keeps no reference images; prepare it again with --references"):
+    with pytest.raises(UserError, match="has no reference images; prepare it again with --references"):
         open_images(tmp_path / "set")

@@ -14,8 +14,8 @@ from stbench.core.errors import UserError
 from stbench.diffusion import LinearFlow
 from stbench.diffusion.sample import Guidance
 from stbench.evaluate import sample_job as sampling
-from stbench.evaluate.sample_job import Asked
-from stbench.evaluate.sample_source import Origin, open_source
+from stbench.evaluate.sample_job import SampleRequest
+from stbench.evaluate.sample_model import ModelLocation, load_model
 from tests.conftest import Command
 from tests.datafiles import make_vae
 
@@ -49,17 +49,17 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "last.pt", make_vae(tmp_path / "vae")
 
 
-def origin(files: tuple[Path, Path], **changes: Any) -> Origin:
-    return Origin(files[0], True, str(files[1]), **({"original": "repa"} | changes))
+def origin(files: tuple[Path, Path], **changes: Any) -> ModelLocation:
+    return ModelLocation(files[0], True, str(files[1]), **({"original": "repa"} | changes))
 
 
 def test_official_weights_are_the_ema_with_published_settings(files: tuple[Path, Path]) -> None:
-    source = open_source(origin(files))
+    source = load_model(origin(files))
     assert all(
         torch.equal(a, b) for a, b in zip(source.backbone.parameters(), network().parameters(), strict=True)
     )
     assert isinstance(source.objective, LinearFlow)
-    order = sampling.order_of(Asked(5, 1.8), source)
+    order = sampling.resolve_request(SampleRequest(5, 1.8), source)
     assert (order.sampler, order.steps, order.labels) == ("euler-maruyama", 250, "random")
     assert order.guidance == Guidance(1.8, 0.0, 1.0)
 
@@ -71,7 +71,7 @@ def test_latents_are_unscaled_decoded_and_rounded_once(files: tuple[Path, Path])
     with torch.no_grad():
         decoded = vae.load().vae.decode(z / vae.scale).sample  # type: ignore[operator]
     expected = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    assert torch.equal(open_source(origin(files)).decode(z), expected)
+    assert torch.equal(load_model(origin(files)).decode(z), expected)
 
 
 def test_a_checkpoint_is_drawn_by_the_command_alike_by_two_processes(
@@ -90,53 +90,55 @@ def test_a_checkpoint_is_drawn_by_the_command_alike_by_two_processes(
 def test_weights_read_in_another_way_are_other_images(files: tuple[Path, Path], tmp_path: Path) -> None:
     """The file is the same, and so is the hash of its weights."""
     asked, output, cpu = (
-        Asked(2, channels=4, steps=1, sampler="euler"),
+        SampleRequest(2, channels=4, steps=1, sampler="euler"),
         tmp_path / "a.npz",
         [torch.device("cpu")],
     )
-    made = sampling.draw(origin(files), asked, [output], cpu)
+    made = sampling.sample_images(origin(files), asked, [output], cpu)
     assert (made["objective"], made["heads"], made["noise_at_zero"]) == ("linear", 6, None)
-    assert sampling.draw(origin(files, original="sra"), asked, [output], cpu) == made  # means the same
+    assert (
+        sampling.sample_images(origin(files, original="sra"), asked, [output], cpu) == made
+    )  # means the same
     before = output.read_bytes()
     for other, name in (
         ({"original": "sit"}, "noise_at_zero None, not True"),
         ({"heads": 12}, "heads 6, not 12"),
     ):
         with pytest.raises(UserError, match=f"was made with {name}"):
-            sampling.draw(origin(files, **other), asked, [output], cpu)
+            sampling.sample_images(origin(files, **other), asked, [output], cpu)
     assert output.read_bytes() == before
 
 
 def test_another_decoder_or_none_is_one_line(files: tuple[Path, Path]) -> None:
-    with pytest.raises(UserError, match="official weights want a decoder: add --vae"):
-        open_source(Origin(files[0], True))
+    with pytest.raises(UserError, match="official weights need a decoder: add --vae"):
+        load_model(ModelLocation(files[0], True))
     with pytest.raises(UserError, match="expected an autoencoder"):
-        open_source(Origin(files[0], True, str(files[0].parent / "gone"), "repa"))
+        load_model(ModelLocation(files[0], True, str(files[0].parent / "gone"), "repa"))
     torch.save(network(16).state_dict(), files[0])
-    with pytest.raises(UserError, match=r"makes latents of 16 channels, .* decodes 4; give the autoencoder"):
-        open_source(origin(files))
+    with pytest.raises(UserError, match=r"generates 16 channels, but --vae .* takes 4; give the autoencoder"):
+        load_model(origin(files))
     with pytest.raises(UserError, match="weights not found|not there|expected"):
-        open_source(Origin(files[0].with_name("gone.pt"), True, str(files[1]), "repa"))
+        load_model(ModelLocation(files[0].with_name("gone.pt"), True, str(files[1]), "repa"))
 
 
 @pytest.mark.parametrize(("original", "channels"), [("repa", None), ("sra", None), ("sit", 3)])
 def test_guidance_is_of_the_channels_that_its_repository_guides(
     files: tuple[Path, Path], original: str, channels: int | None
 ) -> None:
-    source = open_source(origin(files, original=original))
-    assert sampling.order_of(Asked(5, 1.8), source).guidance.channels == channels
-    assert sampling.order_of(Asked(5, 1.8, channels=4), source).guidance.channels == 4
+    source = load_model(origin(files, original=original))
+    assert sampling.resolve_request(SampleRequest(5, 1.8), source).guidance.channels == channels
+    assert sampling.resolve_request(SampleRequest(5, 1.8, channels=4), source).guidance.channels == 4
 
 
 def test_weights_that_draw_pixels_need_no_decoder(files: tuple[Path, Path]) -> None:
     torch.save(network(3).state_dict(), files[0])
-    source = open_source(Origin(files[0], True, "none", "repa"))
-    assert source.decoder == "pixels"
+    source = load_model(ModelLocation(files[0], True, "none", "repa"))
+    assert source.decoder_hash == "pixels"
     drawn = torch.tensor([-2.0, -1.0, 0.0, 1.0]).expand(1, 3, 4, 4)
     assert source.decode(drawn)[0, 0, 0].tolist() == [0, 0, 128, 255]
     torch.save(network(4).state_dict(), files[0])
-    with pytest.raises(UserError, match=r"latents of 4 channels, --vae none is for pixels, of 3"):
-        open_source(Origin(files[0], True, "none", "repa"))
+    with pytest.raises(UserError, match=r"generates 4 channels, but --vae none takes 3"):
+        load_model(ModelLocation(files[0], True, "none", "repa"))
 
 
 def test_raw_weights_can_be_drawn_from_and_what_was_read_is_said(
@@ -149,4 +151,4 @@ def test_raw_weights_can_be_drawn_from_and_what_was_read_is_said(
     code, _, err = stbench(*common, "--output", tmp_path / "a.npz")
     assert code == 2 and "with `stbench sample` --weights raw" in err
     code, _, err = stbench(*common, "--weights", "raw", "--output", tmp_path / "a.npz")
-    assert code == 0 and "drawing from REPA, sit-custom, time as ours, without its heads projectors" in err
+    assert code == 0 and "sampling from REPA, sit-custom, time as ours, without its heads projectors" in err

@@ -21,35 +21,36 @@ from stbench.core.device import arithmetic, pick_devices
 from stbench.core.errors import UserError
 from stbench.diffusion import LinearFlow
 from stbench.diffusion.sample import Guidance, sample
-from stbench.evaluate import image_noise
 from stbench.evaluate import sample_job as sampling
-from stbench.evaluate.sample_batch import ROWS, Order, Painter
-from stbench.evaluate.sample_job import Asked
-from stbench.evaluate.sample_parts import Parts, settings_of, write_pictures
-from stbench.evaluate.sample_source import Origin, Source, open_source
+from stbench.evaluate.generate import image_noise
+from stbench.evaluate.sample_batch import CPU_ROWS as ROWS
+from stbench.evaluate.sample_batch import BatchSampler, SampleSpec
+from stbench.evaluate.sample_job import SampleRequest
+from stbench.evaluate.sample_model import ModelLocation, SamplingModel, load_model
+from stbench.evaluate.sample_parts import PartsFolder, read_settings, write_pictures
 from tests.conftest import Command, Runner
 
 CPU = torch.device("cpu")
 COUNT = 2 * ROWS + 6
 """Three network calls, the last of them filled up."""
-ASKED = Asked(COUNT, 1.8, (0.0, 0.7), sampler="euler-maruyama", steps=3, batch=ROWS)
+ASKED = SampleRequest(COUNT, 1.8, (0.0, 0.7), sampler="euler-maruyama", steps=3, batch=ROWS)
 
 
 @pytest.fixture()
-def run(tiny: Runner) -> Origin:
-    return Origin(Path(tiny().path))
+def run(tiny: Runner) -> ModelLocation:
+    return ModelLocation(Path(tiny().path))
 
 
 def images(file: Path) -> np.ndarray:
     return np.load(file)["arr_0"]
 
 
-def drawn(run: Origin, file: Path, devices: str = "cpu", **changes: Any) -> np.ndarray:
-    sampling.draw(run, replace(ASKED, **changes), [file], pick_devices(devices))
+def drawn(run: ModelLocation, file: Path, devices: str = "cpu", **changes: Any) -> np.ndarray:
+    sampling.sample_images(run, replace(ASKED, **changes), [file], pick_devices(devices))
     return images(file)
 
 
-def test_neither_batch_nor_processes_nor_number_change_a_pixel(run: Origin, tmp_path: Path) -> None:
+def test_neither_batch_nor_processes_nor_number_change_a_pixel(run: ModelLocation, tmp_path: Path) -> None:
     whole = drawn(run, tmp_path / "a.npz")
     assert whole.shape == (COUNT, 32, 32, 3) and whole.dtype == np.uint8
     assert len(np.unique(whole.reshape(COUNT, -1), axis=0)) == COUNT
@@ -61,18 +62,18 @@ def test_neither_batch_nor_processes_nor_number_change_a_pixel(run: Origin, tmp_
 
 
 def test_a_stopped_job_goes_on_with_the_same_pixels(
-    run: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: ModelLocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = drawn(run, tmp_path / "a.npz")
-    paint, painted = Painter.paint, []
+    paint, painted = BatchSampler.sample, []
 
-    def stops(self: Painter, start: int, stop: int) -> np.ndarray:
+    def stops(self: BatchSampler, start: int, stop: int) -> np.ndarray:
         painted.append(start)
         if len(painted) == 3:
             raise KeyboardInterrupt
         return paint(self, start, stop)
 
-    monkeypatch.setattr(Painter, "paint", stops)
+    monkeypatch.setattr(BatchSampler, "sample", stops)
     with pytest.raises(KeyboardInterrupt):
         drawn(run, tmp_path / "b.npz")
     parts = tmp_path / "b.npz.parts"
@@ -83,39 +84,41 @@ def test_a_stopped_job_goes_on_with_the_same_pixels(
     assert sorted(path.name for path in tmp_path.glob("b.npz*")) == ["b.npz"]
 
 
-def test_what_a_killed_process_had_begun_of_an_output_goes(run: Origin, tmp_path: Path) -> None:
+def test_what_a_killed_process_had_begun_of_an_output_goes(run: ModelLocation, tmp_path: Path) -> None:
     here = tmp_path / "drawn"
     (here / ".png.7.tmp").mkdir(parents=True)
     (here / ".png.7.tmp" / "000000.png").touch()
     (here / ".a.npz.7.tmp").touch()
     (here / ".b.npz.7.tmp").touch()
-    sampling.draw(run, ASKED, [here / "a.npz", here / "png"], [CPU])
+    sampling.sample_images(run, ASKED, [here / "a.npz", here / "png"], [CPU])
     assert sorted(p.name for p in here.iterdir()) == [".b.npz.7.tmp", "a.npz", "png"]
 
 
 def test_each_image_has_noise_of_its_own() -> None:
-    some = image_noise(0, "sample", 3, 9, (4, 2, 2))
-    assert torch.equal(image_noise(0, "sample", 5, 6, (4, 2, 2))[0], some[2])
+    some = image_noise(0, "sample", start=3, stop=9, shape=(4, 2, 2))
+    assert torch.equal(image_noise(0, "sample", start=5, stop=6, shape=(4, 2, 2))[0], some[2])
     assert len(some.flatten(1).unique(dim=0)) == 6
-    assert not torch.equal(image_noise(0, "sample-step-0", 3, 9, (4, 2, 2)), some)
-    assert not torch.equal(image_noise(1, "sample", 3, 9, (4, 2, 2)), some)
+    assert not torch.equal(image_noise(0, "sample-step-0", start=3, stop=9, shape=(4, 2, 2)), some)
+    assert not torch.equal(image_noise(1, "sample", start=3, stop=9, shape=(4, 2, 2)), some)
 
 
-def test_npz_and_folder_hold_the_same_images_and_the_settings(run: Origin, tmp_path: Path) -> None:
+def test_npz_and_folder_hold_the_same_images_and_the_settings(run: ModelLocation, tmp_path: Path) -> None:
     file, folder = tmp_path / "a.npz", tmp_path / "png"
-    settings = sampling.draw(run, ASKED, [file, folder], [CPU])
+    settings = sampling.sample_images(run, ASKED, [file, folder], [CPU])
     pictures = sorted(folder.glob("*.png"))
     assert [p.name for p in pictures] == [f"{i:06d}.png" for i in range(COUNT)]
     assert np.array_equal(np.stack([np.asarray(Image.open(p)) for p in pictures]), images(file))
     held = np.load(file)
     assert held.files == ["arr_0", "labels", "settings"]
     assert held["labels"].tolist() == [i % 10 for i in range(COUNT)]
-    assert settings_of(file) == settings_of(folder) == json.loads(json.dumps(settings))
+    assert read_settings(file) == read_settings(folder) == json.loads(json.dumps(settings))
     assert settings["cfg"] == 1.8 and list(settings["interval"]) == [0.0, 0.7]
     assert settings["rounding"].startswith("clamp, round half to even")
 
 
-def test_what_is_made_is_left_alone_and_other_settings_are_refused(run: Origin, tmp_path: Path) -> None:
+def test_what_is_made_is_left_alone_and_other_settings_are_refused(
+    run: ModelLocation, tmp_path: Path
+) -> None:
     file = tmp_path / "a.npz"
     drawn(run, file)
     before = file.stat().st_mtime_ns
@@ -126,15 +129,15 @@ def test_what_is_made_is_left_alone_and_other_settings_are_refused(run: Origin, 
     np.savez(tmp_path / "other.npz", np.zeros(3))
     with pytest.raises(UserError, match="was not made by `stbench sample`"):
         drawn(run, tmp_path / "other.npz")
-    Parts(tmp_path / "b.npz", {"count": 9, "cfg": 1.0}, 3).open()
+    PartsFolder(tmp_path / "b.npz", {"count": 9, "cfg": 1.0}, 3).open()
     with pytest.raises(UserError, match=r"b.npz.parts was made with schema None, not 1"):
         drawn(run, tmp_path / "b.npz")
 
 
-def test_two_commands_do_not_fill_one_output(run: Origin, tmp_path: Path) -> None:
+def test_two_commands_do_not_fill_one_output(run: ModelLocation, tmp_path: Path) -> None:
     file = tmp_path / "a.npz"
     with (
-        Parts(file, {"count": 1}, 1).lock(),
+        PartsFolder(file, {"count": 1}, 1).lock(),
         pytest.raises(UserError, match="a.npz.parts is in use by process"),
     ):
         drawn(run, file)
@@ -156,7 +159,7 @@ def full_after(allowed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("allowed", [0, 3, 6], ids=["settings", "a part", "the npz"])
 def test_a_full_disk_is_one_line_and_loses_nothing(
-    run: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
+    run: ModelLocation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int
 ) -> None:
     whole = drawn(run, tmp_path / "a.npz")
     with monkeypatch.context() as patch:
@@ -188,13 +191,13 @@ def test_a_full_disk_while_writing_pictures_leaves_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_error_in_a_process_stops_all_and_is_one_line(run: Origin, tmp_path: Path) -> None:
-    order = sampling.order_of(ASKED, Source(**_source()))
-    parts = Parts(tmp_path / "a.npz", {"count": COUNT}, ROWS)
+def test_an_error_in_a_process_stops_all_and_is_one_line(run: ModelLocation, tmp_path: Path) -> None:
+    order = sampling.resolve_request(ASKED, SamplingModel(**_source()))
+    parts = PartsFolder(tmp_path / "a.npz", {"count": COUNT}, ROWS)
     parts.open()
-    gone = Origin(tmp_path / "gone")
+    gone = ModelLocation(tmp_path / "gone")
     with pytest.raises(UserError, match="gone is no run folder"):
-        sampling._draw_apart(gone, order, [CPU, CPU], parts, parts.missing(), lambda done: None)
+        sampling.generate_in_processes(sampling.Job(gone, order, parts), [CPU, CPU], parts.missing())
 
 
 class Counting(Backbone):
@@ -217,8 +220,8 @@ def _source(backbone: Counting | None = None) -> dict[str, Any]:
         "backbone": backbone or Counting(),
         "objective": LinearFlow(),
         "decode": lambda z: (z[:, :3] * 20 + 128).clamp(0, 255).to(torch.uint8),
-        "weights": "w",
-        "decoder": "d",
+        "weights_hash": "w",
+        "decoder_hash": "d",
         "defaults": {
             "sampler": "euler",
             "steps": 10,
@@ -247,33 +250,33 @@ def test_guidance_outside_its_interval_costs_nothing(sampler: str) -> None:
     assert {rows for _, rows in plain.seen} == {5} and len(plain.seen) == len(network.seen)
 
 
-def test_the_digits_have_a_decoder_of_their_own(run: Origin) -> None:
-    with pytest.raises(UserError, match="--vae is for runs on prepared data: digits has its own decoder"):
-        open_source(replace(run, vae="sd-vae-ft-ema"))
+def test_the_digits_have_a_decoder_of_their_own(run: ModelLocation) -> None:
+    with pytest.raises(UserError, match="--vae applies to runs on prepared data; digits has its own decoder"):
+        load_model(replace(run, vae="sd-vae-ft-ema"))
 
 
 def test_every_call_has_the_same_number_of_rows() -> None:
     network = Counting()
-    source = Source(**_source(network))
-    order = sampling.order_of(replace(ASKED, scale=1.0, sampler="euler", batch=5), source)
-    assert Painter(source, order, CPU).paint(0, 6).shape == (6, 8, 8, 3)
+    source = SamplingModel(**_source(network))
+    order = sampling.resolve_request(replace(ASKED, scale=1.0, sampler="euler", batch=5), source)
+    assert BatchSampler(source, order, CPU).sample(0, 6).shape == (6, 8, 8, 3)
     assert {rows for _, rows in network.seen} == {ROWS}
     assert sampling.shard_size(order, CPU) == ROWS
 
 
 def test_what_is_left_open_comes_from_the_source() -> None:
-    source = Source(**_source())
-    order = sampling.order_of(Asked(5), source)
-    assert order == Order(5, Guidance(1.0, 0.2, 0.7), "euler", 10, "random", 0, 64)
+    source = SamplingModel(**_source())
+    order = sampling.resolve_request(SampleRequest(5), source)
+    assert order == SampleSpec(5, Guidance(1.0, 0.2, 0.7), "euler", 10, "random", 0, 64)
     for wrong, message in {
         "sampler": ("ddpm", "cannot invert objective"),
         "labels": ("even", "'balanced' or 'random'"),
-        "channels": (9, "--channels wants 1..4"),
+        "channels": (9, "--channels must be between 1 and 4"),
         "precision": ("fp16", "unknown precision 'fp16'"),
         "interval": ((0.7, 0.2), "0 <= low <= high"),
     }.items():
         with pytest.raises(UserError, match=message[1]):
-            sampling.order_of(replace(Asked(5), **{wrong: message[0]}), source)
+            sampling.resolve_request(replace(SampleRequest(5), **{wrong: message[0]}), source)
 
 
 def test_arithmetic_puts_the_switches_back() -> None:
@@ -297,10 +300,10 @@ def test_the_decoder_is_in_fp32_whatever_the_network_is_in() -> None:
         seen["decoder"] = switches()
         return torch.zeros(len(z), 3, 4, 4, dtype=torch.uint8)
 
-    source = Source(**(_source() | {"decode": decode}))
+    source = SamplingModel(**(_source() | {"decode": decode}))
     before = switches()
-    order = sampling.order_of(Asked(2, steps=1, precision="tf32"), source)
-    Painter(source, order, CPU).paint(0, 2)
+    order = sampling.resolve_request(SampleRequest(2, steps=1, precision="tf32"), source)
+    BatchSampler(source, order, CPU).sample(0, 2)
     assert seen["decoder"] == (True, False, False) and switches() == before
 
 
@@ -313,10 +316,10 @@ def test_devices_are_of_one_kind() -> None:
 MISTAKES = {
     "nothing": ((), "expected a run folder or --checkpoint FILE, found neither"),
     "both": (("nowhere", "--checkpoint", "x.pt"), "found both"),
-    "original of a run": (("nowhere", "--original", "repa"), "are for --checkpoint"),
-    "suffix": (("nowhere", "--output", "x.png"), "ends in .npz, or a folder"),
-    "twice": (("nowhere", "--output", "x", "--output", "./x"), "names one place twice"),
-    "no decoder": (("--checkpoint", "x.pt"), "official weights want a decoder: add --vae"),
+    "original of a run": (("nowhere", "--original", "repa"), "apply to --checkpoint"),
+    "suffix": (("nowhere", "--output", "x.png"), "must be a folder or a file that ends in .npz"),
+    "twice": (("nowhere", "--output", "x", "--output", "./x"), "names the same path twice"),
+    "no decoder": (("--checkpoint", "x.pt"), "official weights need a decoder: add --vae"),
     "guidance": (("nowhere", "--cfg", "0.5"), "Invalid value for '--cfg'"),
 }
 
@@ -332,7 +335,9 @@ def test_a_mistake_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_takes_guidance_by_either_name(run: Origin, stbench: Command, tmp_path: Path) -> None:
+def test_the_command_takes_guidance_by_either_name(
+    run: ModelLocation, stbench: Command, tmp_path: Path
+) -> None:
     common = ("sample", run.path, "-n", 5, "--device", "cpu", "--interval", 0, 0.7, "--steps", 2)
     for name, option in {"a": "--cfg", "b": "--guidance"}.items():
         code, out, err = stbench(*common, option, 1.8, "--output", tmp_path / f"{name}.npz")

@@ -36,7 +36,7 @@ def test_a_process_per_run_with_slot_log_and_error(tmp_path: Path) -> None:
     assert log_file(tmp_path, good.run_id).read_text().startswith("stbench 0.")
     executor.submit(bad)
     (outcome,) = wait_for(executor)
-    assert outcome.error.startswith("nowhere is no") and "\n" not in outcome.error
+    assert outcome.error.startswith("nowhere is not a run folder") and "\n" not in outcome.error
     assert log_file(tmp_path, bad.run_id).read_text().startswith("an earlier attempt\nerror: nowhere")
 
 

@@ -128,7 +128,11 @@ def test_ctrl_c_stops_the_runs_and_prints_the_command_that_goes_on(tmp_path: Pat
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate()
     assert process.returncode == 130
-    assert said.decode().splitlines()[-1].startswith("stopped; go on with: stbench sweep --suite")
+    assert (
+        said.decode()
+        .splitlines()[-1]
+        .startswith("stopped; rerun the same command to resume: stbench sweep --suite")
+    )
     assert {entry.state for entry in read_journal(output)} <= {"waiting", "finished"}
     for pid in under_way:
         with pytest.raises(ProcessLookupError):

@@ -16,7 +16,8 @@ from stbench.core.recipe import Artifact, Cost, Step
 from stbench.core.rng import Rng
 from stbench.diffusion import LinearFlow
 from stbench.models import align
-from stbench.recipes.self_transcendence import SelfTranscendence, VaeAlign
+from stbench.recipes.self_transcendence import SelfTranscendence
+from stbench.recipes.vae_align import VaeAlign
 from stbench.testing.golden.objectives import TOLERANCE, network, tolerated
 from stbench.testing.golden.run import Check, Golden, check
 

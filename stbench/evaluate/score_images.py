@@ -1,0 +1,101 @@
+"""Score a set of image files against a reference, and write the scores as JSON next to the images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stbench.core.files import atomic_write
+from stbench.evaluate.feature_networks import FeatureNetwork
+from stbench.evaluate.image_sets import ImageSet, open_images
+from stbench.evaluate.progress import ProgressBar, no_progress
+from stbench.evaluate.reference import load_reference, reference_size
+from stbench.evaluate.sample_parts import read_settings
+from stbench.evaluate.scores import ScoreReport, compute_scores, require_comparable
+from stbench.evaluate.statistics import measure_images
+from stbench.runs.records import SCHEMA
+
+
+def open_samples(samples: Path, reference: Path) -> ImageSet:
+    """Open the images at `samples` and check, before anything is measured, that `reference` fits them.
+
+    Raises UserError if either is missing or unreadable, for too few images, or if their sizes differ.
+    """
+    images = open_images(samples)
+    require_comparable(
+        str(samples),
+        count=len(images),
+        size=images.size,
+        reference=str(reference),
+        reference_size=reference_size(reference),
+    )
+    return images
+
+
+def score_images(
+    samples: Path,
+    reference: Path,
+    networks: Sequence[FeatureNetwork],
+    output: Path | None = None,
+    *,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+    progress: ProgressBar = no_progress,
+) -> tuple[ScoreReport, Path]:
+    """Measure samples and reference, compute all scores and write them; returns them and the JSON file.
+
+    The networks must be on `device`. Without `output` the file is `<samples>.json`, or
+    `<samples>-<digest>.json` if the former contains scores against another reference. Raises UserError as
+    `open_samples` does, and if the disk is full.
+    """
+    if samples.name in ("", ".."):  # for example `stbench evaluate .`: the folder's name is needed below
+        samples = samples.resolve()
+    images = open_samples(samples, reference)
+
+    # Measure.
+    with progress("reference", None) as report:
+        real = load_reference(reference, networks, batch=batch, device=device, report=report)
+    with progress("samples", None) as report:
+        measured = measure_images(images, networks, batch=batch, device=device, report=report)
+    scores = compute_scores(measured, real, device)
+
+    # Record how the samples were made, if `stbench sample` made them.
+    settings = read_settings(samples)
+    unknown = "not known: the samples are not from `stbench sample`"
+    protocol = {
+        **scores.protocol,
+        "networks": {space: network.label for network in networks for space in network.spaces},
+        "rounding": (settings or {}).get("rounding", unknown),
+        "sampling": settings,
+    }
+    scores = ScoreReport(scores.metrics, protocol, scores.warnings)
+    target = output or _scores_file(samples, real.digest)
+    _write_scores(target, scores)
+    return scores, target
+
+
+def _scores_file(samples: Path, digest: str) -> Path:
+    """Return the file for scores against the reference with this digest: existing scores are kept."""
+    name = samples.name.removesuffix(".npz")
+    first = samples.parent / f"{name}.json"
+    if not first.exists():
+        return first
+    try:
+        same = json.loads(first.read_text())["protocol"]["reference_sha256"] == digest
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    return first if same else samples.parent / f"{name}-{digest[:8]}.json"
+
+
+def _write_scores(target: Path, scores: ScoreReport) -> None:
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "metrics": dict(scores.metrics),
+        "warnings": scores.warnings,
+        "protocol": dict(scores.protocol),
+    }
+    atomic_write(target, json.dumps(content, indent=1) + "\n")
