@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from stbench.data.dataset import encode_moments, stratified_split
 from stbench.data.digits import HELD_OUT, digits_images
-from stbench.evaluate import DigitsClassifier
+from stbench.evaluate.extractors import DigitsClassifier
 from stbench.models.assets import asset_folder
 from stbench.models.autoencoder import DIGITS_VAE, Autoencoder, build_vae, to_float, to_uint8
 

@@ -168,7 +168,9 @@ class PointEvaluator:
         picture = self._folder.sample_file(self._stage.index, self._stage.name, step, scale)
         save_grid(images[: 10 * columns], picture, columns)
         names = BASIC_METRICS + (EXTRA_METRICS if extras else ())
-        return compute_metrics(images, self._dataset, names, self._cache, labels, self._device)
+        return compute_metrics(
+            images, self._dataset, names, cache_dir=self._cache, labels=labels, device=self._device
+        )
 
 
 def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> Sequence[CurvePoint]:
