@@ -62,9 +62,17 @@ def _combine(tables: Sequence[Table]) -> CombinedTables:
     scope = f"all {'backbones' if one_setting_each else 'settings'} under {first.objective}"
     parts = [first.dataset, scope, *sampling(first.protocol_fields)]
     student = _section(
-        "Student only (equal last-stage steps)", tables, lambda t: t.student_images, lambda row: row.student
+        "Student only (equal last-stage steps)",
+        tables,
+        images=lambda table: table.student_images,
+        at_budget=lambda row: row.student,
     )
-    paid = _section("Everything paid", tables, lambda t: t.paid_images, lambda row: row.paid)
+    paid = _section(
+        "Everything paid",
+        tables,
+        images=lambda table: table.paid_images,
+        at_budget=lambda row: row.paid,
+    )
     return CombinedTables(
         heading=f"{', '.join(parts)} (protocol {first.protocol})", text=EXPLANATION, sections=(student, paid)
     )
@@ -73,11 +81,12 @@ def _combine(tables: Sequence[Table]) -> CombinedTables:
 def _section(
     title: str,
     tables: Sequence[Table],
+    *,
     images: Callable[[Table], int],
     at_budget: Callable[[Row], RowAtBudget],
 ) -> Section:
     """Return all rows of all tables at one budget."""
-    # If the budgets differ, each setting is followed by its own
+    # If the budgets differ, the name of each setting is followed by its budget
     budgets = dict.fromkeys(count(images(table)) for table in tables if table.rows)
     rows = []
     for table, setting in zip(tables, _setting_names(tables), strict=True):

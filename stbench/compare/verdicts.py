@@ -144,47 +144,29 @@ def _images_to_target(point: BudgetPoint, reference: BudgetPoint | None) -> Imag
     """Return the images that a row needs to reach the baseline's mean FID; None if there is none."""
     if reference is None or reference.fid is None:
         return None
-    row = point.row
-    target, needed, limit = mean(list(reference.fid.values())), reference.images, row.last_images
+    row, target, needed = point.row, mean(list(reference.fid.values())), reference.images
 
-    # The baseline needs its own budget, whatever its seeds do individually
-    if point is reference:
-        return ImagesToTarget(
-            target=target,
-            needed=needed,
-            student=float(needed),
-            paid=float(needed),
-            arrived=len(row.runs),
-            limit=limit,
-            speedup_student=1.0,
-            speedup_paid=1.0,
-        )
-
-    # The first crossing of every seed. If one never reaches the target, there is no mean.
+    # The first crossing of every seed. The baseline needs its own budget, whatever its seeds do individually.
     curves = [row.curve(seed) for seed in row.runs]
-    crossings = [crossing(images, fid, target) for images, fid in curves]
+    if point is reference:
+        crossings: list[float | None] = [float(needed)] * len(curves)
+        bound = False
+    else:
+        crossings = [crossing(images, fid, target) for images, fid in curves]
+        bound = any(fid[0] < target for _, fid in curves)
+
+    # The mean over seeds. If one seed never reaches the target, there is none.
     arrived = [images for images in crossings if images is not None]
-    if len(arrived) < len(crossings):
-        return ImagesToTarget(
-            target=target,
-            needed=needed,
-            student=None,
-            paid=None,
-            arrived=len(arrived),
-            limit=limit,
-            speedup_student=None,
-            speedup_paid=None,
-        )
-    student = mean(arrived)
-    paid = student + row.earlier_images
+    student = mean(arrived) if len(arrived) == len(crossings) else None
+    paid = None if student is None else student + row.earlier_images
     return ImagesToTarget(
         target=target,
         needed=needed,
         student=student,
         paid=paid,
         arrived=len(arrived),
-        limit=limit,
-        speedup_student=needed / student,
-        speedup_paid=needed / paid,
-        bound=any(fid[0] < target for _, fid in curves),
+        limit=row.last_images,
+        speedup_student=needed / student if student else None,
+        speedup_paid=needed / paid if paid else None,
+        bound=bound and student is not None,
     )
