@@ -17,7 +17,7 @@ from stbench.core.objective import Objective
 from stbench.core.registry import load_builtins
 from stbench.data.dataset import Dataset
 from stbench.data.path_dataset import PathDataset
-from stbench.data.prepare import PIXELS
+from stbench.data.spec import PIXELS
 from stbench.evaluate.extractors import tensors_hash
 from stbench.evaluate.past_run import open_run
 from stbench.models.autoencoder import ROUNDING, VAEInfo, find_vae, to_uint8

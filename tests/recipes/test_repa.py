@@ -88,8 +88,8 @@ def test_cached_tokens_teach_as_the_encoder_does_and_are_paid_once(cache: Path) 
         ({"encoder": "no/such/folder"}, "no cached tokens at no/such/folder"),
         ({"encoder": "vit_tiny_patch16_224", "checkpoint": "none.safetensors"}, "hf download timm/vit_tiny"),
         ({"encoder": ["digits", "digits"], "checkpoint": "x"}, "one file for each of 2 encoders, got 1"),
-        ({"checkpoint": "x"}, "has no meaning for encoder 'digits', which has its own; leave it out"),
-        ({"encoder": "resnet18"}, "encoder 'resnet18' gives no patch tokens"),
+        ({"checkpoint": "x"}, "cannot be used with encoder 'digits', which has its own weights; leave it"),
+        ({"encoder": "resnet18"}, "encoder 'resnet18' has no patch tokens"),
     ],
 )
 def test_repa_errors_say_what_to_type(options: dict[str, Any], message: str) -> None:
@@ -118,8 +118,8 @@ def test_caches_of_other_images_are_refused(cache: Path) -> None:
     net = network()
     supervision = cast(Repa, only(repa(net.info, encoder=str(cache))))
     step = step_of(supervision, net, LinearFlow())
-    with pytest.raises(UserError, match=r"cached tokens are of 1500 images, the data set has 1281167"):
+    with pytest.raises(UserError, match=r"expected cached tokens of 1281167 images, found 1500"):
         supervision.terms(dataclasses.replace(step, dataset_size=1281167))
     mirrored = dataclasses.replace(step.batch, index=step.batch.index + 1500)
-    with pytest.raises(UserError, match=r"found mirror images; type --set data\.flip=false"):
+    with pytest.raises(UserError, match=r"no cached tokens of mirror images; type --set data\.flip=false"):
         supervision.terms(dataclasses.replace(step, batch=mirrored))
