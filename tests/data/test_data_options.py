@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from stbench.config.overrides import parse_set
-from stbench.config.resolve import Request, resolve
+from stbench.config.resolve import RunRequest, resolve
 from stbench.config.spec import RunSpec
 from stbench.core.errors import UserError
 from stbench.data.prepare import PrepareOptions
@@ -16,7 +16,7 @@ from tests.data.conftest import SIZE
 
 
 def resolve_data(path: Path, overrides: dict[str, Any]) -> RunSpec:
-    return resolve(Request("sit", "vanilla", "custom", data=str(path), overrides=overrides))
+    return resolve(RunRequest("sit", "vanilla", "custom", data=str(path), overrides=overrides))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_shards_without_a_manifest_are_refused(copied: PrepareOptions) -> None:
         ({"data.size": 64}, "data.size requires --data PATH; add it"),
         ({"data.path": "x"}, "data.path"),
         ({"data.flop": True}, "unknown option 'data.flop'; did you mean 'data.flip'"),
-        ({"data.resident": "maybe"}, "bad value for 'data.resident'"),
+        ({"data.resident": "maybe"}, "invalid value for 'data.resident'"),
     ],
 )
 def test_wrong_data_options_are_refused(
@@ -54,7 +54,7 @@ def test_wrong_data_options_are_refused(
 ) -> None:
     path = None if "data.size" in arguments else str(finished.target)
     with pytest.raises(UserError, match=message):
-        resolve(Request("sit", "vanilla", "custom", data=path, overrides=arguments))
+        resolve(RunRequest("sit", "vanilla", "custom", data=path, overrides=arguments))
 
 
 @pytest.mark.parametrize(("typed", "stored"), [("none", "none"), ("sd-vae-ft-ema", "sd-vae-ft-ema")])
@@ -64,14 +64,14 @@ def test_the_autoencoder_is_stored_as_typed(typed: str, stored: str, finished: P
         data = finished.source
     else:
         data, options = finished.target, options | {"data.size": SIZE}
-    spec = resolve(Request("sit", "vanilla", "custom", data=str(data), overrides=options))
+    spec = resolve(RunRequest("sit", "vanilla", "custom", data=str(data), overrides=options))
     assert spec.data is not None and (spec.data.vae, spec.data.resident) == (stored, "no")
 
 
 def test_the_preset_follows_the_backbone(finished: PrepareOptions) -> None:
     sizes = {}
     for backbone in ("dit", "sit", "uvit"):
-        spec = resolve(Request(backbone, "vanilla", "custom", data=str(finished.target)))
+        spec = resolve(RunRequest(backbone, "vanilla", "custom", data=str(finished.target)))
         assert (spec.train.batch, spec.train.lr) == (128, 2e-4)
         sizes[backbone] = spec.backbone.size
     assert sizes == {"dit": "s/2", "sit": "s/2", "uvit": "s/2-latent"}

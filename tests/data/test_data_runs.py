@@ -14,7 +14,8 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
-from stbench.config.resolve import Request, resolve
+from stbench.config.plan import prepare as prepare_run
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.errors import UserError
 from stbench.data.dataset import _build
 from stbench.data.prepare import PrepareOptions
@@ -46,15 +47,15 @@ def options_for(root: Path, vae: Path) -> PrepareOptions:
     )
 
 
-def request(path: Path, recipe: str = "vanilla", steps: int = STEPS, **data: Any) -> Request:
+def request(path: Path, recipe: str = "vanilla", steps: int = STEPS, **data: Any) -> RunRequest:
     options = TINY | (BLOCKS if recipe == "self-transcendence" else {})
     options |= {"data.extractor": EXTRACTOR, "eval.samples": 20, "eval.points": [steps]}
     options |= {f"data.{name}": value for name, value in data.items()}
-    return Request("sit-ti/2", recipe, "custom", data=str(path), steps=steps, overrides=options)
+    return RunRequest("sit-ti/2", recipe, "custom", data=str(path), steps=steps, overrides=options)
 
 
 def train(output: Path, *arguments: Any, **more: Any) -> RunRecord:
-    return engine.run(resolve(request(*arguments, **more)), engine.Options(output))[0]
+    return engine.run(prepare_run(resolve(request(*arguments, **more))), engine.RunOptions(output))[0]
 
 
 def final_weights(record: RunRecord) -> dict[str, str]:
@@ -77,13 +78,17 @@ def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
         assert last.metrics.keys() >= {"fid", "fid_all", "is", "kid", "nn_distance"}
         assert all(np.isfinite(value) for value in last.val_loss)
     run = past_run.open_run(Path(records[1].path))
-    device, wanted = engine.Options(tmp_path).device, SampleRequest(5, 1.5)
-    again: Any = run.dataset.to(device)
-    assert run.spec.data is not None and run.spec.data.resident == "yes" and again._resident is None
+    device, wanted = engine.RunOptions(tmp_path).device, SampleRequest(5, 1.5)
+    again: Any = run.prepared.dataset.to(device)
+    assert (
+        run.prepared.spec.data is not None
+        and run.prepared.spec.data.resident == "yes"
+        and again._resident is None
+    )
     sample_images(ModelLocation(Path(records[1].path)), wanted, [tmp_path / "five.npz"], [device])
     with np.load(tmp_path / "five.npz") as found:
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((5, SIZE, SIZE, 3), np.uint8)
-    changed = run.spec.eval.model_copy(update={"seed": 1})
+    changed = run.prepared.spec.eval.model_copy(update={"seed": 1})
     added = points.evaluate_again(run, changed, device)
     assert [point.step for point in added] == [STEPS]
 
@@ -110,7 +115,7 @@ def test_repa_trains_on_images_or_on_cached_tokens(
     def run(output: str, path: Path, options: dict[str, Any], **data: Any) -> RunRecord:
         plain = request(path, "repa", flip=False, **data)
         changed = replace(plain, overrides={**plain.overrides, **options})
-        return engine.run(resolve(changed), engine.Options(tmp_path / output))[0]
+        return engine.run(prepare_run(resolve(changed)), engine.RunOptions(tmp_path / output))[0]
 
     # Latents without images: an encoder has nothing to run on.
     with pytest.raises(UserError, match=r"no images for an encoder; .* --set recipe\.encoder=FOLDER"):
@@ -158,7 +163,7 @@ def test_a_run_on_a_moved_set_resumes_with_the_new_path(root: Path, tmp_path: Pa
     assert "\n" not in str(error.value)
     whole = train(tmp_path / "runs", tmp_path / "new")
     assert whole.path == half.path
-    assert past_run.open_run(Path(whole.path)).dataset.size == COUNT - 6
+    assert past_run.open_run(Path(whole.path)).prepared.dataset.size == COUNT - 6
     assert final_weights(whole) == final_weights(train(tmp_path / "once", root / "set"))
 
 

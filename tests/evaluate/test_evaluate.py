@@ -19,6 +19,7 @@ from scipy.spatial.distance import cdist
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
+from stbench.config.spec import EvalSpec
 from stbench.core.backbone import Backbone, BackboneInfo, Features
 from stbench.core.errors import UserError
 from stbench.data.dataset import Dataset, get_dataset
@@ -422,7 +423,7 @@ def test_grid_writes_colour(tmp_path: Path) -> None:
 
 
 def test_every_field_of_a_protocol_moves_its_hash(digits: Dataset) -> None:
-    protocol = protocol_of(digits, samples=1000, labels="balanced", seed=0, sampler="euler", steps=20)
+    protocol = protocol_of(digits, EvalSpec(points=[1], samples=1000, sampler="euler", steps=20))
     assert len(protocol.hash) == 8 and protocol.hash == replace(protocol).hash
     changed = [
         replace(protocol, **{f.name: 7 if f.type == "int" else "other"}).hash  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stbench.cli.export import export_run, final_network
-from stbench.config import plan
 from stbench.config.build import build_backbone
+from stbench.config.plan import prepare
 from stbench.core.errors import UserError
 from stbench.evaluate.past_run import open_run
 from stbench.models.export import official_state
@@ -34,15 +34,15 @@ def past(tmp_path: Path) -> Callable[..., Path]:
 
     def make(**more: Any) -> Path:
         spec = tiny_spec(steps=2, **more)
-        dataset, jobs, hashed = plan.prepare(spec)
-        options = engine.Options(tmp_path / "runs")
-        folder = RunFolder(options.output / plan.run_id(spec, hashed.train))
+        prepared = prepare(spec)
+        options = engine.RunOptions(tmp_path / "runs")
+        folder = RunFolder(options.output / prepared.run_id)
         with folder.lock():
-            engine._open(folder, spec, jobs, hashed, options)
-        place = folder.path / "checkpoints" / f"0-{jobs[0].name}"
+            engine.open_folder(folder, prepared, options)
+        place = folder.stage(0, prepared.stages[0].name).path
         place.mkdir(parents=True)
         for weights in ("raw", "ema"):
-            net = build_backbone(spec.backbone, spec.objective, dataset)
+            net = build_backbone(spec.backbone, spec.objective, prepared.dataset)
             for name, parameter in net.named_parameters():
                 if name != "pos_embed" or spec.backbone.name == "uvit":
                     torch.nn.init.normal_(parameter, std=0.1)
