@@ -196,7 +196,7 @@ def test_an_error_in_a_process_stops_all_and_is_one_line(run: ModelLocation, tmp
     parts = PartsFolder(tmp_path / "a.npz", {"count": COUNT}, ROWS)
     parts.open()
     gone = ModelLocation(tmp_path / "gone")
-    with pytest.raises(UserError, match="gone is no run folder"):
+    with pytest.raises(UserError, match="gone is not a run folder"):
         sampling.generate_in_processes(sampling.Job(gone, order, parts), [CPU, CPU], parts.missing())
 
 
