@@ -101,6 +101,7 @@ def test_commands_from_images_to_scores(
     assert code == 2 and err.count("\n") == 1 and "gone not found" in err
 
 
+@pytest.mark.slow
 def test_a_run_is_sampled_and_scored_at_every_scale(
     trained_run: Path, tmp_path: Path, inception_file: tuple[Path, str], stbench: Command
 ) -> None:
