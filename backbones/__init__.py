@@ -1,4 +1,4 @@
-"""Backbone families, one file each; imported as stbench.backbones."""
+"""Backbone families, one file each. Import them as `stbench.backbones`."""
 
 if __name__ != "stbench.backbones":
-    raise ImportError("import stbench.backbones, not backbones: the folder is only a package under stbench")
+    raise ImportError("import stbench.backbones instead of backbones, which is only a package under stbench")

@@ -1,4 +1,7 @@
-"""The trunk that DiT and SiT share (DiT, arXiv:2212.09748): patches, adaLN-Zero blocks, final layer."""
+"""DiT: Scalable Diffusion Models with Transformers (arXiv:2212.09748; facebookresearch/DiT).
+
+Also defines `AdaLNTransformer`, the trunk of adaLN-Zero blocks that DiT shares with SiT (backbones/sit.py).
+"""
 
 from __future__ import annotations
 
@@ -18,22 +21,22 @@ from stbench.models.layers import (
     TimeEmbed,
     blocks_to_run,
     count_blocks,
+    grid_side,
     make_info,
-    name_size,
+    match_preset,
     scale_time,
-    side,
     sincos_2d,
     unpatchify,
 )
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B,N,D) scaled and shifted per sample by (B,D)."""
+    """Scale and shift tokens x (B,N,D) by one vector (B,D) per sample."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class AdaLNBlock(nn.Module):
-    """Transformer block whose norms and gates are set by the condition (adaLN-Zero; DiT, section 3.2)."""
+    """Transformer block whose norms and gates depend on the condition (adaLN-Zero; DiT, section 3.2)."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -44,14 +47,14 @@ class AdaLNBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens (B,N,D) under condition (B,D)."""
+        """Update tokens x (B,N,D) under condition c (B,D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and projection of each token to its p*p*C_out values."""
+    """Modulated norm and projection of each token to p*p*C_out values."""
 
     def __init__(self, width: int, patch: int, channels: int) -> None:
         super().__init__()
@@ -60,12 +63,13 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens (B,N,D) under condition (B,D) to (B,N,p*p*C_out)."""
+        """Map tokens x (B,N,D) under condition c (B,D) to (B,N,p*p*C_out)."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 def _adaln_presets() -> dict[str, dict[str, Any]]:
+    """The published sizes S, B, L, XL at patch sizes 2, 4 and 8, and our "ti/2" for the embedded digits."""
     sizes = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
     presets: dict[str, dict[str, Any]] = {
         f"{name}/{patch}": dict(patch=patch, width=width, depth=depth, heads=heads)
@@ -77,14 +81,14 @@ def _adaln_presets() -> dict[str, dict[str, Any]]:
 
 
 class AdaLNTransformer(Backbone):
-    """The trunk of DiT and SiT (DiT, arXiv:2212.09748): patches, fixed positions, adaLN blocks, final layer.
+    """Trunk of DiT and SiT: patch embedding, fixed positions, adaLN-Zero blocks, final layer.
 
-    Abstract: a family gives it a name and an output. `rows` are the channels that the final layer computes,
-    of which the first `out_channels` are returned.
+    Abstract; subclasses register it under a name. The final layer computes `rows` channels, of which the
+    first `out_channels` are returned.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = _adaln_presets()
-    """Published sizes, and "ti/2" for the embedded digits, which is ours."""
+    """Published sizes, and "ti/2" for the embedded digits, which is not published."""
 
     def __init__(
         self,
@@ -97,7 +101,10 @@ class AdaLNTransformer(Backbone):
         time_scale: float,
     ) -> None:
         super().__init__()
-        self.info, self.time_scale, self.out_channels, self.rows = info, time_scale, out_channels, rows
+        self.info = info
+        self.time_scale = time_scale
+        self.out_channels = out_channels
+        self.rows = rows
         self.x_embedder = PatchEmbed(
             img_size=info.input_size, patch_size=info.patch, in_chans=info.channels, embed_dim=info.width
         )
@@ -110,7 +117,10 @@ class AdaLNTransformer(Backbone):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Xavier everywhere, N(0, 0.02) for the embeddings, zero for every modulation and for the output."""
+        """Initialise as DiT: Xavier, N(0, 0.02) for embeddings, zero for modulations and the output layer.
+
+        The order of the calls matters: it determines which random numbers each parameter receives.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -129,13 +139,13 @@ class AdaLNTransformer(Backbone):
             nn.init.zeros_(linear.bias)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Latents (B,C,H,W) to the tokens (B,N,D) that enter the first block."""
+        """Embed latents x (B,C,H,W) as the tokens (B,N,D) that enter the first block."""
         return self.x_embedder(x) + self.pos_embed
 
     def forward_intermediates(
         self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
     ) -> tuple[Tensor | None, Features]:
-        """See `Backbone.forward_intermediates`. Raises ValueError for a block that is not there."""
+        """See `Backbone.forward_intermediates`. Raises ValueError for a block out of range."""
         run = blocks_to_run(self.info, indices, stop_early)
         tokens = self.embed(x)
         c = self.t_embedder(scale_time(t, self.time_scale)) + self.y_embedder(y)
@@ -151,21 +161,20 @@ class AdaLNTransformer(Backbone):
 
     @classmethod
     def infer_trunk(cls, state: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Any], int]:
-        """Constructor options that the shapes of an official state dict tell, and the channels its output
-        has.
+        """Read constructor options, and the channels of the final layer, from an official state dict.
 
-        With qk_norm the heads can be read too. Raises KeyError for another family's state dict, and UserError
-        where `heads` is needed.
+        The number of heads can be read if there is a qk_norm, else it is `heads` or that of the preset.
+        Raises KeyError for a state dict of another family, UserError if `heads` is needed.
         """
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         q_norm = state.get("blocks.0.attn.q_norm.weight")
         if q_norm is not None:
             heads = width // q_norm.shape[0]
         depth = count_blocks(state, "blocks")
-        size, heads = name_size(cls.presets, patch, width, depth, heads)
+        size, heads = match_preset(cls.presets, patch=patch, width=width, depth=depth, heads=heads)
         options = dict(
             channels=channels,
-            input_size=patch * side(state["pos_embed"].shape[1]),
+            input_size=patch * grid_side(state["pos_embed"].shape[1]),
             classes=state["y_embedder.embedding_table.weight"].shape[0] - 1,
             size=size,
             patch=patch,
@@ -179,7 +188,10 @@ class AdaLNTransformer(Backbone):
 
 @BACKBONES.register_module(name="dit")
 class DiT(AdaLNTransformer):
-    """Diffusion transformer; embeds the step 0..999, and predicts 2C channels where variance is learned."""
+    """Diffusion transformer (arXiv:2212.09748).
+
+    Embeds the step 0..999, and predicts 2C channels if the variance is learned (`out_channels` = 2C).
+    """
 
     objective: ClassVar[str] = "iddpm"
 
@@ -198,7 +210,16 @@ class DiT(AdaLNTransformer):
         qk_norm: bool = False,
         time_scale: float = 999.0,
     ) -> None:
-        info = make_info("dit", size, channels, input_size, classes, patch, width, depth)
+        info = make_info(
+            "dit",
+            size,
+            channels=channels,
+            input_size=input_size,
+            classes=classes,
+            patch=patch,
+            width=width,
+            depth=depth,
+        )
         super().__init__(
             info,
             heads=heads,
@@ -210,6 +231,6 @@ class DiT(AdaLNTransformer):
 
     @classmethod
     def infer(cls, state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
-        """Constructor options from an official state dict; see `AdaLNTransformer.infer_trunk`."""
+        """Read constructor options from an official state dict; see `AdaLNTransformer.infer_trunk`."""
         options, rows = cls.infer_trunk(state, heads)
         return options | {"out_channels": rows}

@@ -1,4 +1,7 @@
-"""SiT: Scalable Interpolant Transformers (arXiv:2401.08740; willisma/SiT), in REPA's direction of time."""
+"""SiT: Scalable Interpolant Transformers (arXiv:2401.08740; willisma/SiT).
+
+The architecture is DiT's, imported from backbones/dit.py. Time runs as in REPA: t=0 is data.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from stbench.models.layers import make_info
 
 @BACKBONES.register_module(name="sit")
 class SiT(AdaLNTransformer):
-    """Flow transformer: the trunk of DiT, with its time embedded unscaled.
+    """Flow transformer (arXiv:2401.08740): DiT's trunk with t in [0,1] embedded unscaled.
 
-    `learn_sigma` computes 2C channels and drops the second half, as upstream's checkpoints do. Those run from
-    noise at 0 to data at 1: with `noise_at_zero` the trunk is given 1-t and its velocity changes its sign, so
-    that such weights work in our direction of time.
+    `learn_sigma` computes 2C channels and drops the second half, as upstream's checkpoints do.
+    `noise_at_zero` is for weights trained with t=0 for noise, which includes upstream's: the trunk receives
+    1-t, and the sign of its velocity is flipped.
     """
 
     objective: ClassVar[str] = "linear"
@@ -41,7 +44,16 @@ class SiT(AdaLNTransformer):
         noise_at_zero: bool = False,
         time_scale: float = 1.0,
     ) -> None:
-        info = make_info("sit", size, channels, input_size, classes, patch, width, depth)
+        info = make_info(
+            "sit",
+            size,
+            channels=channels,
+            input_size=input_size,
+            classes=classes,
+            patch=patch,
+            width=width,
+            depth=depth,
+        )
         rows = 2 * out_channels if learn_sigma else out_channels
         super().__init__(
             info, heads=heads, out_channels=out_channels, rows=rows, qk_norm=qk_norm, time_scale=time_scale
@@ -51,7 +63,7 @@ class SiT(AdaLNTransformer):
     def forward_intermediates(
         self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
     ) -> tuple[Tensor | None, Features]:
-        """See `Backbone.forward_intermediates`; t=0 is data here, whatever the weights were trained with."""
+        """See `Backbone.forward_intermediates`; t=0 is data, also with `noise_at_zero`."""
         if not self.noise_at_zero:
             return super().forward_intermediates(x, t, y, indices=indices, stop_early=stop_early)
         prediction, features = super().forward_intermediates(
@@ -61,7 +73,7 @@ class SiT(AdaLNTransformer):
 
     @classmethod
     def infer(cls, state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
-        """Constructor options from an official state dict; see `AdaLNTransformer.infer_trunk`."""
+        """Read constructor options from an official state dict; see `AdaLNTransformer.infer_trunk`."""
         options, rows = cls.infer_trunk(state, heads)
         learn_sigma = rows == 2 * options["channels"]
         return options | {"out_channels": rows // 2 if learn_sigma else rows, "learn_sigma": learn_sigma}

@@ -1,4 +1,7 @@
-"""U-ViT: All are Worth Words (arXiv:2209.12152; baofff/U-ViT): label and time are tokens, long skips."""
+"""U-ViT: All are Worth Words (arXiv:2209.12152; baofff/U-ViT).
+
+A plain ViT in which label and time are tokens, with long skip connections from the first to the last blocks.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,17 @@ from stbench.models.layers import (
     Attention,
     blocks_to_run,
     count_blocks,
+    grid_side,
     make_info,
-    name_size,
+    match_preset,
     scale_time,
-    side,
     timestep_sinusoid,
     unpatchify,
 )
 
 
 class UViTBlock(nn.Module):
-    """Pre-norm block without conditioning; an out-block first fuses the skip of its in-block."""
+    """Pre-norm transformer block; with `skip`, it first merges in the output of an earlier block."""
 
     def __init__(self, width: int, heads: int, skip: bool) -> None:
         super().__init__()
@@ -39,7 +42,7 @@ class UViTBlock(nn.Module):
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Tokens (B,N,D), and for an out-block the skip (B,N,D)."""
+        """Update tokens x (B,N,D), merging `skip` (B,N,D) if given."""
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         x = x + self.attn(self.norm1(x))
@@ -54,22 +57,26 @@ _H = dict(width=1152, depth=29, heads=16, conv=False, objective="vp-discrete", t
 
 @BACKBONES.register_module(name="uvit")
 class UViT(Backbone):
-    """ViT with long skips; `depth` counts executed blocks, d/2 in + 1 mid + d/2 out, and is odd.
+    """ViT with long skip connections (arXiv:2209.12152).
 
-    `label_rows` is the size of the label table: K+1 by default, K where a network was trained without a null
-    label, 0 for an unconditional one. `conv` is the final 3x3 convolution.
+    `depth` counts executed blocks and is odd: (depth-1)/2 in-blocks, one mid-block, (depth-1)/2 out-blocks.
+    `label_rows` is the size of the label table: K+1 by default, K for networks trained without a null label,
+    0 for unconditional ones. `conv` adds the final 3x3 convolution.
     """
 
     objective: ClassVar[str] = "vp-continuous"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        # Pixels: CIFAR-10, CelebA-64, and two sizes on ImageNet-64
         "s/2": dict(patch=2, label_rows=0, **_S),
         "s/4": dict(patch=4, label_rows=0, **_S),
         "m/4": dict(patch=4, label_rows=1000, **_M),
         "l/4-pixel": dict(patch=4, label_rows=1000, **_L),
+        # Latents of ImageNet-256 (patch 2) and ImageNet-512 (patch 4)
         "l/2": dict(patch=2, **_L),
         "l/4": dict(patch=4, **_L),
         "h/2": dict(patch=2, **_H),
         "h/4": dict(patch=4, **_H),
+        # Not published
         "s/2-latent": dict(patch=2, **_S),
         "m/2-latent": dict(patch=2, **_M),
         "ti/2": dict(
@@ -83,9 +90,9 @@ class UViT(Backbone):
             init_std=0.057,
         ),
     }
-    """CIFAR-10, CelebA-64, two of ImageNet-64, ImageNet-256 and -512 (L, then H), then those in `derived`."""
+    """Size name -> constructor options; those in `derived` are not published."""
     derived: ClassVar[frozenset[str]] = frozenset({"s/2-latent", "m/2-latent", "ti/2"})
-    """Sizes that were never published: two widths on 256x256 latents, and ours for the embedded digits."""
+    """Sizes that were not published: two published widths on 256x256 latents, and "ti/2" for the digits."""
 
     def __init__(
         self,
@@ -108,14 +115,25 @@ class UViT(Backbone):
         super().__init__()
         if depth % 2 == 0:
             raise UserError(
-                f"expected an odd depth (in-blocks, one mid, out-blocks), found {depth}; try {depth + 1}"
+                f"backbone.depth must be odd (in-blocks, one mid-block, out-blocks), got {depth}; "
+                f"try --set backbone.depth={depth + 1}"
             )
-        self.info = make_info("uvit", size, channels, input_size, classes, patch, width, depth)
-        self.time_scale, self.out_channels = time_scale, out_channels
         rows = classes + 1 if label_rows is None else label_rows
         if 0 < rows < classes:
-            raise UserError(f"label_rows wants 0 or at least {classes}, got {rows}; leave it out")
-        self.info = replace(self.info, null_label=rows == 0 or rows > classes)
+            raise UserError(f"backbone.label_rows must be 0 or at least {classes}, got {rows}; leave it out")
+        info = make_info(
+            "uvit",
+            size,
+            channels=channels,
+            input_size=input_size,
+            classes=classes,
+            patch=patch,
+            width=width,
+            depth=depth,
+        )
+        # An unconditional network accepts the null label: it ignores every label.
+        self.info = replace(info, null_label=rows == 0 or rows > classes)
+        self.time_scale, self.out_channels = time_scale, out_channels
         self.prefix = 2 if rows else 1
         self.patch_embed = PatchEmbed(
             img_size=input_size, patch_size=patch, in_chans=channels, embed_dim=width
@@ -136,8 +154,10 @@ class UViT(Backbone):
         self._initialise(init_std)
 
     def _initialise(self, std: float) -> None:
-        """Truncated normal for positions (0.02) and linear layers (`std`, 0.02 as published); table and
-        convolutions keep torch's. On ti, `std` has the published ratio to 1/sqrt(width) of the M width.
+        """Initialise as U-ViT: truncated normal for positions (0.02) and linear layers (`std`).
+
+        The label table and the convolutions keep torch's defaults. `std` is 0.02 as published; on ti/2 it is
+        0.057, the published ratio of `std` to 1/sqrt(width) at size M.
         """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
@@ -147,7 +167,10 @@ class UViT(Backbone):
                     nn.init.zeros_(module.bias)
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Tokens that enter the first block: [label, time, patches] (B,2+N,D); (B,1+N,D) without labels."""
+        """Return the tokens that enter the first block, [label, time, patches] (B,2+N,D).
+
+        Without a label table there is no label token, (B,1+N,D).
+        """
         time = timestep_sinusoid(scale_time(t, self.time_scale), self.info.width)
         tokens = [self.time_embed(time)[:, None], self.patch_embed(x)]
         if self.label_emb is not None:
@@ -157,14 +180,14 @@ class UViT(Backbone):
     def forward_intermediates(
         self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
     ) -> tuple[Tensor | None, Features]:
-        """See `Backbone.forward_intermediates`. Raises ValueError for a block that is not there."""
+        """See `Backbone.forward_intermediates`. Raises ValueError for a block out of range."""
         run = blocks_to_run(self.info, indices, stop_early)
         tokens = self.embed(x, t, y)
         skips: list[Tensor] = []
         features: Features = {}
         blocks = [*self.in_blocks, self.mid_block, *self.out_blocks]
         for k, block in enumerate(blocks[:run]):
-            if k > len(self.in_blocks):
+            if k > len(self.in_blocks):  # an out-block, paired with the last in-block not yet used
                 tokens = block(tokens, skips.pop())
             else:
                 tokens = block(tokens)
@@ -179,27 +202,29 @@ class UViT(Backbone):
 
     @classmethod
     def infer(cls, state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:
-        """Constructor options from the shapes of an official state dict; the last label row is taken for
-        null.
+        """Read constructor options from an official state dict.
 
-        `time_scale` is not among them unless the size is a published one: weights do not tell it. Raises
-        KeyError for another family's state dict, and UserError where `heads` is needed.
+        The last row of the label table is taken as the null label, unless the matching preset has none.
+        `time_scale` cannot be read from weights; it is returned only if a preset matches. Raises KeyError for
+        a state dict of another family, UserError if `heads` is needed.
         """
+        # Shapes of the weights
         width, channels, patch, _ = state["patch_embed.proj.weight"].shape
         depth = 2 * count_blocks(state, "in_blocks") + 1
         table = state.get("label_emb.weight")
         rows = 0 if table is None else table.shape[0]
         conv = "final_layer.weight" in state
-        fitting = {name: p for name, p in cls.presets.items() if _fits(p, rows, channels, conv)}
-        _, heads = name_size(cls.presets, patch, width, depth, heads)
-        size, _ = name_size(fitting, patch, width, depth, heads)
         tokens = state["pos_embed"].shape[1] - (2 if rows else 1)
+        # The preset: any preset of this width gives the heads, but only one for this data gives the name
+        _, heads = match_preset(cls.presets, patch=patch, width=width, depth=depth, heads=heads)
+        fitting = {name: p for name, p in cls.presets.items() if _fits(p, rows, channels, conv)}
+        size, _ = match_preset(fitting, patch=patch, width=width, depth=depth, heads=heads)
         scale = {"time_scale": cls.presets[size].get("time_scale", 999.0)} if size in cls.presets else {}
-        complete = rows == cls.presets.get(size, {}).get("label_rows")  # a table without a null label
+        without_null_label = rows == cls.presets.get(size, {}).get("label_rows")
         return scale | dict(
             channels=channels,
-            input_size=patch * side(tokens),
-            classes=rows if complete else max(rows - 1, 0),
+            input_size=patch * grid_side(tokens),
+            classes=rows if without_null_label else max(rows - 1, 0),
             out_channels=state["decoder_pred.weight"].shape[0] // patch**2,
             size=size,
             patch=patch,
@@ -213,6 +238,6 @@ class UViT(Backbone):
 
 
 def _fits(preset: Mapping[str, Any], rows: int, channels: int, conv: bool) -> bool:
-    """Whether a preset has this label table, convolution, and pixels (3 channels) or latents."""
+    """Whether a preset agrees in label table, convolution, and data: pixels (3 channels) or latents."""
     pixels = "label_rows" in preset
     return preset["conv"] == conv and (preset["label_rows"] == rows and channels == 3 if pixels else rows > 0)

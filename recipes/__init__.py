@@ -1,4 +1,4 @@
-"""Supervision recipes, one file a method; imported as stbench.recipes."""
+"""Recipes, one file per publication. Import them as `stbench.recipes`."""
 
 if __name__ != "stbench.recipes":
-    raise ImportError("import stbench.recipes, not recipes: the folder is only a package under stbench")
+    raise ImportError("import stbench.recipes instead of recipes, which is only a package under stbench")

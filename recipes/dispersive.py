@@ -1,6 +1,4 @@
-"""Dispersive loss (repository whaletech-ai/Disperse-Loss): the features of different samples repel one
-another.
-"""
+"""Dispersive Loss (repository whaletech-ai/Disperse-Loss): features of different samples repel each other."""
 
 from __future__ import annotations
 
@@ -22,22 +20,26 @@ Scope = Literal["local", "gathered"]
 
 @dataclass(frozen=True)
 class Published:
-    """One of the two published settings."""
+    """The constants of one published configuration."""
 
     weight: float
     tau: float
     local_batch: int
 
 
-PUBLISHED: Mapping[str, Published] = {"jax": Published(0.5, 0.5, 16), "pytorch": Published(0.25, 1.0, 32)}
+PUBLISHED: Mapping[str, Published] = {
+    "jax": Published(weight=0.5, tau=0.5, local_batch=16),
+    "pytorch": Published(weight=0.25, tau=1.0, local_batch=32),
+}
+"""Constants of the paper (jax) and of the released PyTorch code; they also tap different blocks."""
 
 
 @dataclass
 class Dispersive(Supervision):
     """log mean exp(-|z_i - z_j|^2 / (N D tau)) over all pairs of a batch, the diagonal included.
 
-    z is one block's tokens, neither projected nor normalised. The batch is a statistic of the loss: `local`
-    takes `local_batch` consecutive samples of the micro-batch at a time, `gathered` the whole global batch.
+    z is the tokens of one block, neither projected nor normalised. The loss depends on the batch size:
+    scope "local" computes it on `local_batch` consecutive samples at a time, "gathered" on the global batch.
     """
 
     block: int
@@ -52,12 +54,15 @@ class Dispersive(Supervision):
         return (self.block,)
 
     def terms(self, step: Step) -> Mapping[str, Term]:
-        """Each sample carries the loss of its batch. Raises UserError if the global batch is not at hand."""
+        """Assign to each sample the loss of its batch.
+
+        Raises UserError if scope is "gathered" and the global batch is split.
+        """
         tokens = step.features[self.block]
         if self.scope == "gathered" and len(tokens) != step.global_batch:
             raise UserError(
-                f"recipe.scope=gathered wants the global batch of {step.global_batch} at once, found "
-                f"{len(tokens)} of it; type --set train.accumulate=1, or --set recipe.scope=local"
+                f"recipe.scope=gathered needs the global batch of {step.global_batch} in one piece, found "
+                f"{len(tokens)}; use --set train.accumulate=1 on one device, or --set recipe.scope=local"
             )
         batch = None if self.scope == "gathered" else self.local_batch
         return {"dispersive": Term(align.dispersive_rows(tokens, self.tau, batch), self.weight)}
@@ -74,23 +79,27 @@ def dispersive(
     scope: Scope = "local",
     local_batch: PositiveInt | None = None,
 ) -> Sequence[Stage]:
-    """Spread the samples of a batch apart in one block's features (InfoNCE with L2 distance, no positives).
+    """Push the samples of a batch apart in one block's features (InfoNCE with L2 distance, no positives).
 
-    setting: `jax`, the paper's (weight 0.5, tau 0.5, the block at a quarter of the depth, batches of 16),
-    or `pytorch` (weight 0.25, tau 1, the last block, batches of 32); the other options change one value of
-    it. block: 0-based. scope: `local` computes the loss on `local_batch` samples at a time, as on one
-    device of the published runs; `gathered` on the global batch.
+    setting: published configuration that gives the defaults below. `jax` is the paper's: weight 0.5, tau 0.5,
+      the block at a quarter of the depth, batches of 16. `pytorch` is the released PyTorch code: weight 0.25,
+      tau 1, the last block, batches of 32.
+    block: 0-based block whose features are dispersed.
+    weight: weight of the loss.
+    tau: temperature.
+    scope: `local` computes the loss on `local_batch` samples at a time, like one device of the published
+      runs; `gathered` on the global batch.
+    local_batch: samples per loss with scope `local`.
     """
-    known = PUBLISHED[setting]
-    place = max(1, info.depth // 4) - 1 if setting == "jax" else info.depth - 1
-    place = info.block("recipe.block", place if block is None else block)
+    published = PUBLISHED[setting]
+    published_block = max(1, info.depth // 4) - 1 if setting == "jax" else info.depth - 1
     if scope == "gathered" and local_batch is not None:
-        raise UserError("recipe.local_batch has no meaning with recipe.scope=gathered; leave one of them out")
-    recipe = Dispersive(
-        place,
-        known.weight if weight is None else weight,
-        tau or known.tau,
-        scope,
-        local_batch or known.local_batch,
+        raise UserError("recipe.local_batch has no effect with recipe.scope=gathered; leave one of them out")
+    supervision = Dispersive(
+        block=info.block("recipe.block", published_block if block is None else block),
+        weight=published.weight if weight is None else weight,
+        tau=tau or published.tau,
+        scope=scope,
+        local_batch=local_batch or published.local_batch,
     )
-    return [Stage("dispersive", lambda earlier: recipe)]
+    return [Stage("dispersive", lambda earlier: supervision)]

@@ -16,12 +16,17 @@ from stbench.core.registry import RECIPES
 from stbench.models import align
 
 Pairs = Sequence[tuple[int, int]]
+"""(weak block, strong block) of each aligned pair, 0-based."""
 Several = Literal["sum", "released"]
+"""How several pairs are combined."""
 
 
 @dataclass
 class LayerSync(Supervision):
-    """-cosine(h_weak, stopgrad(h_strong)) over channels, summed over pairs; no head, no second forward."""
+    """-cosine(h_weak, stopgrad(h_strong)) over channels, summed over pairs.
+
+    Needs neither a head nor a second forward pass.
+    """
 
     pairs: Pairs
     weight: float
@@ -33,7 +38,8 @@ class LayerSync(Supervision):
         return sorted({block for pair in self.pairs for block in pair})
 
     def terms(self, step: Step) -> Mapping[str, Term]:
-        """The sum over pairs, or the last pair alone, which is all that the released loop keeps."""
+        """Sum over all pairs, or the last pair alone as in the released code."""
+        # The released loop over pairs overwrites its loss, so that only the last pair contributes.
         pairs = self.pairs[-1:] if self.several == "released" else self.pairs
         features = step.features
         values = [-align.cosine(features[weak], features[strong].detach()) for weak, strong in pairs]
@@ -50,24 +56,36 @@ def layersync(
 ) -> Sequence[Stage]:
     """Align a weak block with a stronger, stop-gradient block of the same forward pass.
 
-    pairs: [[weak, strong], ...], 0-based (published, 1-based: 8 and 16 of SiT-XL's 28; other sizes follow
-    its relative depth). weight: 0.2 as published for XL. several: `sum` adds the pairs up; `released` keeps
-    the last one, as the released loop does.
+    pairs: list of weak and strong block, 0-based, such as [[1,3],[2,5]]. Default: the relative depth of the
+      published pair (1-based: 8 and 16 of SiT-XL's 28).
+    weight: weight of the loss; 0.2 as published for XL.
+    several: `sum` adds the losses of all pairs; `released` keeps the last pair only, as the released loop
+      does.
     """
     if pairs is None:
         pairs = [(align.relative_block(info.depth, 8, 28), align.relative_block(info.depth, 16, 28))]
+    _check_pairs(pairs, info)
+    supervision = LayerSync(
+        pairs=tuple(tuple(pair) for pair in pairs),  # type: ignore[misc]
+        weight=weight,
+        several=several,
+    )
+    return [Stage("layersync", lambda earlier: supervision)]
+
+
+def _check_pairs(pairs: Pairs, info: BackboneInfo) -> None:
+    """Raise UserError if there is no pair, or a pair of equal or missing blocks."""
     if not pairs:
-        raise UserError("recipe.pairs wants at least one pair, got none; for example [[1,3]]")
+        raise UserError("recipe.pairs must contain at least one pair, got none; for example [[1,3]]")
     for weak, strong in pairs:
         if weak == strong:
+            # The cosine of a block with itself is constant: the run would be vanilla under another name.
             raise UserError(
-                f"recipe.pairs wants two different blocks, got [{weak},{strong}], which would train vanilla; "
-                f"for example [[0,{info.depth - 1}]]"
+                f"recipe.pairs must pair two different blocks, got [{weak},{strong}], which would train "
+                f"vanilla; for example [[0,{info.depth - 1}]]"
             )
         if not (0 <= weak < info.depth and 0 <= strong < info.depth):
             raise UserError(
-                f"recipe.pairs holds [{weak},{strong}], {info.name}-{info.size} has blocks "
+                f"recipe.pairs contains [{weak},{strong}], but {info.name}-{info.size} has blocks "
                 f"0..{info.depth - 1}; try --set recipe.pairs=[[0,{info.depth - 1}]]"
             )
-    recipe = LayerSync(tuple(tuple(pair) for pair in pairs), weight, several)  # type: ignore[misc]
-    return [Stage("layersync", lambda earlier: recipe)]

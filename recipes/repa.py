@@ -1,6 +1,7 @@
 """REPA, representation alignment (repository sihyun-yu/REPA): a frozen external encoder teaches one block.
 
-The external reference of the suite: its row names the encoder, whose own training is in no figure.
+The only built-in recipe with an external teacher: its leaderboard row names the encoder, whose training cost
+is not included.
 """
 
 from __future__ import annotations
@@ -18,35 +19,33 @@ from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
 from stbench.core.recipe import Stage, Step, Supervision, Term
 from stbench.core.registry import RECIPES
-from stbench.models import align
-from stbench.models import encoders as teachers
+from stbench.models import align, encoders
 
 T = TypeVar("T")
 
 
 @dataclass
 class Repa(Supervision):
-    """-weight * cosine(projector_j(h_k), z_j) over channels, averaged over tokens and encoders j, in
-    float32.
-    """
+    """-weight * cosine(projector_j(h_k), z_j) over channels, averaged over tokens and encoders j, float32."""
 
-    sources: Sequence[teachers.EncoderSpec]
+    sources: Sequence[encoders.EncoderSpec]
+    """The encoders, or caches of their tokens."""
     block: int
     weight: float
     hidden: int
     tokens: int
-    _encoders: list[teachers.ImageEncoder | teachers.CachedTokens] = field(
+    _encoders: list[encoders.ImageEncoder | encoders.CachedTokens] = field(
         default_factory=list, init=False, repr=False, compare=False
     )
 
     @property
     def needs(self) -> str:
-        """The encoders."""
+        """The names of the encoders."""
         return ", ".join(source.needs for source in self.sources)
 
     @property
     def contents(self) -> Mapping[str, Any]:
-        """Names of networks, and hashes of the files that options name."""
+        """Names of encoders and hashes of files, in place of the paths that the options contain."""
         return {
             "encoder": [s.sha256 if s.kind == "cached" else s.name for s in self.sources],
             "checkpoint": [s.sha256 for s in self.sources],
@@ -54,7 +53,7 @@ class Repa(Supervision):
 
     @property
     def images(self) -> bool:
-        """Whether an encoder runs on the images; cached tokens need none."""
+        """Whether an encoder runs on the images; cached tokens do not need them."""
         return any(source.kind != "cached" for source in self.sources)
 
     @property
@@ -64,21 +63,22 @@ class Repa(Supervision):
 
     def setup(self, device: torch.device) -> None:
         """Load the encoders."""
-        self._encoders = [teachers.open_encoder(source, self.tokens, device) for source in self.sources]
+        self._encoders = [encoders.open_encoder(source, self.tokens, device) for source in self.sources]
 
     def heads(self, info: BackboneInfo) -> nn.ModuleDict:
-        """A three-layer projector for each encoder."""
+        """One three-layer projector per encoder."""
         return nn.ModuleDict(
             {str(j): align.projector(info.width, self.hidden, s.width) for j, s in enumerate(self.sources)}
         )
 
     def targets(self, step: Step) -> list[Tensor]:
-        """Each encoder's tokens (B,N,Dz). Cached ones cost one forward for each image of the data set."""
+        """Return the tokens (B,N,Dz) of each encoder."""
         found = []
         for encoder in self._encoders:
-            if isinstance(encoder, teachers.ImageEncoder):
+            if isinstance(encoder, encoders.ImageEncoder):
                 found.append(step.encode(encoder, step.batch.extras["images"]))
                 continue
+            # A cache costs one forward pass per image of the data set, counted during the first epoch.
             if step.images_seen < step.dataset_size:
                 step.count_teacher(encoder.flops * len(step.batch.y))
             tokens = encoder.rows(step.batch.index, step.dataset_size)
@@ -86,7 +86,7 @@ class Repa(Supervision):
         return found
 
     def terms(self, step: Step) -> Mapping[str, Term]:
-        """The mean negative cosine, in [-1,1]."""
+        """Compute the mean negative cosine, in [-1,1]."""
         tokens = step.features[self.block]
         values = [
             -align.cosine(step.project(str(j), tokens), target) for j, target in enumerate(self.targets(step))
@@ -95,9 +95,14 @@ class Repa(Supervision):
 
 
 def published_block(info: BackboneInfo) -> int:
-    """0-based. Published (1-based): 8 of XL's 28 (README) and of L's 24, 4 of B's 12; others follow XL."""
-    named = {24: 8, 12: 4}
-    return named[info.depth] - 1 if info.depth in named else align.relative_block(info.depth, 8, 28)
+    """Return the default block, 0-based.
+
+    Published, 1-based: 8 of XL's 28 (README) and of L's 24, 4 of B's 12. Other sizes use XL's relative depth.
+    """
+    published = {24: 8, 12: 4}
+    if info.depth in published:
+        return published[info.depth] - 1
+    return align.relative_block(info.depth, 8, 28)
 
 
 @RECIPES.register_module(name="repa")
@@ -110,30 +115,38 @@ def repa(
     weight: NonNegativeFloat = 0.5,
     hidden: PositiveInt | None = None,
 ) -> Sequence[Stage]:
-    """Align one block with a frozen external encoder's tokens of the clean image.
+    """Align one block with the tokens of a frozen external encoder on the clean image.
 
-    encoder: a timm model (default vit_base_patch14_dinov2.lvd142m, DINOv2-B, at one token a latent patch),
-    `digits` (the shipped encoder, default on ti), a folder of cached tokens, or a list of these.
-    checkpoint: local weights for each timm model; from the hub without. block: 0-based (published, 1-based:
-    8 for XL and L, 4 for B). weight: 0.5 as published. hidden: projector width, 2048 as published; 4 D on
-    ti.
+    encoder: a timm model, `digits` (the shipped encoder), a folder of cached tokens, or a list of these.
+      Default: `digits` on ti, else vit_base_patch14_dinov2.lvd142m (DINOv2-B, one token per latent patch).
+    checkpoint: file with local weights for each timm model; without it they come from the hub.
+    block: 0-based. Published, 1-based: 8 for XL and L, 4 for B.
+    weight: weight of the loss; 0.5 as published.
+    hidden: hidden width of the projector. Default: 4 D on ti, else 2048 as published.
     """
     tiny = info.size.startswith("ti")
-    names = _listed(encoder) or [teachers.DIGITS if tiny else teachers.DINOV2]
+    # Encoders and their weights
+    names = _listed(encoder) or [encoders.DIGITS if tiny else encoders.DINOV2]
     files = _listed(checkpoint) or [None] * len(names)
     if len(files) != len(names):
         raise UserError(
-            f"recipe.checkpoint wants a file for each of {len(names)} encoders, found {len(files)}; "
-            f"name them all"
+            f"recipe.checkpoint must name one file for each of {len(names)} encoders, got {len(files)}; "
+            f"list one per encoder, null for none"
         )
     sources = tuple(
-        teachers.find_encoder(name, Path(file) if file else None)
+        encoders.find_encoder(name, Path(file) if file else None)
         for name, file in zip(names, files, strict=True)
     )
-    chosen = info.block("recipe.block", published_block(info) if block is None else block)
-    recipe = Repa(sources, chosen, weight, hidden or (4 * info.width if tiny else 2048), info.tokens)
-    return [Stage("repa", lambda earlier: recipe)]
+    supervision = Repa(
+        sources=sources,
+        block=info.block("recipe.block", published_block(info) if block is None else block),
+        weight=weight,
+        hidden=hidden or (4 * info.width if tiny else 2048),
+        tokens=info.tokens,
+    )
+    return [Stage("repa", lambda earlier: supervision)]
 
 
 def _listed(value: str | Sequence[T] | None) -> list[str | T]:
+    """Return an option that is one value, a list or None as a list."""
     return [value] if isinstance(value, str) else list(value or ())

@@ -1,5 +1,6 @@
-"""SRA, self-representation alignment (repository vvvvvjdy/SRA): the EMA network at less noise teaches a
-shallower block of the student.
+"""SRA, self-representation alignment (repository vvvvvjdy/SRA).
+
+The EMA of the network, given the same sample with less noise, teaches a shallower block of the student.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ Distance = Literal["smooth-l1", "cosine", "cosine-released", "l1", "l2"]
 COSINES = ("cosine", "cosine-released")
 Decay = Literal["256", "512", "constant"]
 DECAY = {"256": (149, 1000), "512": (99, 800)}
-"""Schedule -> last epoch of full weight, and the epochs in which the weight falls to a tenth after that."""
+"""Schedule -> last epoch at full weight, and the number of epochs in which the weight then falls by 10x."""
 
 
 @dataclass
 class Sra(Supervision):
     """weight(epoch) * distance(head(h_s of the student), h_t of the EMA at t' <= t).
 
-    The teacher sees the same noise and the same labels, dropped ones included.
+    The teacher receives the same noise and the same labels as the student, dropped labels included.
     """
 
     student_block: int
@@ -48,15 +49,15 @@ class Sra(Supervision):
         return (self.student_block,)
 
     def heads(self, info: BackboneInfo) -> nn.ModuleDict:
-        """SRA's two-layer head on the student's tokens; the teacher's stay raw."""
+        """SRA's two-layer head on the student's tokens; the teacher's tokens are not projected."""
         return nn.ModuleDict({"head": align.sra_head(info.width)})
 
     def teacher_time(self, objective: Objective, t_host: Tensor, u: Tensor) -> Tensor:
-        """The teacher's times (B,) on the host for uniform draws u (B,)."""
-        return align.cleaner(objective, t_host, self.t_max, u, self.time)
+        """Return the teacher's times (B,) on the host for the student's times and uniform draws u (B,)."""
+        return align.cleaner(objective, t_host, amount=self.t_max, u=u, clock=self.time)
 
     def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The distance (B,) of projected student tokens from the teacher's, both (B,N,D)."""
+        """Return the distance (B,) between projected student tokens and teacher tokens, both (B,N,D)."""
         if self.distance == "smooth-l1":
             return align.smooth_l1(student, teacher, self.beta)
         if self.distance in ("l1", "l2"):
@@ -65,27 +66,29 @@ class Sra(Supervision):
         return 1.0 - similarity(student, teacher)
 
     def weight_at(self, epoch: int) -> float:
-        """Constant, or a tenth of the weight for every so many epochs after the last full one."""
+        """Return the weight of the loss: constant, or decaying exponentially after the last full epoch."""
         if self.schedule == "constant":
             return self.weight
-        full, scale = DECAY[self.schedule]
-        return float(self.weight * 0.1 ** (max(0, epoch - full) / scale))
+        last_full, epochs_per_decade = DECAY[self.schedule]
+        return float(self.weight * 0.1 ** (max(0, epoch - last_full) / epochs_per_decade))
 
     def terms(self, step: Step) -> Mapping[str, Term]:
-        """One full-precision forward of the EMA up to its block, and the distance."""
+        """Compute the distance between the student's block and the EMA's block at less noise."""
+        # The teacher's input: the student's sample and noise at an earlier time
         noised = step.noised
         t = self.teacher_time(step.objective, noised.t_host, step.batch.rng.uniform("sra"))
         cleaner = step.objective.at(noised.x0, noised.noise, t)
         target = step.teach(step.ema, cleaner.x_t, cleaner.t, step.batch.y, block=self.teacher_block)
+        # The student's projected tokens, and the weight of this epoch
         value = self.measure(step.project("head", step.features[self.student_block]), target)
         return {"sra": Term(value, self.weight_at(step.images_seen // step.dataset_size))}
 
 
 def published_blocks(info: BackboneInfo) -> tuple[int, int]:
-    """0-based student and teacher block.
+    """Return the default student and teacher block, 0-based.
 
-    Published (1-based): 8 and 20 of SiT-XL's 28, 8 and 16 of DiT-XL's (README); 4 and 8 of 12 are the code's
-    defaults. Other sizes, and U-ViT, follow SiT-XL's relative depth.
+    Published, 1-based: 8 and 20 of SiT-XL's 28, 8 and 16 of DiT-XL's 28 (README); 4 and 8 of 12 (defaults of
+    the code). Other sizes, and U-ViT, use the relative depth of SiT-XL's blocks.
     """
     if info.depth == 12:
         return 3, 7
@@ -106,25 +109,43 @@ def sra(
     time: Clock | None = None,
     beta: PositiveFloat = 0.05,
 ) -> Sequence[Stage]:
-    """Align a block with a deeper block of the EMA network at a cleaner time: same noise, same labels.
+    """Align a block with a deeper block of the EMA, which sees the same sample at a lower noise level.
 
-    Blocks are 0-based (published, 1-based: 8 to 20 for SiT-XL, 8 to 16 for DiT-XL). distance: `smooth-l1`
-    is the paper's; `cosine` is over channels; `cosine-released` is over tokens, as the released code
-    computes it; `l1` and `l2` are its other options. weight: 0.5 for the cosines, else 0.2 (DiT 0.04).
-    schedule: `256` and `512` lower the weight after epoch 149 and 99, as published for those resolutions
-    (default: the latents'); `constant` for the cosines.
-    t_max: the teacher has up to this much less noise. time: `flow`-equivalent or `native` clock of t_max;
-    DiT's default is native, by whole steps. beta: of smooth-l1.
+    student_block, teacher_block: 0-based. Published, 1-based: 8 and 20 for SiT-XL, 8 and 16 for DiT-XL.
+    distance: `smooth-l1` as published; `cosine` over channels; `cosine-released` over tokens, as the released
+      code computes it; `l1` and `l2`, the other options of that code.
+    weight: weight of the loss. Default: 0.5 for the cosines, 0.04 for DiT, else 0.2.
+    schedule: `256` and `512` lower the weight after epochs 149 and 99, as published for those resolutions;
+      `constant` keeps it. Default: `constant` for the cosines, else by the size of the latents.
+    t_max: the largest reduction of the teacher's time.
+    time: clock of t_max, `flow` for flow-equivalent or `native` for the objective's own time. Default:
+      `native` for DiT, by whole steps as published, else `flow`.
+    beta: threshold of smooth-l1.
     """
+    # Blocks
     student, teacher = published_blocks(info)
     student = info.block("recipe.student_block", student if student_block is None else student_block)
     teacher = info.block("recipe.teacher_block", teacher if teacher_block is None else teacher_block)
+    # Defaults that depend on the distance, the backbone family and the resolution
     if distance != "smooth-l1" and beta != 0.05:
-        raise UserError(f"recipe.beta={beta} has no meaning for distance '{distance}'; it is smooth-l1's")
+        raise UserError(
+            f"recipe.beta={beta} has no effect with recipe.distance={distance}; "
+            f"leave it out, or use --set recipe.distance=smooth-l1"
+        )
     if weight is None:
         weight = 0.5 if distance in COSINES else 0.04 if info.name == "dit" else 0.2
-    resolution: Decay = "512" if info.input_size >= 64 and info.channels > 3 else "256"
-    chosen = schedule or ("constant" if distance in COSINES else resolution)
-    clock = time or ("native" if info.name == "dit" else "flow")
-    recipe = Sra(student, teacher, distance, weight, chosen, t_max, clock, beta)
-    return [Stage("sra", lambda earlier: recipe)]
+    if schedule is None:
+        # Three channels are pixels, whose size is the image's own.
+        resolution: Decay = "512" if info.input_size >= 64 and info.channels > 3 else "256"
+        schedule = "constant" if distance in COSINES else resolution
+    supervision = Sra(
+        student_block=student,
+        teacher_block=teacher,
+        distance=distance,
+        weight=weight,
+        schedule=schedule,
+        t_max=t_max,
+        time=time or ("native" if info.name == "dit" else "flow"),
+        beta=beta,
+    )
+    return [Stage("sra", lambda earlier: supervision)]

@@ -1,4 +1,4 @@
-"""Plain denoising: what every other recipe is compared with."""
+"""Denoising without supervision: the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from stbench.core.registry import RECIPES
 
 @RECIPES.register_module(name="vanilla")
 def vanilla(info: BackboneInfo) -> Sequence[Stage]:
-    """The backbone's own objective and nothing else: the baseline of every speed-up."""
+    """Train with the denoising loss alone: the baseline of every speed-up."""
     return [Stage("vanilla", lambda earlier: NoSupervision())]

@@ -104,6 +104,18 @@ def test_the_index_lists_every_page() -> None:
     assert listed == {page.name for page in DOCS.glob("*.md")} - {"index.md"}
 
 
+def test_the_architecture_page_lists_every_package_with_its_layer() -> None:
+    rows = re.findall(r"^\| +(\d) +\| `(\w+)` ", section(DOCS / "architecture.md", "Packages"), re.MULTILINE)
+    (layers,) = re.findall(
+        r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL | re.MULTILINE
+    )
+    downwards = [re.findall(r"\w+", line) for line in layers.splitlines()]
+    expected = [
+        (str(n), package) for n, layer in enumerate(reversed(downwards), start=1) for package in layer
+    ]
+    assert sorted(rows) == sorted(expected)
+
+
 # Commands
 
 

@@ -1,4 +1,4 @@
-"""Networks that measure images: random weights under the published names, and stand-ins that cost nothing."""
+"""Weight files made for tests: random networks under published names, and cached encoder tokens."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
-import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from stbench.evaluate.feature_networks import FeatureNetwork
-from stbench.evaluate.image_sets import open_images
-from stbench.evaluate.statistics import ImageStatistics, measure_images
+from stbench.data.dataset import get_dataset
+from stbench.models import encoders
 
 
 class Unloaded(FeatureExtractorInceptionV3):
@@ -28,7 +25,7 @@ class Unloaded(FeatureExtractorInceptionV3):
 
 
 def random_inception(file: Path) -> tuple[Path, str]:
-    """Write Inception weights that keep the features alive; returns the file and its sha256."""
+    """Write random Inception weights that keep the features alive; returns the file and its sha256."""
     empty = io.BytesIO()
     torch.save({}, empty)
     empty.seek(0)
@@ -45,7 +42,7 @@ def random_inception(file: Path) -> tuple[Path, str]:
 
 
 def random_dino(file: Path) -> Path:
-    """Write the weights of timm's smallest DINOv2, randomly initialised."""
+    """Write random weights of timm's smallest DINOv2."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         net = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=224)
@@ -53,31 +50,17 @@ def random_dino(file: Path) -> Path:
     return file
 
 
-class CheapNetwork(FeatureNetwork):
-    """Features that cost nothing: "pool" are 48 fixed projections, "spatial" the first 40 of them."""
-
-    spaces: ClassVar[Mapping[str, int | None]] = {"pool": 48, "spatial": 40}
-
-    def __init__(self, label: str = "cheap 0") -> None:
-        super().__init__()
-        self.label = label
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        draws = torch.Generator().manual_seed(0)
-        flat = images.flatten(1).double() / 255.0
-        pool = torch.tanh(flat @ torch.randn(flat.shape[1], 48, generator=draws, dtype=torch.float64) / 20)
-        return {"pool": pool.float(), "spatial": pool[:, :40].float(), "logits": pool[:, :9].float() * 4}
+def random_vit(file: Path) -> Path:
+    """Write random weights of timm's `vit_tiny_patch16_224`, as a user would have them on disk."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), file)
+    return file
 
 
-def pictures(seed: int, count: int, size: int = 24) -> np.ndarray:
-    """Smooth noise, uint8 (count,size,size,3), brighter with the seed."""
-    draws = torch.Generator().manual_seed(seed)
-    small = torch.rand(count, 3, 4, 4, generator=draws) * 200 + 10 * seed
-    large = nn.functional.interpolate(small, size=(size, size), mode="bilinear")
-    return large.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def measured(images: np.ndarray, file: Path, network: FeatureNetwork, **options: int) -> ImageStatistics:
-    """Save images as an npz and measure it."""
-    np.savez(file, images)
-    return measure_images(open_images(file), [network], **options)
+def cache_digits(folder: Path) -> Path:
+    """Cache the digits encoder's tokens of the training set in a new folder."""
+    encoder = encoders.open_encoder(encoders.find_encoder("digits"), 16, torch.device("cpu"))
+    assert isinstance(encoder, encoders.ImageEncoder)
+    encoders.cache_tokens(folder, encoder, torch.split(get_dataset("digits").train_images(), 400), 1500)
+    return folder

@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 
 from stbench import __version__
+from stbench.cli import compare, sample, show
 from stbench.cli import data_options as cli_data
 from stbench.cli import samples_options as cli_samples
-from stbench.cli import show
 from stbench.cli.completion import complete
 from stbench.cli.export_options import export
 from stbench.cli.options import RUNS, Device, KeepChoice, Original, Output, Plugins
@@ -46,16 +46,6 @@ class Kind(str, Enum):
     objectives = "objectives"
     samplers = "samplers"
     metrics = "metrics"
-
-
-class Format(str, Enum):
-    """How `compare` prints."""
-
-    table = "table"
-    md = "md"
-    csv = "csv"
-    json = "json"
-    tex = "tex"
 
 
 def _print_version(requested: bool) -> None:
@@ -175,26 +165,7 @@ app.command()(sweep)
 app.command()(export)
 
 
-@app.command()
-def compare(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or folders of them.")] = None,
-    format: Annotated[Format, typer.Option(help="How to print.")] = Format.table,
-    output: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="PNG of FID against images, student only and everything paid.")
-    ] = None,
-    reported: Annotated[
-        bool, typer.Option("--reported", help="Add published numbers, in a section of their own.")
-    ] = False,
-    reported_file: Annotated[
-        Path | None, typer.Option(help="Their CSV file, instead of results/reported.csv; implies --reported.")
-    ] = None,
-) -> None:
-    """Rank finished runs: one table per setting and evaluation protocol."""
-    from stbench.cli import compare as board
-
-    form = None if format is Format.table else format.value
-    board.compare(runs or [RUNS], form, output, plot, reported_file or reported)
+app.command()(compare.compare)
 
 
 @app.command(name="list")
@@ -210,7 +181,7 @@ def list_(
 
 
 app.command()(show.show)
-app.command()(cli_samples.sample)
+app.command()(sample.sample)
 app.command()(cli_samples.evaluate)
 
 

@@ -1,51 +1,90 @@
-"""The `compare` command: what it reads, and where its leaderboard goes."""
+"""`stbench compare`: read runs and journals, print or write their leaderboard."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from stbench.compare import terminal, writers
-from stbench.compare.build import leaderboard
-from stbench.compare.leaderboard import Leaderboard
-from stbench.compare.published import Figure, read_reported
+import typer
+
+from stbench.cli.options import RUNS
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write
-from stbench.runs.folder import find_runs, read_runs
-from stbench.runs.journal import JOURNAL_FILE, JournalEntry, merge_journals, read_journal
+
+if TYPE_CHECKING:
+    from stbench.compare.leaderboard import Leaderboard
+    from stbench.compare.published import PublishedValue
+    from stbench.runs.journal import JournalEntry
+
+
+class Format(str, Enum):
+    """Output formats; `table` is the terminal's."""
+
+    table = "table"
+    md = "md"
+    csv = "csv"
+    json = "json"
+    tex = "tex"
 
 
 def compare(
-    paths: Sequence[Path],
-    form: writers.Format | None,
-    output: Path | None,
-    plot: Path | None,
-    published: Path | bool,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders, or directories of them.")] = None,
+    format: Annotated[Format, typer.Option(help="Output format.")] = Format.table,
+    output: Annotated[Path | None, typer.Option(help="File to write instead of printing.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Image file for a plot of FID against training images, such as curves.png."),
+    ] = None,
+    reported: Annotated[
+        bool, typer.Option("--reported", help="Add published values in a separate section.")
+    ] = False,
+    reported_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file of published values, instead of results/reported.csv; implies --reported."
+        ),
+    ] = None,
 ) -> None:
-    """Print the leaderboard of the runs at `paths`, or write it to `output`; no `form` is the terminal's.
+    """Compare finished runs: one table per setting and evaluation protocol."""
+    from stbench.compare.plot import plot_curves
+    from stbench.compare.published import read_published
+    from stbench.compare.terminal import print_leaderboard
+    from stbench.compare.writers import render
+    from stbench.core.files import atomic_write
 
-    `published` adds reported numbers: of that file, or with True of the clone's own.
-    """
-    figures: Sequence[Figure] = ()
-    if published:
-        figures = read_reported(published if isinstance(published, Path) else None)
-    board = read_board(paths)
-    text = writers.render(board, form or "md", figures) if form or output else ""
+    # Read and render everything before anything is written
+    published: Sequence[PublishedValue] = ()
+    if reported or reported_file:
+        published = read_published(reported_file)
+    leaderboard = read_leaderboard(runs or [RUNS])
+    text = ""
+    if format is not Format.table:
+        text = render(leaderboard, format.value, published)
+    elif output is not None:
+        text = render(leaderboard, "md", published)  # the terminal's table as a file is Markdown
+
     if plot is not None:
-        writers.plot(board, plot)
+        plot_curves(leaderboard, plot)
     if output is not None:
         atomic_write(output, text)
-    elif form:
-        print(text, end="")
+    elif format is Format.table:
+        print_leaderboard(leaderboard, published=published)
     else:
-        terminal.print_leaderboard(board, figures=figures)
+        print(text, end="")
 
 
-def read_board(paths: Iterable[Path]) -> Leaderboard:
-    """The leaderboard of run folders, or folders of them with their journals.
+def read_leaderboard(paths: Iterable[Path]) -> Leaderboard:
+    """Build the leaderboard of run folders, or of directories of run folders with their journals.
 
-    UserError for a path that holds neither, and for a damaged file.
+    Raises:
+        UserError: A path contains neither runs nor a journal, or a file is damaged.
     """
+    from stbench.compare.build import build_leaderboard
+    from stbench.runs.folder import find_runs, read_runs
+    from stbench.runs.journal import JOURNAL_FILE, merge_journals, read_journal
+
+    # Run folders, and the directories that may have a journal
     folders: list[Path] = []
     journals: dict[Path, None] = {}
     for path in paths:
@@ -54,11 +93,13 @@ def read_board(paths: Iterable[Path]) -> Leaderboard:
         except UserError:
             if not (path / JOURNAL_FILE).exists():
                 raise
-            found = []
+            found = []  # a sweep whose runs have not started yet
         folders += found
+        # A run that is named by its own folder does not bring the journal of its siblings.
         journals |= dict.fromkeys([path, *(run.parent for run in found if run != path)])
+
     entries: list[JournalEntry] = []
     for folder in journals:
         entries = merge_journals(entries, read_journal(folder))
     unique = list({folder.resolve(): folder for folder in folders}.values())
-    return leaderboard(read_runs(sorted(unique)), entries)
+    return build_leaderboard(read_runs(sorted(unique)), entries)

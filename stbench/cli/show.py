@@ -19,4 +19,4 @@ def show(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
         raise UserError(
             f"{run} is not a run folder (it has no spec.json); `stbench compare` lists run folders"
         )
-    terminal.show(folder.record())
+    terminal.print_run(folder.record())

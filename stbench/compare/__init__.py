@@ -1,4 +1,4 @@
-"""From run records to leaderboards: rows, budgets, verdicts, tables, figures.
+"""Compare runs: group records into rows and tables, choose budgets, give verdicts, print and plot the result.
 
-Reads records through `stbench.runs`; uses no torch and never opens a checkpoint.
+Reads records through `stbench.runs`. Does not import torch and never opens a checkpoint.
 """

@@ -1,6 +1,7 @@
-"""All backbones side by side: the tables that share data, objective and evaluation protocol, in one.
+"""All backbones side by side: the tables that share data set, objective and protocol, combined into one.
 
-FIDs of different settings stand beside each other and are not ranked; ratio and verdict are within a setting.
+FIDs of different settings are shown next to each other but not ranked. Ratios and verdicts are those of each
+row's own table.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stbench.compare.format import NONE, Section, count
-from stbench.compare.leaderboard import Absent, Leaderboard, Row, Standing, Table, Versus
-from stbench.compare.tables import best, fid, missing, names, ratio, sampling
-from stbench.compare.verdicts import BASELINE
+from stbench.compare.leaderboard import Comparison, Leaderboard, Row, RowAtBudget, Table, UnfinishedRow
+from stbench.compare.rows import BASELINE
+from stbench.compare.tables import best_fid, fid, names, ratio, sampling, seeds_in_brackets
 
-NO_RANKING = (
-    f"FIDs of different settings stand side by side and are not ranked; ratio and verdict are against each "
-    f"setting's own {BASELINE}. n.d.: not distinguishable."
+EXPLANATION = (
+    "FIDs of different settings are shown side by side and are not ranked. Ratio and verdict compare a row "
+    f"with {BASELINE} in the same setting. n.d.: not distinguishable."
 )
-SHORT = {
+SHORT_VERDICTS = {
     "not distinguishable": "n.d.",
     "not trained that far": "not trained",
     "not evaluated there": "not evaluated",
@@ -25,66 +26,78 @@ SHORT = {
     f"no {BASELINE} there": f"no {BASELINE}",
     f"{BASELINE} not sampled": f"no {BASELINE}",
 }
-"""Verdicts that are too long for a column here."""
+"""Abbreviations of the verdicts that are too long for a column."""
 
 
 @dataclass(frozen=True)
-class Summary:
-    """One summary as text."""
+class CombinedTables:
+    """Several tables as one text."""
 
     heading: str
     text: str
     sections: tuple[Section, ...]
 
 
-def summaries(board: Leaderboard) -> list[Summary]:
-    """One for each data set, objective and protocol that more than one setting was measured under."""
+def combine_tables(leaderboard: Leaderboard) -> list[CombinedTables]:
+    """Combine the tables of each data set, objective and protocol that has more than one setting."""
+    # Tables with finished runs
     groups: dict[tuple[str, str, str], list[Table]] = {}
-    for table in board.tables:
+    for table in leaderboard.tables:
         if table.protocol:
             groups.setdefault((table.dataset, table.objective, table.protocol), []).append(table)
+
+    # Tables without finished runs have no protocol yet and join every group of their data set and objective
     for (dataset, objective, _), tables in groups.items():
         tables += [
-            t for t in board.tables if not t.protocol and (t.dataset, t.objective) == (dataset, objective)
+            table
+            for table in leaderboard.tables
+            if not table.protocol and (table.dataset, table.objective) == (dataset, objective)
         ]
-    return [_summary(tables) for tables in groups.values() if len(tables) > 1]
+    return [_combine(tables) for tables in groups.values() if len(tables) > 1]
 
 
-def _summary(tables: Sequence[Table]) -> Summary:
+def _combine(tables: Sequence[Table]) -> CombinedTables:
     first = tables[0]
-    distinct = len({table.backbone for table in tables}) == len(tables)
-    what = f"all {'backbones' if distinct else 'settings'} under {first.objective}"
-    parts = [first.dataset, what, *sampling(first.protocol_fields)]
-    return Summary(
-        heading=f"{', '.join(parts)} (protocol {first.protocol})",
-        text=NO_RANKING,
-        sections=(
-            _section(
-                "Equal last-stage steps (student only)",
-                tables,
-                lambda t: t.student_images,
-                lambda r: r.student,
-            ),
-            _section("Everything paid", tables, lambda t: t.paid_images, lambda r: r.paid),
-        ),
+    one_setting_each = len({table.backbone for table in tables}) == len(tables)
+    scope = f"all {'backbones' if one_setting_each else 'settings'} under {first.objective}"
+    parts = [first.dataset, scope, *sampling(first.protocol_fields)]
+    student = _section(
+        "Student only (equal last-stage steps)",
+        tables,
+        images=lambda table: table.student_images,
+        at_budget=lambda row: row.student,
+    )
+    paid = _section(
+        "Everything paid",
+        tables,
+        images=lambda table: table.paid_images,
+        at_budget=lambda row: row.paid,
+    )
+    return CombinedTables(
+        heading=f"{', '.join(parts)} (protocol {first.protocol})", text=EXPLANATION, sections=(student, paid)
     )
 
 
 def _section(
-    title: str, tables: Sequence[Table], images: Callable[[Table], int], side: Callable[[Row], Standing]
+    title: str,
+    tables: Sequence[Table],
+    *,
+    images: Callable[[Table], int],
+    at_budget: Callable[[Row], RowAtBudget],
 ) -> Section:
-    budgets = {count(images(table)): None for table in tables if table.rows}
-    title = f"{title}: {' or '.join(budgets)} images"
-    lines = []
-    for table, setting in zip(tables, _settings(tables), strict=True):
-        apart = f"{setting} ({count(images(table))})" if len(budgets) > 1 and table.rows else setting
-        lines += [(apart, *_line(row, name, side)) for row, name in names(table)]
-    header = ("backbone", "recipe", "FID", f"to {BASELINE}", "FID, best guidance", f"to {BASELINE}")
-    return Section(title, header, tuple(lines), frozenset({0, 1, 3, 5}))
+    """Return all rows of all tables at one budget."""
+    # If the budgets differ, the name of each setting is followed by its budget
+    budgets = dict.fromkeys(count(images(table)) for table in tables if table.rows)
+    rows = []
+    for table, setting in zip(tables, _setting_names(tables), strict=True):
+        budget = f" ({count(images(table))})" if len(budgets) > 1 and table.rows else ""
+        rows += [(setting + budget, *_cells(row, name, at_budget)) for row, name in names(table)]
+    header = ("backbone", "recipe", "FID", f"vs. {BASELINE}", "FID, best guidance", f"vs. {BASELINE}")
+    return Section(f"{title}: {' or '.join(budgets)} images", header, tuple(rows), frozenset({0, 1, 3, 5}))
 
 
-def _settings(tables: Sequence[Table]) -> list[str]:
-    """Backbones, with the setting's hash where two settings have the same."""
+def _setting_names(tables: Sequence[Table]) -> list[str]:
+    """Return the backbones, followed by the setting hash where a backbone occurs twice."""
     backbones = [table.backbone for table in tables]
     return [
         f"{table.backbone} [{table.setting}]" if backbones.count(table.backbone) > 1 else table.backbone
@@ -92,13 +105,13 @@ def _settings(tables: Sequence[Table]) -> list[str]:
     ]
 
 
-def _line(row: Row | Absent, name: str, side: Callable[[Row], Standing]) -> tuple[str, ...]:
-    if isinstance(row, Absent):
-        return f"{name} {missing(row.seeds)}", NONE, row.word, NONE, NONE
-    here = side(row)
-    return name, fid(here), _versus(here.plain), best(here.guided), _versus(here.best)
+def _cells(row: Row | UnfinishedRow, name: str, at_budget: Callable[[Row], RowAtBudget]) -> tuple[str, ...]:
+    if isinstance(row, UnfinishedRow):
+        return f"{name} {seeds_in_brackets(row.seeds)}", NONE, row.word, NONE, NONE
+    here = at_budget(row)
+    return name, fid(here), _comparison(here.plain), best_fid(here.guided), _comparison(here.best)
 
 
-def _versus(versus: Versus) -> str:
-    verdict = SHORT.get(versus.verdict, versus.verdict)
-    return verdict if versus.ratio is None else f"{ratio(versus)} {verdict}"
+def _comparison(comparison: Comparison) -> str:
+    verdict = SHORT_VERDICTS.get(comparison.verdict, comparison.verdict)
+    return verdict if comparison.ratio is None else f"{ratio(comparison)} {verdict}"

@@ -1,77 +1,59 @@
-"""The two budgets of a table, in training images, and the notes on rows that fall short of them.
+"""Choose the two budgets of a table, in training images: student only, and everything paid.
 
-Equal steps of the last stage, and equal images of all stages. docs/protocol.md says why both.
+docs/protocol.md explains why both are reported.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from stbench.compare.leaderboard import Standing
-from stbench.compare.rows import Group
+from stbench.compare.rows import RowRuns
 
 
-def student_budget(groups: Sequence[Group], base: Group | None, notes: list[str]) -> int:
-    """Images at the last evaluation that all rows share; where they share none, that most rows have.
+@dataclass(frozen=True)
+class Budgets:
+    """The images at which the rows of a table are compared."""
 
-    Of several such the one that the baseline has, then the last. 0 without rows.
+    student: int
+    """Images of the last stage; 0 without rows."""
+    paid: int
+    """Images of all stages together."""
+
+
+def choose_budgets(rows: Sequence[RowRuns], baseline: RowRuns | None) -> tuple[Budgets, list[str]]:
+    """Choose both budgets; add a note if no evaluation is shared by all rows."""
+    student, notes = _student_budget(rows, baseline)
+    return Budgets(student, _paid_budget(rows, baseline, student)), notes
+
+
+def _student_budget(rows: Sequence[RowRuns], baseline: RowRuns | None) -> tuple[int, list[str]]:
+    """Return the last evaluation shared by all rows, in images of the last stage.
+
+    If no evaluation is shared by all rows, the most common one is taken; ties go to evaluations of the
+    baseline, then to the last.
     """
-    counts = Counter(images for group in groups for images in group.moments)
+    counts = Counter(images for row in rows for images in row.step_at_images)
     if not counts:
-        return 0
-    common = [images for images, rows in counts.items() if rows == len(groups)]
-    if common:
-        return max(common)
-    theirs = base.moments if base else {}
-    images = max(counts, key=lambda images: (counts[images], images in theirs, images))
-    notes.append(
-        f"no evaluation is common to all rows; equal steps are those at {images} images, "
-        f"which {counts[images]} of {len(groups)} rows have"
+        return 0, []
+    if shared := [images for images, count in counts.items() if count == len(rows)]:
+        return max(shared), []
+    of_baseline = baseline.step_at_images if baseline else {}
+    images = max(counts, key=lambda images: (counts[images], images in of_baseline, images))
+    note = (
+        f"no evaluation is shared by all rows; equal steps are taken at {images} images, "
+        f"where {counts[images]} of {len(rows)} rows were evaluated"
     )
-    return images
+    return images, [note]
 
 
-def paid_budget(groups: Sequence[Group], base: Group | None, student: int) -> int:
-    """Images of all stages at which rows are compared: the most that a row of several stages has paid.
+def _paid_budget(rows: Sequence[RowRuns], baseline: RowRuns | None, student: int) -> int:
+    """Return the most images that a row with several stages has paid at the student-only budget.
 
-    Paid is what it costs at the student's budget; of several sums the largest that the baseline was trained
-    to, or the largest. Without rows of several stages it is the student's budget.
+    Of several such totals, it is the largest that the baseline was trained to, or the largest if it was
+    trained to none. Without rows of several stages, it is the student-only budget.
     """
-    sums = {student + group.earlier_images for group in groups if group.earlier_images}
-    reached = {images for images in sums if base and base.fid_near(images)}
-    return max(reached or sums or {student})
-
-
-def edges(groups: Sequence[Group], rows: Sequence[Standing]) -> list[str]:
-    """The rows whose best guidance may lie outside the common grid."""
-    named = [
-        f"{group.label} @{row.guided.scale:g}*"
-        for group, row in zip(groups, rows, strict=True)
-        if row.guided and row.guided.edge
-    ]
-    return [f"best guidance at the edge of the common grid: {_listed(named)}"] if named else []
-
-
-def gaps(groups: Sequence[Group], rows: Sequence[Standing], batch: int) -> list[str]:
-    """What to train so that every row has a place at the budget, and which FIDs are interpolated."""
-    pairs = list(zip(groups, rows, strict=True))
-    short: dict[int, list[str]] = {}
-    for group, row in pairs:
-        if row.fid is None and row.images > max(group.moments):
-            short.setdefault(row.images, []).append(group.label)
-    notes = [
-        f"no point at {images} images of the last stage: {_listed(labels)}; "
-        f"train with --steps {math.ceil(images / batch)}"
-        for images, labels in sorted(short.items())
-    ]
-    if paid := [group.label for group, row in pairs if row.fid is None and row.images <= 0]:
-        notes.append(f"more images than that in earlier stages alone: {_listed(paid)}")
-    if between := [group.label for group, row in pairs if row.interpolated]:
-        notes.append(f"FID marked ~ lies between two evaluations: {_listed(between)}")
-    return notes
-
-
-def _listed(labels: Iterable[str]) -> str:
-    return ", ".join(sorted(labels))
+    totals = {student + row.earlier_images for row in rows if row.earlier_images}
+    reached = {images for images in totals if baseline and baseline.fid_at_images(images)}
+    return max(reached or totals or {student})

@@ -1,7 +1,7 @@
-"""From run records to leaderboards, without torch or files. docs/protocol.md says what the figures mean.
+"""Build a leaderboard from run records, without torch and without opening files.
 
-One table per (setting, evaluation protocol); one row per group of runs that differ in the seed alone. Nothing
-is dropped in silence: what is not in a figure is in a note.
+One table per (setting, evaluation protocol), one row per set of runs that differ only in their seed. No run
+is dropped silently: a run without results gets a note. docs/protocol.md defines the values.
 """
 
 from __future__ import annotations
@@ -9,73 +9,79 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from stbench.compare.budgets import edges, gaps, paid_budget, student_budget
-from stbench.compare.leaderboard import Leaderboard, Point, Row, Standing, Table
-from stbench.compare.rows import Group, group_runs
-from stbench.compare.stats import cell
-from stbench.compare.unfinished import Claims, absent, claims, final_points, row_key
-from stbench.compare.verdicts import BASELINE, nan_last, standings
+from stbench.compare.at_budget import find_budget_points
+from stbench.compare.budgets import choose_budgets
+from stbench.compare.leaderboard import Leaderboard, MeanPoint, Row, RowAtBudget, Table
+from stbench.compare.rows import RowRuns, choose_baseline, collect_rows
+from stbench.compare.stats import nan_last, seed_stats
+from stbench.compare.unfinished import UnfinishedRuns, find_unfinished, unfinished_notes, unfinished_rows
+from stbench.compare.verdicts import compare_with_baseline, unpaired_notes
 from stbench.runs.journal import JournalEntry
 from stbench.runs.records import RunRecord
 
 
-def leaderboard(records: Iterable[RunRecord], entries: Iterable[JournalEntry] = ()) -> Leaderboard:
-    """The leaderboard of these runs and of what a journal asked for; UserError for a curve without FID."""
-    records = sorted(
-        records, key=lambda record: (record.dataset, record.backbone, record.setting_hash, record.path)
-    )
+def build_leaderboard(records: Iterable[RunRecord], entries: Iterable[JournalEntry] = ()) -> Leaderboard:
+    """Build the leaderboard of `records`, and of the requested runs in the journal `entries`.
+
+    Raises:
+        UserError: A last-stage evaluation without guidance has no FID.
+    """
+    # A fixed order, whatever the order of the records
+    records = sorted(records, key=lambda r: (r.dataset, r.backbone, r.setting_hash, r.path))
     entries = list(entries)
-    claimed = claims(records, entries)
+    unfinished = find_unfinished(records, entries)
+
+    # A table for each setting and protocol of the finished runs
     finished = [record for record in records if record.status == "finished"]
-    keys = {(r.setting_hash, p.protocol): None for r in finished for p in final_points(r)}
-    tables = [_table(records, claimed, setting, protocol) for setting, protocol in keys]
+    keys = dict.fromkeys((r.setting_hash, point.protocol) for r in finished for point in r.final_points)
+    tables = [
+        _build_table(records, unfinished, setting=setting, protocol=protocol) for setting, protocol in keys
+    ]
+
+    # A table of states for each setting of the journal without a finished run
     settings = {setting for setting, _ in keys}
-    bare = {entry.setting_hash: entry for entry in reversed(entries) if entry.setting_hash not in settings}
-    tables += [_bare(entry, records, claimed) for entry in reversed(list(bare.values()))]
-    seen = settings | bare.keys()
-    notes = [claim.note for row in claimed.values() for claim in row.values() if claim.setting not in seen]
-    return Leaderboard(tuple(tables), tuple(notes))
+    first_entries: dict[str, JournalEntry] = {}
+    for entry in entries:
+        if entry.setting_hash not in settings:
+            first_entries.setdefault(entry.setting_hash, entry)
+    tables += [_build_unfinished_table(entry, records, unfinished) for entry in first_entries.values()]
+
+    # Notes on the unfinished runs of all other settings
+    shown = settings | first_entries.keys()
+    other_runs = [run for runs in unfinished.values() for run in runs.values() if run.setting not in shown]
+    return Leaderboard(tuple(tables), tuple(run.note for run in other_runs))
 
 
-def _bare(entry: JournalEntry, records: Sequence[RunRecord], claimed: Claims) -> Table:
-    """The table of a setting that a journal names and of which no run is finished."""
-    mine = [record for record in records if record.setting_hash == entry.setting_hash]
-    return Table(
-        setting=entry.setting_hash,
-        protocol="",
-        dataset=entry.dataset,
-        backbone=entry.backbone,
-        objective=entry.objective,
-        batch=mine[0].batch if mine else None,
-        precision=mine[0].precision if mine else None,
-        protocol_fields={},
-        student_images=0,
-        paid_images=0,
-        rows=(),
-        absent=tuple(absent(claimed, entry.setting_hash, ())),
-        notes=tuple(_waiting(claimed, entry.setting_hash)),
-    )
+def _build_table(
+    records: Sequence[RunRecord], unfinished: UnfinishedRuns, *, setting: str, protocol: str
+) -> Table:
+    """Build the table of one setting under one protocol."""
+    records = [record for record in records if record.setting_hash == setting]
+    first = next(record for record in records if protocol in {point.protocol for point in record.curve})
 
+    # Rows, the finished and the unfinished ones
+    rows, row_notes = collect_rows(records, unfinished, protocol)
+    missing_rows = unfinished_rows(unfinished, setting, {row.first.row_key for row in rows})
+    baseline, baseline_notes = choose_baseline(rows)
 
-def _table(records: Sequence[RunRecord], claimed: Claims, setting: str, protocol: str) -> Table:
-    mine = [record for record in records if record.setting_hash == setting]
-    first = next(r for r in mine if protocol in {p.protocol for p in r.curve})
-    groups, notes = group_runs(mine, claimed, protocol)
-    notes = _waiting(claimed, setting) + notes
-    base = _baseline(groups, notes)
-    student = student_budget(groups, base, notes)
-    paid = paid_budget(groups, base, student)
-    sides = []
-    for name, budget in (
-        ("equal steps", lambda _: student),
-        ("everything paid", lambda g: paid - g.earlier_images),
-    ):
-        told: list[str] = []
-        sides.append(standings(groups, base, budget, told))
-        if len(sides) == 1 or paid != student:
-            told += edges(groups, sides[-1]) + gaps(groups, sides[-1], first.batch)
-            notes += [f"{name}: {note}" for note in told]
-    rows = [_row(group, *pair) for group, *pair in zip(groups, *sides, strict=True)]
+    # Budgets
+    budgets, budget_notes = choose_budgets(rows, baseline)
+
+    # Values and verdicts at the student-only budget
+    points, student_notes = find_budget_points(rows, lambda row: budgets.student, first.batch)
+    student = compare_with_baseline(points, baseline)
+
+    # Values and verdicts at the everything-paid budget; the same if no row has an earlier stage
+    paid = student
+    paid_notes: list[str] = []
+    if budgets.paid != budgets.student:
+        points, paid_notes = find_budget_points(
+            rows, lambda row: budgets.paid - row.earlier_images, first.batch
+        )
+        paid = compare_with_baseline(points, baseline)
+
+    # Table
+    compared = [_row(runs, *at_budgets) for runs, *at_budgets in zip(rows, student, paid, strict=True)]
     return Table(
         setting=setting,
         protocol=protocol,
@@ -85,71 +91,66 @@ def _table(records: Sequence[RunRecord], claimed: Claims, setting: str, protocol
         batch=first.batch,
         precision=first.precision,
         protocol_fields=first.protocols.get(protocol, {}),
-        student_images=student,
-        paid_images=paid,
-        rows=tuple(sorted(rows, key=_rank)),
-        absent=tuple(absent(claimed, setting, {row_key(group.first) for group in groups})),
-        notes=tuple(notes + _unpaired(groups, base)),
+        student_images=budgets.student,
+        paid_images=budgets.paid,
+        rows=tuple(sorted(compared, key=_rank)),
+        absent=tuple(missing_rows),
+        notes=(
+            *unfinished_notes(unfinished, setting),
+            *row_notes,
+            *baseline_notes,
+            *budget_notes,
+            *(f"student only: {note}" for note in student_notes),
+            *(f"everything paid: {note}" for note in paid_notes),
+            *unpaired_notes(rows, baseline),
+        ),
     )
 
 
-def _waiting(claimed: Claims, setting: str) -> list[str]:
-    return [
-        seeds[seed].note
-        for seeds in claimed.values()
-        for seed in sorted(seeds)
-        if seeds[seed].setting == setting
-    ]
-
-
-def _baseline(groups: Sequence[Group], notes: list[str]) -> Group | None:
-    """Plain vanilla; of several lengths the one with the most seeds, then the longest."""
-    candidates = sorted(
-        (g for g in groups if g.label == BASELINE), key=lambda g: (len(g.runs), g.first.steps)
+def _build_unfinished_table(
+    entry: JournalEntry, records: Sequence[RunRecord], unfinished: UnfinishedRuns
+) -> Table:
+    """Build the table of a setting that a journal names and of which no run is finished."""
+    record = next((record for record in records if record.setting_hash == entry.setting_hash), None)
+    return Table(
+        setting=entry.setting_hash,
+        protocol="",
+        dataset=entry.dataset,
+        backbone=entry.backbone,
+        objective=entry.objective,
+        batch=record.batch if record else None,
+        precision=record.precision if record else None,
+        protocol_fields={},
+        student_images=0,
+        paid_images=0,
+        rows=(),
+        absent=tuple(unfinished_rows(unfinished, entry.setting_hash, ())),
+        notes=tuple(unfinished_notes(unfinished, entry.setting_hash)),
     )
-    if len(candidates) > 1:
-        notes.append(
-            f"baseline: the {BASELINE} runs of {candidates[-1].first.steps} steps (most seeds, then longest)"
-        )
-    return candidates[-1] if candidates else None
 
 
-def _row(group: Group, student: Standing, paid: Standing) -> Row:
+def _row(runs: RowRuns, student: RowAtBudget, paid: RowAtBudget) -> Row:
     return Row(
-        recipe=group.label,
-        length=group.first.steps,
-        backbone=group.first.backbone,
-        objective=group.first.objective,
-        needs=group.first.needs,
-        seeds=tuple(group.runs),
-        unfinished=tuple(claim.seed for claim in group.unfinished),
-        earlier_images=group.earlier_images,
+        recipe=runs.label,
+        length=runs.first.steps,
+        backbone=runs.first.backbone,
+        objective=runs.first.objective,
+        needs=runs.first.needs,
+        seeds=tuple(runs.runs),
+        unfinished=tuple(run.seed for run in runs.unfinished),
+        earlier_images=runs.earlier_images,
         student=student,
         paid=paid,
         curve=tuple(
-            Point(images, cell(list(group.fid(step).values()))) for images, step in group.moments.items()
+            MeanPoint(images, seed_stats(list(runs.fid(step).values())))
+            for images, step in runs.step_at_images.items()
         ),
-        paths=tuple(run.path for run in group.runs.values()),
+        paths=tuple(run.path for run in runs.runs.values()),
     )
 
 
 def _rank(row: Row) -> tuple[object, ...]:
+    """Sort key of the rows of a table: the baseline, then by FID at the student-only budget."""
     fid = row.student.fid
-    return (
-        row.student.plain.verdict != "baseline",
-        nan_last(fid.mean if fid else math.nan),
-        row.recipe,
-        row.length,
-    )
-
-
-def _unpaired(groups: Sequence[Group], base: Group | None) -> list[str]:
-    """The seeds that are in a row's mean and not in its test."""
-    if base is None:
-        return []
-    alone = [(group.label, sorted(group.runs.keys() - base.runs.keys())) for group in groups]
-    return [
-        f"{label}: no {BASELINE} of seed {', '.join(map(str, seeds))}; in the means, not in ratio and verdict"
-        for label, seeds in alone
-        if seeds
-    ]
+    mean_fid = nan_last(fid.mean if fid else math.nan)
+    return row.student.plain.verdict != "baseline", mean_fid, row.recipe, row.length

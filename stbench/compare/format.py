@@ -1,43 +1,40 @@
-"""Titled tables of text, the units of their figures, and what is printed of one run."""
+"""Text tables and the formatting of numbers with units, shared by everything that is printed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from stbench.compare.stats import Cell
-from stbench.runs.records import CurvePoint
-
-Columns = dict[str, Callable[[CurvePoint], str]]
-
+from stbench.compare.stats import SeedStats
 
 NONE = "-"
-"""Stands for a figure that there is not."""
+"""Stands for a missing value."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A titled table of text, the common form of all printed formats; the columns in `left` hold words."""
+    """A titled table of text, the common form of all printed formats."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     left: frozenset[int] = frozenset({0})
+    """Indices of the left-aligned columns, which contain words; the others contain numbers."""
 
 
 def count(number: float) -> str:
-    """A number of images in four digits at most: 800, 51.2k, 1.28M."""
+    """Format a number of images with at most four digits: 800, 51.2k, 1.28M."""
     return _scaled(number)
 
 
 def flop(number: float) -> str:
-    """A number of FLOPs in four digits at most: 1.23 PFLOP."""
+    """Format a number of FLOPs with at most four digits: 1.23 PFLOP."""
     return _scaled(number, " KMGTPE", " ") + "FLOP"
 
 
 def _scaled(number: float, prefixes: str = " kMGTPE", gap: str = "") -> str:
     power = 0
+    # 999.95 rather than 1000: with one decimal it would be rounded to 1000.0
     while 999.95 <= abs(number) < math.inf and power < len(prefixes) - 1:
         number, power = number / 1000, power + 1
     digits = f"{number:.3g}" if abs(number) < 100 else f"{number:.4g}"
@@ -45,7 +42,7 @@ def _scaled(number: float, prefixes: str = " kMGTPE", gap: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that reads best."""
+    """Format a duration in hours or minutes if it is at least two of them, else in seconds."""
     for size, unit in ((3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -53,7 +50,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float) -> str:
-    """A metric with four decimals below 0.1, three below 10, two below 100, one above."""
+    """Format a metric with four decimals below 0.1, three below 10, two below 100 and one above."""
     return f"{value:.{_decimals(value)}f}"
 
 
@@ -62,10 +59,10 @@ def _decimals(value: float) -> int:
     return 4 if 0 < size < 0.1 else 3 if size < 10 else 2 if size < 100 else 1
 
 
-def spread(cell: Cell | None) -> str:
-    """Mean ± standard deviation, or the one value."""
-    if cell is None:
+def spread(stats: SeedStats | None) -> str:
+    """Format mean ± standard deviation, or the value of a single seed."""
+    if stats is None:
         return NONE
-    if cell.std is None:
-        return number(cell.mean)
-    return f"{number(cell.mean)} ± {cell.std:.{_decimals(cell.mean)}f}"
+    if stats.std is None:
+        return number(stats.mean)
+    return f"{number(stats.mean)} ± {stats.std:.{_decimals(stats.mean)}f}"

@@ -1,6 +1,8 @@
-"""What a comparison says: tables, rows and their figures. Plain data, without torch, files or formats.
+"""The result of a comparison as plain data: tables, rows and their values at both budgets.
 
-docs/protocol.md says what every figure means. Images, seconds and FLOPs are those of training.
+docs/protocol.md defines every value. Images, seconds and FLOPs are those of training. The field names are
+the keys of the JSON output and, joined by underscores, the columns of the CSV output: to rename a field is to
+change both formats.
 """
 
 from __future__ import annotations
@@ -9,136 +11,146 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stbench.compare.stats import Cell
+from stbench.compare.stats import SeedStats
 
 Interval = tuple[float, float]
+"""Flow-equivalent times between which guidance is on."""
 
 
 @dataclass(frozen=True)
-class Guided:
-    """The best scale of the guidance grid that the rows of a table share, chosen on the mean over seeds."""
+class BestGuidance:
+    """The best point of the guidance grid that the rows of a table share, chosen by the mean over seeds."""
 
     scale: float
     interval: Interval
-    fid: Cell
+    fid: SeedStats
     edge: bool
-    """Whether the best scale is the grid's smallest or largest, so that a better one may lie outside."""
+    """Whether the scale is the smallest or largest of the grid, so that a better one may lie outside."""
 
 
 @dataclass(frozen=True)
-class Versus:
-    """A row's FID against the baseline's at the same budget."""
+class Comparison:
+    """FID of a row compared with the baseline at the same budget."""
 
     ratio: float | None
-    """Geometric mean over common seeds of the row's FID by the baseline's."""
+    """FID of the row divided by that of the baseline: the geometric mean over common seeds."""
     p: float | None
-    """Holm-adjusted p-value; None without a test."""
+    """Holm-adjusted p-value of a paired t-test on log FID; None without a test."""
     verdict: str
+    """"better", "worse", "not distinguishable", or the reason why there is no test."""
     interval: tuple[float, float] | None = None
-    """95 % interval of the ratio from the paired log differences, not adjusted; None without a test."""
+    """95 % confidence interval of the ratio, not adjusted; None without a test."""
 
 
 @dataclass(frozen=True)
-class Reach:
-    """Images until a row comes down to the baseline's mean FID at a budget."""
+class ImagesToTarget:
+    """Training images that a row needs to reach the baseline's mean FID at a budget."""
 
     target: float
+    """FID to reach."""
     needed: int
     """The baseline's images at the budget."""
     student: float | None
-    """Images of the last stage, mean over seeds; None unless every seed arrives."""
+    """Images of the last stage, mean over seeds; None unless every seed reaches the target."""
     paid: float | None
-    """The same with the images of all earlier stages."""
+    """`student` plus the images of all earlier stages."""
     arrived: int
+    """Number of seeds that reach the target."""
     limit: int
-    """Images of the last stage at the row's last point, beyond which nothing is claimed."""
+    """Images of the last stage at the row's last evaluation."""
     speedup_student: float | None
-    """The baseline's images over the row's."""
+    """`needed` divided by `student`."""
     speedup_paid: float | None
+    """`needed` divided by `paid`."""
     bound: bool = False
-    """Whether a seed was there at its first evaluation, so that it needs fewer images than these."""
+    """Whether a seed was below the target at its first evaluation, so that `student` is an upper bound."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """One row at one budget. Figures are None where the row was not evaluated there."""
+class RowAtBudget:
+    """One row at one budget. Values are None where the row was not evaluated there."""
 
     images: int
-    """Images of the last stage that the budget leaves."""
+    """Images of the last stage that the budget allows."""
     step: int | None
-    """The evaluation that the figures are of; None where FID is interpolated or there is none."""
-    fid: Cell | None
-    inception: Cell | None
-    val_loss: Cell | None
-    guided: Guided | None
-    plain: Versus
-    """Without guidance, against the baseline without guidance."""
-    best: Versus
-    """At its best guidance, against the baseline at the baseline's best guidance."""
-    flops_student: Cell | None
-    flops_total: Cell | None
-    seconds_student: Cell | None
-    seconds_total: Cell | None
-    reach: Reach | None
+    """The evaluated step; None if there is none, also where FID is interpolated."""
+    fid: SeedStats | None
+    inception: SeedStats | None
+    val_loss: SeedStats | None
+    guided: BestGuidance | None
+    plain: Comparison
+    """The row without guidance against the baseline without guidance."""
+    best: Comparison
+    """The row at its best guidance against the baseline at the baseline's best guidance."""
+    flops_student: SeedStats | None
+    flops_total: SeedStats | None
+    seconds_student: SeedStats | None
+    seconds_total: SeedStats | None
+    reach: ImagesToTarget | None
 
     @property
     def interpolated(self) -> bool:
-        """Whether FID lies between two evaluations."""
+        """Whether FID is interpolated between two evaluations."""
         return self.fid is not None and self.step is None
 
 
 @dataclass(frozen=True)
-class Point:
-    """One point of a row's learning curve: images of the last stage, FID without guidance over the seeds."""
+class MeanPoint:
+    """One point of a row's learning curve: FID without guidance over the seeds."""
 
     images: int
-    fid: Cell
+    """Images of the last stage."""
+    fid: SeedStats
 
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe over its seeds, at both budgets."""
+    """The finished seeds of one recipe, at both budgets."""
 
     recipe: str
+    """Name of the row: the recipe and the options that were set."""
     length: int
-    """Steps that the last stage was trained for."""
+    """Steps of the last stage."""
     backbone: str
     objective: str
     needs: str
+    """What the recipe needs from outside the model; "" for nothing."""
     seeds: tuple[int, ...]
     unfinished: tuple[int, ...]
-    """Seeds that were asked for and are not in the figures; a note of the table says why."""
+    """Requested seeds without results; a note of the table gives the reason."""
     earlier_images: int
-    """Images that earlier stages were trained on."""
-    student: Standing
-    """At equal steps of the last stage."""
-    paid: Standing
-    """At equal images of all stages."""
-    curve: tuple[Point, ...]
-    """All steps that every seed has, also beyond the budgets."""
+    """Training images of the earlier stages."""
+    student: RowAtBudget
+    """At the student-only budget."""
+    paid: RowAtBudget
+    """At the everything-paid budget."""
+    curve: tuple[MeanPoint, ...]
+    """All steps at which every seed was evaluated, including those beyond the budgets."""
     paths: tuple[str, ...]
+    """Run folders, one per seed."""
 
 
 @dataclass(frozen=True)
-class Absent:
-    """A row that was asked for and of which no seed is finished."""
+class UnfinishedRow:
+    """A requested row of which no seed is finished."""
 
     recipe: str
     length: int
     seeds: tuple[int, ...]
     state: str
-    """Of each seed, with the errors."""
+    """State of every seed, with error messages."""
     word: str
     """The same in short: "waiting", "failed", "failed, waiting"."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows that may be compared with one another: the baseline, then by FID at equal steps."""
+    """The rows that may be compared: the baseline first, then by FID at the student-only budget."""
 
     setting: str
+    """Setting hash."""
     protocol: str
-    """"" for a setting of which nothing is finished."""
+    """Protocol hash; "" for a setting without a finished run."""
     dataset: str
     backbone: str
     objective: str
@@ -146,17 +158,17 @@ class Table:
     precision: str | None
     protocol_fields: Mapping[str, Any]
     student_images: int
-    """The first budget: images of the last stage."""
+    """Student-only budget: images of the last stage."""
     paid_images: int
-    """The second: images of all stages."""
+    """Everything-paid budget: images of all stages."""
     rows: tuple[Row, ...]
-    absent: tuple[Absent, ...]
+    absent: tuple[UnfinishedRow, ...]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """All tables, and what belongs to none of them."""
+    """All tables, and the notes on runs that belong to none of them."""
 
     tables: tuple[Table, ...]
     notes: tuple[str, ...]

@@ -1,133 +1,135 @@
-"""The figure of a leaderboard: FID against images, those of the student alone and all that were paid for."""
+"""Plot the learning curves of a leaderboard: FID against images of the last stage and of all stages."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stbench.compare.format import count
 from stbench.compare.leaderboard import Leaderboard, Row, Table
+from stbench.compare.rows import BASELINE
 from stbench.compare.tables import heading
-from stbench.compare.verdicts import BASELINE
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Style = tuple[str, str, str]
-"""Colour, marker and line of a recipe."""
-
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c510a", "#5e3c99")
-"""Okabe and Ito's colours, which colour-blind readers tell apart, and two more; the baseline is grey."""
+"""The colour-blind safe palette of Okabe and Ito, and two more colours. The baseline is grey."""
 MARKERS = "sD^vPX<h"
 GREY = "#555555"
-HEIGHTS = (5.0, 4.4, 4.0)
-"""Inches of a table's panels for one, two, and more tables."""
-LABEL = 44
-"""Letters of a legend's line."""
+PANEL_HEIGHTS = (5.0, 4.4, 4.0)
+"""Height of a table's panels in inches, for one, two, and three or more tables."""
+LABEL_WIDTH = 44
+"""Characters after which a legend label is wrapped."""
+LEGEND_WIDTH = 150
+"""Characters of a line of the legend."""
+
+Style = tuple[str, str, str]
+"""Colour, marker and line style."""
 
 
-def draw(board: Leaderboard, path: Path) -> None:
-    """Write two panels for each table, 1200 pixels wide; the suffix of `path` gives the format (.png, .svg).
+def plot_curves(leaderboard: Leaderboard, path: Path) -> None:
+    """Plot two panels per table, 1200 pixels wide, and write them to `path`.
 
-    Lines are means over seeds, bands one standard deviation; a recipe has one colour, marker and line
-    throughout. UserError if there is nothing to draw or the format is unknown.
+    Lines are means over seeds, bands are one standard deviation. A recipe has the same style in all panels.
+    The suffix of `path` selects the format, such as .png or .svg.
+
+    Raises:
+        UserError: There are no finished runs, or the format is unknown.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    tables = [table for table in board.tables if table.rows]
+    tables = [table for table in leaderboard.tables if table.rows]
     if not tables:
         raise UserError("expected finished runs to plot, found none; make one with `stbench run`")
+
+    # Size: a pair of panels per table, and a legend below them
     styles = _styles(tables)
-    columns = _columns(styles)
-    legend = 0.25 * (1 + sum(label.count("\n") + 1 for label in map(_wrapped, styles)) / columns)
-    heights = [HEIGHTS[min(len(tables), len(HEIGHTS)) - 1]] * len(tables)
-    figure = Figure(
-        figsize=(12, sum(heights) + legend), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
-    )
-    known = sorted(FigureCanvasAgg(figure).get_supported_filetypes())
-    if path.suffix[1:] not in known:
-        raise UserError(f"expected a file ending in one of {', '.join(known)}, found {path}; try curves.png")
-    panels = figure.subfigures(len(tables) + 1, 1, squeeze=False, height_ratios=[*heights, legend])[:, 0]
-    for panel, table in zip(panels[:-1], tables, strict=True):
-        _panel(panel, table, styles)
-    _legend(panels[-1], styles, columns)
+    legend_columns = _legend_columns(list(styles))
+    legend_lines = sum(label.count("\n") + 1 for label in map(_wrapped, styles))
+    legend_height = 0.25 * (1 + legend_lines / legend_columns)
+    heights = [PANEL_HEIGHTS[min(len(tables), len(PANEL_HEIGHTS)) - 1]] * len(tables)
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
+    figure = Figure(figsize=(12, sum(heights) + legend_height), dpi=100, layout=layout)
+
+    # Check the format before anything is drawn
+    formats = sorted(FigureCanvasAgg(figure).get_supported_filetypes())
+    if path.suffix[1:] not in formats:
+        raise UserError(
+            f"expected a file ending in one of {', '.join(formats)}, found {path}; try curves.png"
+        )
+
+    # Panels and legend
+    height_ratios = [*heights, legend_height]
+    subfigures = figure.subfigures(len(height_ratios), 1, squeeze=False, height_ratios=height_ratios)[:, 0]
+    for subfigure, table in zip(subfigures[:-1], tables, strict=True):
+        _plot_table(subfigure, table, styles)
+    _plot_legend(subfigures[-1], styles, legend_columns)
+
+    # Render in memory, so that the file is written atomically
     image = BytesIO()
     figure.savefig(image, format=path.suffix[1:])
     atomic_write(path, image.getvalue())
 
 
-def _styles(tables: list[Table]) -> dict[str, Style]:
-    """The baseline grey; rows that differ from a recipe's defaults dashed."""
-    recipes = sorted({row.recipe for table in tables for row in table.rows} - {BASELINE})
+def _styles(tables: Sequence[Table]) -> dict[str, Style]:
+    """Assign a style to every row name; rows with options, as in "repa (weight=0.5)", are dashed."""
+    names = sorted({row.recipe for table in tables for row in table.rows} - {BASELINE})
     styles = {BASELINE: (GREY, "o", "-")}
-    for i, name in enumerate(recipes):
+    for i, name in enumerate(names):
+        # The marker shifts by one each time the colours repeat, so that no pair occurs twice.
         styles[name] = (COLOURS[i % 8], MARKERS[(i + i // 8) % 8], "--" if "(" in name else "-")
     return styles
 
 
-def _columns(styles: dict[str, Style]) -> int:
-    longest = max(min(len(name), LABEL) for name in styles)
-    return max(1, min(len(styles), 150 // (longest + 8)))
-
-
-def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, LABEL))
-
-
-def _panel(panel: Any, table: Table, styles: dict[str, Style]) -> None:
-    left, right = panel.subplots(1, 2, sharey=True)
-    seeds = sorted({len(row.seeds) for row in table.rows})
-    number = (
-        f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
-    )
-    what = f"protocol {table.protocol}, mean of {number}, band one standard deviation"
-    panel.suptitle(f"{heading(table)}\n{what}", fontsize=11)
+def _plot_table(subfigure: Any, table: Table, styles: dict[str, Style]) -> None:
+    """Plot a table: student only on the left, everything paid on the right."""
+    left, right = subfigure.subplots(1, 2, sharey=True)
+    counts = sorted({len(row.seeds) for row in table.rows})
+    seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    plural = "" if counts == [1] else "s"
+    what = f"protocol {table.protocol}, mean over {seeds} seed{plural}, band: one standard deviation"
+    subfigure.suptitle(f"{heading(table)}\n{what}", fontsize=11)
     for row in sorted(table.rows, key=lambda row: (row.recipe != BASELINE, row.recipe, row.length)):
-        _line(left, row, 0, styles[row.recipe])
-        _line(right, row, row.earlier_images, styles[row.recipe])
-    _axes(left, "student only: training images of the last stage", table.student_images)
-    _axes(right, "everything paid: training images of all stages", table.paid_images)
+        _plot_row(left, row, earlier_images=0, style=styles[row.recipe])
+        _plot_row(right, row, earlier_images=row.earlier_images, style=styles[row.recipe])
+    _format_axes(left, "student only: training images of the last stage", table.student_images)
+    _format_axes(right, "everything paid: training images of all stages", table.paid_images)
     left.set_ylabel("FID without guidance (log scale)", fontsize=10)
 
 
-def _legend(panel: Any, styles: dict[str, Style], columns: int) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], label=_wrapped(name), color=colour, marker=marker, ls=line, lw=2, ms=8, mec="white")
-        for name, (colour, marker, line) in styles.items()
-    ]
-    panel.legend(handles=handles, loc="center", ncols=columns, frameon=False, fontsize=11, handlelength=3)
-
-
-def _line(axes: Axes, row: Row, earlier: int, style: Style) -> None:
+def _plot_row(axes: Axes, row: Row, *, earlier_images: int, style: Style) -> None:
     colour, marker, line = style
-    images = [point.images + earlier for point in row.curve]
+    images = [point.images + earlier_images for point in row.curve]
     means = [point.fid.mean for point in row.curve]
-    width, above = (2.6, 4) if row.recipe == BASELINE else (1.8, 3)
-    axes.plot(images, means, color=colour, marker=marker, ls=line, lw=width, zorder=above, ms=8, mec="white")
-    spreads = [point.fid.std or 0.0 for point in row.curve]
-    low = [
-        max(m - s, min(p.fid.values)) if s >= m else m - s
-        for m, s, p in zip(means, spreads, row.curve, strict=True)
-    ]
-    high = [mean + spread for mean, spread in zip(means, spreads, strict=True)]
+    width, order = (2.6, 4) if row.recipe == BASELINE else (1.8, 3)
+    axes.plot(images, means, color=colour, marker=marker, ls=line, lw=width, zorder=order, ms=8, mec="white")
+    low, high = [], []
+    for point in row.curve:
+        mean, std = point.fid.mean, point.fid.std or 0.0
+        # A band that reaches zero has no logarithm: it then ends at the smallest value.
+        low.append(max(mean - std, min(point.fid.values)) if std >= mean else mean - std)
+        high.append(mean + std)
     axes.fill_between(images, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _axes(axes: Axes, label: str, budget: int) -> None:
+def _format_axes(axes: Axes, label: str, budget: int) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    # FID on a log scale with plain numbers as ticks
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+    # Images, with the budget as a vertical line
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.axvline(budget, color=GREY, lw=1, ls=":", zorder=0)
     axes.annotate(
@@ -136,6 +138,26 @@ def _axes(axes: Axes, label: str, budget: int) -> None:
     )  # fmt: skip
     axes.set_xlim(left=0)
     axes.set_xlabel(label, fontsize=10)
+
     axes.tick_params(labelsize=9, labelleft=True)
     axes.grid(True, which="major", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_legend(subfigure: Any, styles: dict[str, Style], columns: int) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], label=_wrapped(name), color=colour, marker=marker, ls=line, lw=2, ms=8, mec="white")
+        for name, (colour, marker, line) in styles.items()
+    ]
+    subfigure.legend(handles=handles, loc="center", ncols=columns, frameon=False, fontsize=11, handlelength=3)
+
+
+def _legend_columns(names: Sequence[str]) -> int:
+    longest = max(min(len(name), LABEL_WIDTH) for name in names)
+    return max(1, min(len(names), LEGEND_WIDTH // (longest + 8)))
+
+
+def _wrapped(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, LABEL_WIDTH))

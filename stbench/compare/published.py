@@ -1,4 +1,4 @@
-"""Numbers that papers and repositories report, read from a CSV file. None of them was measured here."""
+"""Values that papers and repositories report, read from a CSV file. None was measured by stbench."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from stbench.compare.format import NONE, Section, count
 from stbench.core.errors import UserError
 
-FILE = Path("results/reported.csv")
-"""Where a clone of stbench has it."""
+PUBLISHED_FILE = Path("results/reported.csv")
+"""Path within a clone of stbench."""
 TITLE = "Reported by papers and repositories; not measured here"
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One published number, all fields as text; "" is not stated."""
+class PublishedValue:
+    """One published value. All fields are text; "" means not stated."""
 
     model: str
     recipe: str
@@ -37,60 +37,71 @@ class Figure:
     note: str
 
     @property
-    def setting(self) -> tuple[str, ...]:
-        """What figures of one model, training and sampling share."""
-        apart = ("metric", "value")
-        return tuple(getattr(self, field.name) for field in fields(self) if field.name not in apart)
+    def evaluation(self) -> tuple[str, ...]:
+        """All fields except metric and value: equal for the metrics of one evaluation of one model."""
+        return tuple(
+            getattr(self, field.name) for field in fields(self) if field.name not in ("metric", "value")
+        )
 
 
-def read_reported(path: Path | None = None) -> list[Figure]:
-    """The figures of `path`, without one those of the clone that is worked in, or of stbench's own.
+def read_published(path: Path | None = None) -> list[PublishedValue]:
+    """Read published values from a CSV file.
 
-    UserError if there is no such file, or for a line that is no figure.
+    Args:
+        path: The file. By default, results/reported.csv in the working directory, or else in the clone that
+            stbench is installed from.
+
+    Raises:
+        UserError: The file cannot be read or a line is invalid.
     """
-    path = path or next(filter(Path.is_file, (FILE, Path(__file__).parents[2] / FILE)), FILE)
+    if path is None:
+        candidates = (PUBLISHED_FILE, Path(__file__).parents[2] / PUBLISHED_FILE)
+        path = next(filter(Path.is_file, candidates), PUBLISHED_FILE)
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"expected published numbers in {path}, cannot read it ({getattr(error, 'strerror', error)}); "
+            f"cannot read published values from {path} ({getattr(error, 'strerror', error)}); "
             "run inside a clone of stbench, or name a file with --reported-file FILE"
         ) from None
     reader = csv.DictReader(io.StringIO(text), strict=True)
-    wanted = [field.name for field in fields(Figure)]
-    if list(reader.fieldnames or ()) != wanted:
-        raise UserError(f"{path} line 1: expected the columns {','.join(wanted)}; restore the file")
-    return [_figure(row, f"{path} line {reader.line_num}") for row in reader]
+    columns = [field.name for field in fields(PublishedValue)]
+    if list(reader.fieldnames or ()) != columns:
+        raise UserError(f"{path} line 1: expected the columns {','.join(columns)}; restore the file")
+    return [_parse(row, f"{path} line {reader.line_num}") for row in reader]
 
 
-def _figure(row: dict[str, str], where: str) -> Figure:
+def _parse(row: dict[str, str], where: str) -> PublishedValue:
+    # csv stores surplus cells under the key None, and None for missing cells.
     if None in row or None in row.values():
-        raise UserError(f"{where}: expected {len(fields(Figure))} columns; quote values that hold a comma")
+        raise UserError(f"{where}: expected {len(fields(PublishedValue))} columns; quote values with commas")
     try:
         float(row["value"])
     except ValueError:
-        raise UserError(f"{where}: expected a number as value, found {row['value']!r}") from None
+        raise UserError(f"{where}: expected a number in column 'value', found {row['value']!r}") from None
     for name in ("model", "metric", "source", "certainty"):
         if not row[name]:
-            raise UserError(f"{where}: expected a {name}, found none")
-    return Figure(**row)
+            raise UserError(f"{where}: column '{name}' must not be empty")
+    return PublishedValue(**row)
 
 
-def section(figures: Sequence[Figure]) -> tuple[Section, list[str]]:
-    """The figures as one table, those of one model, training and sampling in one line; notes by number."""
-    lines: dict[tuple[str, ...], list[Figure]] = {}
-    for figure in figures:
-        lines.setdefault(figure.setting, []).append(figure)
-    numbers: dict[str, int] = {}
-    rows = [_line(group, numbers) for group in lines.values()]
-    header = ("model", "data", "training", "sampling", "figures", "source", "certainty")
-    notes = [f"[{number}] {note}" for note, number in numbers.items()]
-    return Section(TITLE, header, tuple(rows), frozenset(range(7))), notes
+def published_section(values: Sequence[PublishedValue]) -> tuple[Section, list[str]]:
+    """Return the values as a text table, one line per evaluation of a model, and the numbered notes."""
+    evaluations: dict[tuple[str, ...], list[PublishedValue]] = {}
+    for value in values:
+        evaluations.setdefault(value.evaluation, []).append(value)
+    notes = dict.fromkeys(metrics[0].note for metrics in evaluations.values() if metrics[0].note)
+    numbers = {note: number for number, note in enumerate(notes, start=1)}
+    rows = [_line(metrics, numbers) for metrics in evaluations.values()]
+    header = ("model", "data", "training", "sampling", "values", "source", "certainty")
+    section = Section(TITLE, header, tuple(rows), frozenset(range(len(header))))
+    return section, [f"[{number}] {note}" for note, number in numbers.items()]
 
 
-def _line(figures: Sequence[Figure], numbers: dict[str, int]) -> tuple[str, ...]:
-    first = figures[0]
-    mark = f" [{numbers.setdefault(first.note, len(numbers) + 1)}]" if first.note else ""
+def _line(metrics: Sequence[PublishedValue], numbers: dict[str, int]) -> tuple[str, ...]:
+    """Format the metrics of one evaluation."""
+    first = metrics[0]
+    mark = f" [{numbers[first.note]}]" if first.note else ""
     steps = f"{count(int(first.steps))} steps" if first.steps.isdigit() else first.steps
     guidance = "no guidance" if first.guidance == "none" else first.guidance
     return (
@@ -98,16 +109,17 @@ def _line(figures: Sequence[Figure], numbers: dict[str, int]) -> tuple[str, ...]
         f"{first.dataset} {first.resolution}",
         _joined(steps, f"{first.epochs} epochs" if first.epochs else ""),
         _joined(guidance, first.sampler),
-        ", ".join(f"{_metric(figure)} {figure.value}" for figure in figures),
+        ", ".join(f"{_metric(metric)} {metric.value}" for metric in metrics),
         first.source,
         first.certainty,
     )
 
 
-def _metric(figure: Figure) -> str:
-    """FID with the number of samples that it depends on: FID-50k."""
-    known = figure.metric == "FID" and figure.n_samples.isdigit()
-    return f"FID-{count(int(figure.n_samples))}" if known else figure.metric
+def _metric(value: PublishedValue) -> str:
+    """Add the number of samples to FID, which depends on it: FID-50k."""
+    if value.metric == "FID" and value.n_samples.isdigit():
+        return f"FID-{count(int(value.n_samples))}"
+    return value.metric
 
 
 def _joined(*parts: str) -> str:

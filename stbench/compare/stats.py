@@ -1,6 +1,6 @@
-"""The arithmetic of a comparison: means, crossings of a curve, the paired test. Numbers in, numbers out.
+"""Statistics of a comparison: means over seeds, curve crossings, the paired t-test and Holm's correction.
 
-Student's t is written out because importing scipy.special takes longer than comparing two hundred runs.
+Student's t distribution is implemented here: importing scipy.special takes longer than comparing 200 runs.
 """
 
 from __future__ import annotations
@@ -9,36 +9,49 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# --- Mean and spread over seeds ---
+
 
 @dataclass(frozen=True)
-class Cell:
-    """One figure over the seeds of a row: mean, sample standard deviation (None for one seed), all values."""
+class SeedStats:
+    """Mean and spread of one quantity over the seeds of a row."""
 
     mean: float
     std: float | None
+    """Sample standard deviation; None for a single seed."""
     values: tuple[float, ...]
+    """One value per seed."""
+
+
+def seed_stats(values: Sequence[float]) -> SeedStats:
+    """Summarise `values`, one per seed, at least one."""
+    return SeedStats(mean(values), deviation(values) if len(values) > 1 else None, tuple(values))
 
 
 def mean(values: Sequence[float]) -> float:
-    """The arithmetic mean of at least one value."""
+    """Return the arithmetic mean of at least one value."""
     return sum(values) / len(values)
 
 
 def deviation(values: Sequence[float]) -> float:
-    """The sample standard deviation of at least two values; NaN if one of them is not finite."""
+    """Return the sample standard deviation of at least two values; NaN if a value is not finite."""
     centre = mean(values) if all(map(math.isfinite, values)) else math.nan
     return math.sqrt(sum((value - centre) ** 2 for value in values) / (len(values) - 1))
 
 
-def cell(values: Sequence[float]) -> Cell:
-    """The figure that `values`, one per seed and at least one, make."""
-    return Cell(mean(values), deviation(values) if len(values) > 1 else None, tuple(values))
+def nan_last(value: float) -> float:
+    """Return a sort key that places NaN after every number."""
+    return math.inf if math.isnan(value) else value
+
+
+# --- Learning curves, piecewise linear in log FID ---
 
 
 def crossing(images: Sequence[int], fid: Sequence[float], target: float) -> float | None:
-    """Images at which a curve first comes down to `target`, linear in log FID between points; None if never.
+    """Return the images at which a curve first reaches `target`, linear in log FID; None if it never does.
 
-    A curve that starts below the target gives its first point, an upper bound. Nothing is extrapolated.
+    A curve that starts below the target returns its first point, which is an upper bound. The curve is never
+    extrapolated.
     """
     previous: tuple[int, float] | None = None
     for x, y in zip(images, fid, strict=True):
@@ -47,12 +60,13 @@ def crossing(images: Sequence[int], fid: Sequence[float], target: float) -> floa
                 return float(x)
             x0, y0 = previous
             return x0 + (x - x0) * math.log(y0 / target) / math.log(y0 / y)
+        # A diverged point gives no slope: a crossing right after it is placed at the next point.
         previous = (x, y) if math.isfinite(y) else None
     return None
 
 
 def value_at(images: Sequence[int], fid: Sequence[float], x: float) -> float | None:
-    """FID of a curve at x images, linear in log FID between points; None outside the curve."""
+    """Return the FID of a curve at `x` images, linear in log FID between points; None outside the curve."""
     for i, here in enumerate(images):
         if here == x:
             return fid[i]
@@ -64,8 +78,14 @@ def value_at(images: Sequence[int], fid: Sequence[float], x: float) -> float | N
     return None
 
 
+# --- Student's t and the paired test ---
+
+
 def student_p(t: float, dof: int) -> float:
-    """Two-sided p-value of Student's t for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 4)."""
+    """Return the two-sided p-value of Student's t for integer degrees of freedom.
+
+    Closed forms: Abramowitz and Stegun, 26.7.3 (odd) and 26.7.4 (even).
+    """
     angle = math.atan(abs(t) / math.sqrt(dof))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = dof % 2
@@ -78,7 +98,7 @@ def student_p(t: float, dof: int) -> float:
 
 
 def student_quantile(p: float, dof: int) -> float:
-    """The t whose two-sided p-value is `p`, for whole degrees of freedom, by bisection."""
+    """Return the t whose two-sided p-value is `p` for integer degrees of freedom, by bisection."""
     low, high = 0.0, 1.0
     while student_p(high, dof) > p:
         high *= 2.0
@@ -89,14 +109,17 @@ def student_quantile(p: float, dof: int) -> float:
 
 
 def paired_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Interval of confidence `level` of the mean of 2 or more differences (Student's t)."""
+    """Return the confidence interval of the mean of two or more differences (Student's t)."""
     count = len(differences)
     half = student_quantile(1.0 - level, count - 1) * deviation(differences) / math.sqrt(count)
     return mean(differences) - half, mean(differences) + half
 
 
 def paired_p(differences: Sequence[float]) -> float:
-    """Two-sided p-value of a paired t-test on 2 or more differences; without spread 0, or 1 if all are 0."""
+    """Return the two-sided p-value of a paired t-test on two or more differences.
+
+    Without spread, t is undefined; the result is then 1 if all differences are zero and 0 otherwise.
+    """
     centre, spread = mean(differences), deviation(differences)
     if spread == 0:
         return 0.0 if centre else 1.0
@@ -104,7 +127,10 @@ def paired_p(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: those below 0.05 hold together with 95 % confidence (Holm 1979)."""
+    """Return Holm's adjusted p-values, in the order given.
+
+    Rejecting where they are below alpha bounds the family-wise error rate by alpha (Holm 1979).
+    """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, running = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):

@@ -1,6 +1,6 @@
-"""What is printed of a leaderboard's table: titled sections of at most 100 columns.
+"""One table of the leaderboard as text: sections of at most 100 columns.
 
-Each budget has two, quality and verdicts; then come the curve, images to target, and cost.
+Each budget has a section of values and two of verdicts. Learning curve, images to target and costs follow.
 """
 
 from __future__ import annotations
@@ -11,22 +11,34 @@ from textwrap import shorten
 from typing import Any
 
 from stbench.compare.format import NONE, Section, count, duration, flop, number, spread
-from stbench.compare.leaderboard import Absent, Guided, Reach, Row, Standing, Table, Versus
-from stbench.compare.stats import Cell
-from stbench.compare.verdicts import BASELINE
+from stbench.compare.leaderboard import (
+    BestGuidance,
+    Comparison,
+    ImagesToTarget,
+    Row,
+    RowAtBudget,
+    Table,
+    UnfinishedRow,
+)
+from stbench.compare.rows import BASELINE
+from stbench.compare.stats import SeedStats
 
-STATE = 60
-"""Letters of the state of a row without figures; the whole of it is in the notes."""
-MOMENTS = 5
-"""Points of a curve that fit in 100 columns."""
-NEEDS = "†"
+STATE_LENGTH = 60
+"""Characters of an unfinished row's state in the verdict column; the notes have the full text."""
+CURVE_POINTS = 5
+"""Points of a learning curve that fit in 100 columns."""
+NEEDS_MARK = "†"
 """Marks a row that needs something from outside the model."""
 
-Side = Callable[[Row], Standing]
+AtBudget = Callable[[Row], RowAtBudget]
+"""Selects one of a row's two budgets."""
+
+
+# --- Headings and names ---
 
 
 def heading(table: Table) -> str:
-    """What the runs of a table have in common, in one line."""
+    """Return what the runs of a table have in common, in one line."""
     parts = [table.dataset, table.backbone, table.objective]
     parts += [f"batch {table.batch}"] if table.batch else []
     parts += [table.precision] if table.precision else []
@@ -34,219 +46,249 @@ def heading(table: Table) -> str:
 
 
 def sampling(fields: Mapping[str, Any]) -> list[str]:
-    """The sampler and its network evaluations per image, as far as the protocol names them."""
+    """Describe the sampler and its network evaluations per image; [] if the protocol does not name them."""
     if "sampler" not in fields or "steps" not in fields:
         return []
     steps = fields["steps"]
+    # Heun's method evaluates twice per step, except in the last (Euler) step.
     evaluations = 2 * steps - 1 if fields["sampler"] == "heun" else steps
     return [f"{fields['sampler']} sampler with {evaluations} function evaluations"]
 
 
-def protocol(table: Table) -> str:
-    """The hashes of a table, and what the evaluation protocol's stands for."""
+def hashes(table: Table) -> str:
+    """Return the hashes of a table and the fields of its evaluation protocol."""
     fields = ", ".join(f"{name} {_short(value)}" for name, value in table.protocol_fields.items())
-    hashes = f"setting {table.setting}" + (f", protocol {table.protocol}" if table.protocol else "")
-    return f"{hashes}{': ' if fields else ''}{fields}"
+    text = f"setting {table.setting}" + (f", protocol {table.protocol}" if table.protocol else "")
+    return f"{text}{': ' if fields else ''}{fields}"
 
 
 def _short(value: Any) -> str:
-    """A digest by its first 8 digits, everything else as it is."""
+    """Shorten a hash to its first 8 digits; return other values unchanged."""
     text = str(value)
     return text[:8] if len(text) >= 40 and " " not in text else text
 
 
-def names(table: Table) -> list[tuple[Row | Absent, str]]:
-    """What each row is called: its recipe, its length where two have the same name, its needs' mark."""
-    everyone: list[Row | Absent] = [*table.rows, *table.absent]
-    times = Counter(row.recipe for row in everyone)
+def names(table: Table) -> list[tuple[Row | UnfinishedRow, str]]:
+    """Return all rows with their names: the recipe, its length if the recipe occurs twice, the needs mark."""
+    rows: list[Row | UnfinishedRow] = [*table.rows, *table.absent]
+    occurrences = Counter(row.recipe for row in rows)
     named = []
-    for row in everyone:
-        length = f" [{row.length} steps]" if times[row.recipe] > 1 else ""
-        named.append((row, row.recipe + length + (NEEDS if isinstance(row, Row) and row.needs else "")))
+    for row in rows:
+        length = f" [{row.length} steps]" if occurrences[row.recipe] > 1 else ""
+        mark = NEEDS_MARK if isinstance(row, Row) and row.needs else ""
+        named.append((row, row.recipe + length + mark))
     return named
 
 
-def sections(table: Table) -> list[Section]:
-    """The sections of one table."""
-    if not table.rows:
-        asked = [
-            (name, missing(row.seeds), row.state) for row, name in names(table) if isinstance(row, Absent)
-        ]
-        header = ("recipe", "seeds", "state")
-        return [Section("Asked for, nothing finished", header, _lines(asked), frozenset({0, 1, 2}))]
-    steps = f"step {table.student_images // (table.batch or 1)}, {count(table.student_images)} images"
-    title = f"Equal last-stage steps (student only): {steps}"
-    same = table.paid_images == table.student_images
-    if same:
-        title += "; no row has an earlier stage, so this is also everything paid"
-    budgets = [_quality(table, title), *_verdict_pair(table, lambda row: row.student)]
-    races, costs = [_race(table, lambda row: row.student)], [_cost(table)]
-    if not same:
-        title = f"Everything paid: {count(table.paid_images)} images of all stages together"
-        budgets += [_quality_paid(table, title), *_verdict_pair(table, lambda row: row.paid)]
-        races += [_race(table, lambda row: row.paid)]
-        costs += [_cost_paid(table)]
-    return [*budgets, _along(table), *(race for race in races if race), *costs]
-
-
-def needs(table: Table) -> list[str]:
-    """A note for the rows that need something from outside the model."""
+def needs_notes(table: Table) -> list[str]:
+    """Name what rows need from outside the model."""
     return [f"{name} needs {row.needs}" for row, name in _finished(table) if row.needs]
-
-
-def missing(seeds: Sequence[int]) -> str:
-    """Seeds that are in no figure."""
-    return f"({' '.join(map(str, seeds))})"
-
-
-def fid(standing: Standing) -> str:
-    """FID without guidance; ~ marks one between two evaluations."""
-    return ("~" if standing.interpolated else "") + spread(standing.fid)
-
-
-def best(guided: Guided | None) -> str:
-    """FID at the best guidance with its scale; * marks the edge of the grid."""
-    return f"{spread(guided.fid)} @{guided.scale:g}{'*' if guided.edge else ''}" if guided else NONE
-
-
-def ratio(versus: Versus) -> str:
-    """The ratio to the baseline with two decimals."""
-    return NONE if versus.ratio is None else f"{versus.ratio:.2f}"
-
-
-def _figures(standing: Standing) -> tuple[str, ...]:
-    loss = NONE if standing.val_loss is None else number(standing.val_loss.mean)
-    return fid(standing), spread(standing.inception), best(standing.guided), loss
-
-
-def _quality(table: Table, title: str) -> Section:
-    lines = []
-    for row, name in names(table):
-        if isinstance(row, Absent):
-            lines.append((name, f"{missing(row.seeds)} {row.word}", *[NONE] * 4))
-            continue
-        seeds = [" ".join(map(str, row.seeds)), *(missing([seed]) for seed in row.unfinished)]
-        lines.append((name, " ".join(seeds), *_figures(row.student)))
-    header = ("recipe", "seeds", "FID", "IS", "FID, best guidance", "val loss")
-    return Section(title, header, _lines(lines), frozenset({0, 1}))
-
-
-def _quality_paid(table: Table, title: str) -> Section:
-    lines = []
-    for row, name in names(table):
-        if isinstance(row, Absent):
-            lines.append((name, *[NONE] * 5))
-        else:
-            stage = count(row.paid.images) if row.paid.fid else NONE
-            lines.append((name, stage, *_figures(row.paid)))
-    return Section(
-        title, ("recipe", "last stage", "FID", "IS", "FID, best guidance", "val loss"), _lines(lines)
-    )
-
-
-def _verdict_pair(table: Table, side: Side) -> list[Section]:
-    return [_verdicts(table, side, guided=guided) for guided in (False, True)]
-
-
-def _verdicts(table: Table, side: Side, guided: bool) -> Section:
-    lines = []
-    for row, name in names(table):
-        if isinstance(row, Absent):
-            lines.append((name, *[NONE] * 3, shorten(row.state, STATE, placeholder=" ...")))
-        else:
-            lines.append((name, *_versus(side(row).best if guided else side(row).plain)))
-    how = "both at their own best guidance" if guided else "without guidance"
-    header = ("recipe", "ratio", "95 % interval", "p (Holm)", "verdict")
-    return Section(f"Against {BASELINE} at the same budget, {how}", header, _lines(lines), frozenset({0, 4}))
-
-
-def _versus(versus: Versus) -> tuple[str, ...]:
-    p = NONE if versus.p is None else "<0.001" if versus.p < 0.001 else f"{versus.p:.3f}"
-    interval = NONE if versus.interval is None else "{:.2f} to {:.2f}".format(*versus.interval)
-    return ratio(versus), interval, p, versus.verdict
-
-
-def _along(table: Table) -> Section:
-    """FID at the last images and, going back, at the nearest points to their half, quarter and eighth."""
-    chosen: list[int] = []
-    for images in sorted({point.images for row in table.rows for point in row.curve}, reverse=True):
-        if len(chosen) < MOMENTS and (not chosen or images <= chosen[-1] / 2):
-            chosen.append(images)
-    moments = chosen[::-1]
-    lines = []
-    for row, name in _finished(table):
-        known = {point.images: point.fid for point in row.curve}
-        lines.append((name, *(spread(known.get(images)) for images in moments)))
-    header = ("recipe", *(f"at {count(images)}" for images in moments))
-    return Section("FID along training, images of the last stage", header, _lines(lines))
-
-
-def _race(table: Table, side: Side) -> Section | None:
-    """Images to the baseline's FID at a budget, both ways of counting."""
-    rows = [(row, name, side(row).reach) for row, name in _finished(table)]
-    known = next((reach for _, _, reach in rows if reach), None)
-    if known is None:
-        return None
-    lines = [(name, *(_arrival(reach, row) if reach else [NONE] * 4)) for row, name, reach in rows]
-    title = f"Images to {BASELINE}'s FID of {number(known.target)} (at {count(known.needed)} images)"
-    return Section(
-        title, ("recipe", "student only", "speed-up", "everything paid", "speed-up"), _lines(lines)
-    )
-
-
-def _arrival(reach: Reach, row: Row) -> tuple[str, ...]:
-    if reach.student is None or reach.paid is None:
-        some = f" ({reach.arrived} of {len(row.seeds)} seeds)" if reach.arrived else ""
-        limits = (reach.limit, reach.limit + row.earlier_images)
-        return f"> {count(limits[0])}{some}", NONE, f"> {count(limits[1])}{some}", NONE
-    most, least = ("<= ", ">= ") if reach.bound else ("", "")
-    return (
-        f"{most}{count(reach.student)}",
-        f"{least}{_times(reach.speedup_student)}",
-        f"{most}{count(reach.paid)}",
-        f"{least}{_times(reach.speedup_paid)}",
-    )
-
-
-def _times(speedup: float | None) -> str:
-    return NONE if speedup is None else f"{speedup:.2f}x"
-
-
-def _cost(table: Table) -> Section:
-    lines = [(name, row.needs or NONE, *_price(row, row.student)) for row, name in _finished(table)]
-    header = ("recipe", "needs", "images", "FLOPs", "time")
-    return Section("Cost of equal steps: last stage / all stages", header, _lines(lines), frozenset({0, 1}))
-
-
-def _cost_paid(table: Table) -> Section:
-    lines = [(name, *_price(row, row.paid)) for row, name in _finished(table)]
-    header = ("recipe", "images", "FLOPs", "time")
-    return Section("Cost of everything paid: last stage / all stages", header, _lines(lines))
 
 
 def _finished(table: Table) -> list[tuple[Row, str]]:
     return [(row, name) for row, name in names(table) if isinstance(row, Row)]
 
 
-def _price(row: Row, standing: Standing) -> tuple[str, str, str]:
-    seen = standing.images if standing.step else None
+# --- All sections of a table ---
+
+
+def sections(table: Table) -> list[Section]:
+    """Return the sections of a table in their printed order."""
+    if not table.rows:
+        return [_states(table)]
+    one_budget = table.paid_images == table.student_images
+
+    # Values and verdicts at the student-only budget
+    step = table.student_images // (table.batch or 1)
+    title = f"Student only (equal last-stage steps): step {step}, {count(table.student_images)} images"
+    if one_budget:
+        title += "; no row has an earlier stage, so this is also everything paid"
+    budgets = [_student_values(table, title), *_verdict_pair(table, lambda row: row.student)]
+    to_target = [_images_to_target(table, lambda row: row.student)]
+    costs = [_student_costs(table)]
+
+    # Values and verdicts at the everything-paid budget, if it is another one
+    if not one_budget:
+        title = f"Everything paid: {count(table.paid_images)} images of all stages together"
+        budgets += [_paid_values(table, title), *_verdict_pair(table, lambda row: row.paid)]
+        to_target += [_images_to_target(table, lambda row: row.paid)]
+        costs += [_paid_costs(table)]
+
+    return [*budgets, _learning_curve(table), *filter(None, to_target), *costs]
+
+
+def _states(table: Table) -> Section:
+    rows = [
+        (name, seeds_in_brackets(row.seeds), row.state)
+        for row, name in names(table)
+        if isinstance(row, UnfinishedRow)
+    ]
+    return Section("No finished runs", ("recipe", "seeds", "state"), tuple(rows), frozenset({0, 1, 2}))
+
+
+# --- Values at a budget ---
+
+
+def _student_values(table: Table, title: str) -> Section:
+    rows: list[tuple[str, ...]] = []
+    for row, name in names(table):
+        if isinstance(row, UnfinishedRow):
+            rows.append((name, f"{seeds_in_brackets(row.seeds)} {row.word}", *[NONE] * 4))
+        else:
+            seeds = [*map(str, row.seeds), *(seeds_in_brackets([seed]) for seed in row.unfinished)]
+            rows.append((name, " ".join(seeds), *_values(row.student)))
+    header = ("recipe", "seeds", "FID", "IS", "FID, best guidance", "val loss")
+    return Section(title, header, tuple(rows), frozenset({0, 1}))
+
+
+def _paid_values(table: Table, title: str) -> Section:
+    rows: list[tuple[str, ...]] = []
+    for row, name in names(table):
+        if isinstance(row, UnfinishedRow):
+            rows.append((name, *[NONE] * 5))
+        else:
+            last_stage = count(row.paid.images) if row.paid.fid else NONE
+            rows.append((name, last_stage, *_values(row.paid)))
+    header = ("recipe", "last stage", "FID", "IS", "FID, best guidance", "val loss")
+    return Section(title, header, tuple(rows))
+
+
+def _values(row: RowAtBudget) -> tuple[str, ...]:
+    loss = NONE if row.val_loss is None else number(row.val_loss.mean)
+    return fid(row), spread(row.inception), best_fid(row.guided), loss
+
+
+def seeds_in_brackets(seeds: Sequence[int]) -> str:
+    """Format seeds without results: "(3 4)"."""
+    return f"({' '.join(map(str, seeds))})"
+
+
+def fid(row: RowAtBudget) -> str:
+    """Format FID without guidance; ~ marks an interpolated one."""
+    return ("~" if row.interpolated else "") + spread(row.fid)
+
+
+def best_fid(guided: BestGuidance | None) -> str:
+    """Format FID at the best guidance with its scale; * marks the edge of the grid."""
+    return f"{spread(guided.fid)} @{guided.scale:g}{'*' if guided.edge else ''}" if guided else NONE
+
+
+# --- Verdicts at a budget ---
+
+
+def _verdict_pair(table: Table, at_budget: AtBudget) -> list[Section]:
+    """Return the verdicts without guidance and at the best guidance."""
+    return [
+        _verdicts(table, "without guidance", lambda row: at_budget(row).plain),
+        _verdicts(table, "each at its best guidance", lambda row: at_budget(row).best),
+    ]
+
+
+def _verdicts(table: Table, guidance: str, comparison_of: Callable[[Row], Comparison]) -> Section:
+    rows: list[tuple[str, ...]] = []
+    for row, name in names(table):
+        if isinstance(row, UnfinishedRow):
+            rows.append((name, *[NONE] * 3, shorten(row.state, STATE_LENGTH, placeholder=" ...")))
+        else:
+            rows.append((name, *_comparison(comparison_of(row))))
+    title = f"Comparison with {BASELINE} at the same budget, {guidance}"
+    header = ("recipe", "ratio", "95 % interval", "p (Holm)", "verdict")
+    return Section(title, header, tuple(rows), frozenset({0, 4}))
+
+
+def _comparison(comparison: Comparison) -> tuple[str, ...]:
+    p = comparison.p
+    p_text = NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+    interval = NONE if comparison.interval is None else "{:.2f} to {:.2f}".format(*comparison.interval)
+    return ratio(comparison), interval, p_text, comparison.verdict
+
+
+def ratio(comparison: Comparison) -> str:
+    """Format the ratio to the baseline with two decimals."""
+    return NONE if comparison.ratio is None else f"{comparison.ratio:.2f}"
+
+
+# --- Learning curve ---
+
+
+def _learning_curve(table: Table) -> Section:
+    """Return FID at the last images of any row and at about a half, a quarter and so on of them."""
+    chosen: list[int] = []
+    for images in sorted({point.images for row in table.rows for point in row.curve}, reverse=True):
+        if len(chosen) < CURVE_POINTS and (not chosen or images <= chosen[-1] / 2):
+            chosen.append(images)
+    columns = chosen[::-1]
+    rows = []
+    for row, name in _finished(table):
+        fids = {point.images: point.fid for point in row.curve}
+        rows.append((name, *(spread(fids.get(images)) for images in columns)))
+    header = ("recipe", *(f"at {count(images)}" for images in columns))
+    return Section("FID during training, by images of the last stage", header, tuple(rows))
+
+
+# --- Images to target ---
+
+
+def _images_to_target(table: Table, at_budget: AtBudget) -> Section | None:
+    """Return the images to the baseline's FID at a budget, or None without a baseline there."""
+    rows = [(row, name, at_budget(row).reach) for row, name in _finished(table)]
+    known = next((reach for _, _, reach in rows if reach), None)
+    if known is None:
+        return None
+    lines = [(name, *(_reach(reach, row) if reach else [NONE] * 4)) for row, name, reach in rows]
+    title = f"Images to reach {BASELINE}'s FID of {number(known.target)} (at {count(known.needed)} images)"
+    header = ("recipe", "student only", "speed-up", "everything paid", "speed-up")
+    return Section(title, header, tuple(lines))
+
+
+def _reach(reach: ImagesToTarget, row: Row) -> tuple[str, ...]:
+    if reach.student is None or reach.paid is None:
+        some = f" ({reach.arrived} of {len(row.seeds)} seeds)" if reach.arrived else ""
+        paid_limit = reach.limit + row.earlier_images
+        return f"> {count(reach.limit)}{some}", NONE, f"> {count(paid_limit)}{some}", NONE
+    at_most, at_least = ("<= ", ">= ") if reach.bound else ("", "")
     return (
-        _pair(seen, None if seen is None else seen + row.earlier_images, count),
-        _pair(_mean(standing.flops_student), _mean(standing.flops_total), flop),
-        _pair(_mean(standing.seconds_student), _mean(standing.seconds_total), duration),
+        f"{at_most}{count(reach.student)}",
+        f"{at_least}{_speedup(reach.speedup_student)}",
+        f"{at_most}{count(reach.paid)}",
+        f"{at_least}{_speedup(reach.speedup_paid)}",
     )
 
 
-def _mean(cell: Cell | None) -> float | None:
-    return cell.mean if cell else None
+def _speedup(speedup: float | None) -> str:
+    return NONE if speedup is None else f"{speedup:.2f}x"
 
 
-def _pair(last: float | None, total: float | None, unit: Callable[[float], str]) -> str:
+# --- Costs at a budget ---
+
+
+def _student_costs(table: Table) -> Section:
+    rows = [(name, row.needs or NONE, *_costs(row, row.student)) for row, name in _finished(table)]
+    title = "Cost at the student-only budget: last stage / all stages"
+    return Section(title, ("recipe", "needs", "images", "FLOPs", "time"), tuple(rows), frozenset({0, 1}))
+
+
+def _paid_costs(table: Table) -> Section:
+    rows = [(name, *_costs(row, row.paid)) for row, name in _finished(table)]
+    title = "Cost at the everything-paid budget: last stage / all stages"
+    return Section(title, ("recipe", "images", "FLOPs", "time"), tuple(rows))
+
+
+def _costs(row: Row, at_budget: RowAtBudget) -> tuple[str, str, str]:
+    images = at_budget.images if at_budget.step else None
+    return (
+        _last_and_all(images, None if images is None else images + row.earlier_images, count),
+        _last_and_all(_mean(at_budget.flops_student), _mean(at_budget.flops_total), flop),
+        _last_and_all(_mean(at_budget.seconds_student), _mean(at_budget.seconds_total), duration),
+    )
+
+
+def _mean(stats: SeedStats | None) -> float | None:
+    return stats.mean if stats else None
+
+
+def _last_and_all(last: float | None, total: float | None, text: Callable[[float], str]) -> str:
+    """Format a cost of the last stage and of all stages, once if they are equal."""
     if last is None or total is None:
         return NONE
-    one, both = unit(last), unit(total)
-    return one if one == both else f"{one} / {both}"
-
-
-def _lines(lines: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
-    return tuple(map(tuple, lines))
+    return text(last) if text(last) == text(total) else f"{text(last)} / {text(total)}"

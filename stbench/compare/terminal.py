@@ -1,6 +1,6 @@
-"""Leaderboards and runs for people: terminal, Markdown, CSV, JSON, LaTeX and figure.
+"""Leaderboards and single runs in the terminal.
 
-What is printed is in tables.py, summary.py and sections.py; CSV and JSON hold every figure at full precision.
+Names may contain square brackets, which rich would read as markup: all text is printed without markup.
 """
 
 from __future__ import annotations
@@ -9,48 +9,54 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from stbench.compare.blocks import blocks
 from stbench.compare.format import Section
 from stbench.compare.leaderboard import Leaderboard
-from stbench.compare.published import Figure
+from stbench.compare.published import PublishedValue
+from stbench.compare.run_report import curves, facts, stages
 from stbench.runs.folder import RunFolder
 from stbench.runs.records import RunRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
-from stbench.compare import run_report
-from stbench.compare.writers import WIDTH, blocks
+
+WIDTH = 100
+"""Columns of the output if it is not a terminal."""
 
 
 def print_leaderboard(
-    board: Leaderboard, console: Console | None = None, figures: Sequence[Figure] = ()
+    leaderboard: Leaderboard, *, published: Sequence[PublishedValue] = (), console: Console | None = None
 ) -> None:
-    """The leaderboard, and published `figures`, in the terminal."""
+    """Print a leaderboard and the `published` values."""
     console = console or _console()
-    for block in blocks(board, figures):
+    for block in blocks(leaderboard, published):
         if block.heading:
             _print_text(f"\n{block.heading}", console, "bold")
         if block.text:
             _print_text(block.text, console, "dim")
         for section in block.sections:
-            _print(section, console, title=section.title != block.heading)
-        _print_notes(block.notes, console)
+            _print_section(section, console, title=section.title != block.heading)
+        if block.notes:
+            console.print()
+        for note in block.notes:
+            _print_text(f"- {note}", console)
 
 
-def print_curve(record: RunRecord, console: Console | None = None) -> None:
-    """One run's evaluations, all stages, in the terminal."""
-    console = console or _console()
-    for section in run_report.curves(record):
-        _print(section, console)
-
-
-def show(record: RunRecord, console: Console | None = None) -> None:
-    """What one run is, why it failed if it did, what its stages cost, and its curve, in the terminal."""
+def print_run(record: RunRecord, *, console: Console | None = None) -> None:
+    """Print the settings of a run, its error if it failed, the cost of its stages, and its curve."""
     console = console or _console()
     error = RunFolder(Path(record.path)).status().get("error")
-    for name, fact in {**run_report.facts(record), **({"error": error} if error else {})}.items():
+    for name, fact in {**facts(record), **({"error": error} if error else {})}.items():
         _print_text(f"{name:<8} {fact}", console)
-    _print(run_report.stages(record), console)
-    print_curve(record, console)
+    _print_section(stages(record), console)
+    print_curve(record, console=console)
+
+
+def print_curve(record: RunRecord, *, console: Console | None = None) -> None:
+    """Print the evaluations of all stages of a run."""
+    console = console or _console()
+    for section in curves(record):
+        _print_section(section, console)
 
 
 def _console() -> Console:
@@ -60,44 +66,39 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
-def _print(section: Section, console: Console, title: bool = True) -> None:
+def _print_text(text: str, console: Console, style: str = "") -> None:
+    console.print(text, style=style, markup=False, highlight=False)
+
+
+def _print_section(section: Section, console: Console, title: bool = True) -> None:
     from rich import box
     from rich.table import Table as Grid
     from rich.text import Text
 
-    widths = _widths(section, console.width)
     grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for i, name in enumerate(section.header):
+    for i, (name, width) in enumerate(zip(section.header, _widths(section, console.width), strict=True)):
         words = i in section.left
         justify: Literal["left", "right"] = "left" if words else "right"
-        grid.add_column(name, justify=justify, overflow="fold", no_wrap=not words, width=widths[i])
+        grid.add_column(Text(name), justify=justify, overflow="fold", no_wrap=not words, width=width)
     for row in section.rows:
-        grid.add_row(*(Text(value) for value in row))
+        grid.add_row(*map(Text, row))
     if title:
         _print_text(f"\n{section.title}", console, "italic")
     console.print(grid)
 
 
 def _widths(section: Section, width: int) -> list[int]:
-    """Columns of `width` in all: figures whole, words wrapped between words, and within them if they must."""
+    """Return column widths that fit into `width`: numbers are never wrapped, words are.
+
+    Words are wrapped between words first, and within words only if that is not enough.
+    """
     columns = list(zip(section.header, *section.rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
-    words = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
-    for least in (words, [1] * len(columns)):
+    longest_words = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    for minimum in (longest_words, [1] * len(columns)):
         while sum(widths) + 2 * len(columns) > width:
-            shrinkable = [i for i in section.left if widths[i] > least[i]]
+            shrinkable = [i for i in section.left if widths[i] > minimum[i]]
             if not shrinkable:
                 break
             widths[max(shrinkable, key=lambda i: (widths[i], i))] -= 1
     return widths
-
-
-def _print_text(text: str, console: Console, style: str = "") -> None:
-    console.print(text, style=style, markup=False, highlight=False)
-
-
-def _print_notes(notes: Sequence[str], console: Console) -> None:
-    if notes:
-        console.print()
-    for note in notes:
-        _print_text(f"- {note}", console)

@@ -1,133 +1,144 @@
-"""What was asked for and is in no figure: runs that wait, run, stopped or failed. Knows no results.
+"""Requested runs without results: waiting, running, stopped or failed.
 
-Two sources: the run folders themselves, and the journal that `stbench sweep` keeps beside them.
+There are two sources: the run folders, and the journal that `stbench sweep` writes next to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from stbench.compare.leaderboard import Absent
+from stbench.compare.leaderboard import UnfinishedRow
 from stbench.runs.journal import JournalEntry, reconcile
-from stbench.runs.records import CurvePoint, RunRecord
-
-RowKey = Hashable
-"""What the seeds of a row have in common."""
+from stbench.runs.records import RunRecord
 
 
 @dataclass(frozen=True)
-class Claim:
-    """One run that counts for a row and has no figures."""
+class UnfinishedRun:
+    """One requested run that has no results."""
 
     setting: str
-    row: RowKey
+    """Setting hash."""
     label: str
+    """Name of its row."""
     steps: int
+    """Requested steps of the last stage."""
     seed: int
     state: str
     """Short, such as "waiting" or "failed: loss is nan at step 3"."""
     note: str
-    """One whole line."""
+    """One sentence for the notes of a table."""
 
     @property
     def failed(self) -> bool:
-        """Whether an error ended it."""
+        """Whether the run ended in an error."""
         return self.state.startswith("failed")
 
 
-Claims = Mapping[RowKey, Mapping[int, Claim]]
-"""Row -> seed -> claim."""
+UnfinishedRuns = Mapping[Hashable, Mapping[int, UnfinishedRun]]
+"""Row key -> seed -> run."""
 
 
-def claims(records: Sequence[RunRecord], entries: Iterable[JournalEntry] = ()) -> Claims:
-    """All unfinished runs, by row and seed; the folder says where a run stands, the journal why it failed."""
-    found: dict[RowKey, dict[int, Claim]] = {}
+def find_unfinished(records: Sequence[RunRecord], entries: Iterable[JournalEntry] = ()) -> UnfinishedRuns:
+    """Collect the unfinished runs of the run folders and of a journal.
+
+    If both know a run, the folder gives its progress and the journal its error.
+    """
+    found: dict[Hashable, dict[int, UnfinishedRun]] = {}
+
+    # Run folders
     for record in records:
         if record.status != "finished":
-            found.setdefault(row_key(record), {})[record.seed] = _of_record(record)
-    here = {record.run_id for record in records if record.status == "finished"}
+            found.setdefault(record.row_key, {})[record.seed] = _from_folder(record)
+
+    # Journal
+    finished = {record.run_id for record in records if record.status == "finished"}
     for entry in reconcile(entries, records):
-        if entry.state == "finished" and entry.run_id in here:
+        if entry.state == "finished" and entry.run_id in finished:
             continue
-        row = found.setdefault((entry.setting_hash, entry.row_hash), {})
-        row[entry.seed] = _both(row.get(entry.seed), entry)
+        row = found.setdefault(entry.row_key, {})
+        row[entry.seed] = _from_journal(entry, row.get(entry.seed))
     return found
 
 
-def absent(claimed: Claims, setting: str, present: Iterable[RowKey]) -> list[Absent]:
-    """The rows of a setting that no finished run stands for, by name."""
-    rows = {key: seeds for key, seeds in claimed.items() if key not in set(present)}
-    mine = [list(seeds.values()) for seeds in rows.values()]
-    found = [_absent(row) for row in mine if row[0].setting == setting]
-    return sorted(found, key=lambda row: (row.recipe, row.length))
+def unfinished_rows(
+    unfinished: UnfinishedRuns, setting: str, finished: Container[Hashable]
+) -> list[UnfinishedRow]:
+    """Return the rows of a setting whose keys are not in `finished`, sorted by name and length."""
+    rows = [
+        _unfinished_row(list(runs.values()))
+        for key, runs in unfinished.items()
+        if key not in finished and next(iter(runs.values())).setting == setting
+    ]
+    return sorted(rows, key=lambda row: (row.recipe, row.length))
 
 
-def row_key(record: RunRecord) -> RowKey:
-    """Its setting, and its row hash or, without one, the fields that it would be made of."""
-    options = tuple(sorted((name, repr(value)) for name, value in record.options.items()))
-    plain = (record.backbone, record.objective, record.recipe, options, record.steps, record.precision)
-    return record.setting_hash, record.spec.get("row_hash", plain)
+def unfinished_notes(unfinished: UnfinishedRuns, setting: str) -> list[str]:
+    """Return a note for every unfinished run of a setting."""
+    return [
+        runs[seed].note
+        for runs in unfinished.values()
+        for seed in sorted(runs)
+        if runs[seed].setting == setting
+    ]
 
 
-def final_points(record: RunRecord) -> list[CurvePoint]:
-    """The evaluations of the network that a run is about."""
-    return [point for point in record.curve if point.stage_index == record.final_stage]
-
-
-def state(record: RunRecord) -> str:
-    """What a run that is in no figure is doing, and where."""
-    points = final_points(record)
-    reached = f"at step {points[-1].step} of {record.steps}" if points else "before its first evaluation"
-    return f"{record.label} seed {record.seed}: {_word(record)} {reached}; not in the figures ({record.path})"
-
-
-def _word(record: RunRecord) -> str:
-    return "running (or killed)" if record.status == "running" else record.status
-
-
-def _of_record(record: RunRecord) -> Claim:
-    return Claim(
+def _from_folder(record: RunRecord) -> UnfinishedRun:
+    # A killed process cannot update its status, so "running" may be out of date.
+    state = "running (or killed)" if record.status == "running" else record.status
+    points = record.final_points
+    progress = f"at step {points[-1].step} of {record.steps}" if points else "before its first evaluation"
+    name = f"{record.label} seed {record.seed}"
+    return UnfinishedRun(
         setting=record.setting_hash,
-        row=row_key(record),
         label=record.label,
         steps=record.steps,
         seed=record.seed,
-        state=_word(record),
-        note=state(record),
+        state=state,
+        note=f"{name}: {state} {progress}; not included in the results ({record.path})",
     )
 
 
-def _both(folder: Claim | None, entry: JournalEntry) -> Claim:
-    """The journal's word on a run; a folder that says more keeps its own, and takes the error from it."""
+def _from_journal(entry: JournalEntry, folder: UnfinishedRun | None) -> UnfinishedRun:
+    """Return the run of a journal entry, or of its run `folder` with the error from the journal."""
     error = " ".join(entry.error.split())
-    words = {
-        "failed": f"failed: {error or 'no error recorded'}",
-        "finished": "finished, but its folder is gone",
-    }
-    word = words.get(entry.state, entry.state)
+    state = _state(entry, error)
     if folder and entry.state == "failed":
-        return replace(folder, state=word, note=f"{folder.note}: {error}" if error else folder.note)
-    return folder or Claim(
+        return replace(folder, state=state, note=f"{folder.note}: {error}" if error else folder.note)
+    return folder or UnfinishedRun(
         setting=entry.setting_hash,
-        row=(entry.setting_hash, entry.row_hash),
         label=entry.label,
         steps=entry.steps,
         seed=entry.seed,
-        state=word,
-        note=f"{entry.label} seed {entry.seed}: {word}; asked for, not in the figures ({entry.run_id})",
+        state=state,
+        note=f"{entry.label} seed {entry.seed}: {state}; not included in the results ({entry.run_id})",
     )
 
 
-def _absent(row: Sequence[Claim]) -> Absent:
-    states: dict[str, list[int]] = {}
-    for claim in sorted(row, key=lambda claim: claim.seed):
-        states.setdefault(claim.state, []).append(claim.seed)
-    words = list(states) if len(states) == 1 else [f"{word} ({_seeds(s)})" for word, s in states.items()]
-    seeds = tuple(sorted(claim.seed for claim in row))
-    short = dict.fromkeys(state.partition(":")[0] for state in states)
-    return Absent(row[0].label, row[0].steps, seeds, "; ".join(words), ", ".join(short))
+def _state(entry: JournalEntry, error: str) -> str:
+    if entry.state == "failed":
+        return f"failed: {error or 'no error recorded'}"
+    return "finished, but its folder is gone" if entry.state == "finished" else entry.state
 
 
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
+def _unfinished_row(runs: Sequence[UnfinishedRun]) -> UnfinishedRow:
+    ordered = sorted(runs, key=lambda run: run.seed)
+    seeds_by_state: dict[str, list[int]] = {}
+    for run in ordered:
+        seeds_by_state.setdefault(run.state, []).append(run.seed)
+    states = [
+        state if len(seeds_by_state) == 1 else f"{state} ({_seed_list(seeds)})"
+        for state, seeds in seeds_by_state.items()
+    ]
+    without_errors = dict.fromkeys(state.partition(":")[0] for state in seeds_by_state)
+    return UnfinishedRow(
+        recipe=runs[0].label,
+        length=runs[0].steps,
+        seeds=tuple(run.seed for run in ordered),
+        state="; ".join(states),
+        word=", ".join(without_errors),
+    )
+
+
+def _seed_list(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {' '.join(map(str, seeds))}"

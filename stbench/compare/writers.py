@@ -1,4 +1,7 @@
-"""Leaderboards as Markdown, CSV, JSON and LaTeX."""
+"""A leaderboard as Markdown, CSV, JSON or LaTeX text.
+
+Markdown and LaTeX contain what the terminal shows. CSV and JSON contain all values at full precision.
+"""
 
 from __future__ import annotations
 
@@ -6,77 +9,34 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict
+from typing import Any, Literal
 
-from stbench.compare import published as reported
-from stbench.compare import tables
-from stbench.compare.all_backbones import summaries
-from stbench.compare.build import leaderboard
-from stbench.compare.format import Section
-from stbench.compare.leaderboard import Absent, Leaderboard, Row, Table
-from stbench.compare.published import Figure
+from stbench.compare.blocks import blocks
+from stbench.compare.leaderboard import Leaderboard, Row, Table, UnfinishedRow
+from stbench.compare.published import PUBLISHED_FILE, TITLE, PublishedValue
 from stbench.core.errors import UserError
-from stbench.runs.records import SCHEMA, RunRecord
+from stbench.runs.records import SCHEMA
 from stbench.runs.schema import plain
-
-if TYPE_CHECKING:
-    pass
-
 
 Format = Literal["md", "csv", "json", "tex"]
 
 
-WIDTH = 100
-"""Columns of the output when it is not a terminal."""
+def render(leaderboard: Leaderboard, form: Format, published: Sequence[PublishedValue] = ()) -> str:
+    """Return the leaderboard and the `published` values as text that ends in a newline.
 
-
-@dataclass(frozen=True)
-class Block:
-    """A heading with what stands under it, the common form of all printed formats."""
-
-    heading: str
-    text: str
-    sections: Sequence[Section]
-    notes: Sequence[str]
-
-
-def blocks(board: Leaderboard, figures: Sequence[Figure] = ()) -> list[Block]:
-    """What is printed of a leaderboard, and of published `figures` if there are any."""
-    found = [
-        Block(tables.heading(t), tables.protocol(t), tables.sections(t), (*tables.needs(t), *t.notes))
-        for t in board.tables
-    ]
-    found += [Block(s.heading, s.text, s.sections, ()) for s in summaries(board)]
-    if not board.tables:
-        found.append(Block("", "no finished run to compare", (), ()))
-    if board.notes:
-        found.append(Block("", "", (), board.notes))
-    if figures:
-        section, notes = reported.section(figures)
-        found.append(Block(section.title, "", [section], notes))
-    return found
-
-
-def render(board: Leaderboard, form: Format, figures: Sequence[Figure] = ()) -> str:
-    """The leaderboard and published `figures` as one text, which ends in a newline.
-
-    UserError for figures in CSV, which holds one table only.
+    Raises:
+        UserError: Published values were given for CSV, which has room for a single table.
     """
-    return _WRITERS[form](board, figures)
+    return _WRITERS[form](leaderboard, published)
 
 
-def plot(board: Leaderboard | Sequence[RunRecord], path: Path) -> None:
-    """Draw FID against images; UserError if no run is finished or the suffix of `path` is no format."""
-    from stbench.compare.plot import draw
-
-    draw(board if isinstance(board, Leaderboard) else leaderboard(board), path)
+# --- Markdown ---
 
 
-def _markdown(board: Leaderboard, figures: Sequence[Figure]) -> str:
+def _markdown(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
     lines: list[str] = []
-    for block in blocks(board, figures):
+    for block in blocks(leaderboard, published):
         for text in (f"## {block.heading}" if block.heading else "", block.text):
             lines += [text, ""] if text else []
         for section in block.sections:
@@ -93,20 +53,34 @@ def _text(lines: Sequence[str]) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _json(board: Leaderboard, figures: Sequence[Figure]) -> str:
-    content: dict[str, Any] = {"schema": SCHEMA, **asdict(board)}
-    if figures:
-        content["reported"] = {"title": reported.TITLE, "rows": [asdict(figure) for figure in figures]}
+# --- JSON ---
+
+
+def _json(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
+    content: dict[str, Any] = {"schema": SCHEMA, **asdict(leaderboard)}
+    if published:
+        content["reported"] = {"title": TITLE, "rows": [asdict(value) for value in published]}
     return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _csv(board: Leaderboard, figures: Sequence[Figure]) -> str:
-    if figures:
+# --- CSV: one line per row, with the fields of its table ---
+
+_TABLE_COLUMNS = (
+    *("dataset", "setting", "protocol", "backbone", "objective", "batch", "precision"),
+    *("student_images", "paid_images"),
+)
+
+
+def _csv(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
+    if published:
         raise UserError(
-            "expected another format beside --reported: csv holds one table; "
-            f"the reported numbers are a CSV file already, {reported.FILE}"
+            "--reported is not available for csv, which contains a single table; choose another --format, "
+            f"or read the published values from {PUBLISHED_FILE}, which is a CSV file"
         )
-    rows = [_flat_row(table, row) for table in board.tables for row in _all(table)]
+    rows: list[dict[str, Any]] = []
+    for table in leaderboard.tables:
+        rows += [_csv_row(table, row) for row in table.rows]
+        rows += [_csv_row(table, row) for row in table.absent]
     columns = dict.fromkeys(name for row in rows for name in row)
     file = io.StringIO()
     writer = csv.DictWriter(file, list(columns), lineterminator="\n")
@@ -115,28 +89,16 @@ def _csv(board: Leaderboard, figures: Sequence[Figure]) -> str:
     return file.getvalue()
 
 
-_OF_TABLE = (
-    *("dataset", "setting", "protocol", "backbone", "objective", "batch", "precision"),
-    *("student_images", "paid_images"),
-)
-"""What the CSV repeats of a table in every line."""
-
-
-def _all(table: Table) -> list[Row | Absent]:
-    return [*table.rows, *table.absent]
-
-
-def _flat_row(table: Table, row: Row | Absent) -> dict[str, Any]:
-    common = {name: getattr(table, name) for name in _OF_TABLE}
-    fields = common | {"state": "finished"} | asdict(row)
+def _csv_row(table: Table, row: Row | UnfinishedRow) -> dict[str, Any]:
+    fields = {name: getattr(table, name) for name in _TABLE_COLUMNS} | {"state": "finished"} | asdict(row)
     fields.pop("curve", None)
-    if isinstance(row, Absent):
+    if isinstance(row, UnfinishedRow):
         fields |= {"seeds": (), "unfinished": row.seeds}
     return _flat(fields)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree as one level: fid.mean becomes fid_mean, several values are joined by spaces."""
+    """Flatten a tree: fid.mean becomes fid_mean, sequences are joined by spaces, None is omitted."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -146,9 +108,22 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _tex(board: Leaderboard, figures: Sequence[Figure]) -> str:
+# --- LaTeX: tabulars, with all other text as comments ---
+
+_TEX_ESCAPES = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "±": r"$\pm$",
+    "†": r"$\dagger$",
+    "<": "$<$",
+    ">": "$>$",
+}
+
+
+def _tex(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
     lines: list[str] = []
-    for block in blocks(board, figures):
+    for block in blocks(leaderboard, published):
         lines += [f"% {text}" for text in (block.heading, block.text) if text]
         for section in block.sections:
             columns = "".join("l" if i in section.left else "r" for i in range(len(section.header)))
@@ -160,21 +135,11 @@ def _tex(board: Leaderboard, figures: Sequence[Figure]) -> str:
 
 
 def _tex_line(values: Sequence[str]) -> str:
-    return " & ".join("".join(_TEX.get(letter, letter) for letter in value) for value in values) + r" \\"
+    cells = ("".join(_TEX_ESCAPES.get(letter, letter) for letter in value) for value in values)
+    return " & ".join(cells) + r" \\"
 
 
-_TEX = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "±": r"$\pm$",
-    "†": r"$\dagger$",
-    "<": "$<$",
-    ">": "$>$",
-}
-
-
-_WRITERS: Mapping[Format, Callable[[Leaderboard, Sequence[Figure]], str]] = {
+_WRITERS: Mapping[Format, Callable[[Leaderboard, Sequence[PublishedValue]], str]] = {
     "md": _markdown,
     "csv": _csv,
     "json": _json,

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-import numpy as np
 from filelock import FileLock, Timeout, lock_descriptor
 
 from stbench.core.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors of a write that does not fit: the disk, the user's quota, the limit on the size of a file."""
@@ -86,6 +88,8 @@ def atomic_write(path: Path, content: bytes | str) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> str:
     """Write an npy file atomically, without a second copy in memory; returns the file's sha256."""
+    import numpy as np  # not at the top: `compare` uses this module and must start fast
+
     with atomic_file(path) as file:
         hashing = _HashingFile(file)
         # numpy writes to a real file through C, where a full disk is an OSError without an errno.

@@ -1,7 +1,7 @@
-"""Pieces that recipes share: distances between tokens, heads, and losses on a subset of the batch by time.
+"""Parts shared by recipes: token distances, heads, and losses on a subset of the batch chosen by time.
 
-Distances take tokens (B,N,D), compute in float32 and return (B,) unless stated; cosines are over D unless
-named otherwise.
+Distances take tokens (B,N,D), compute in float32 and return (B,) unless stated otherwise. Cosines are over D
+unless the name says otherwise.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ M = TypeVar("M", bound=nn.Module)
 Time = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[Time, Time]
 Clock = Literal["flow", "native"]
-"""Whether a recipe's times are flow-equivalent (`objective.tau`), or the raw t of the objective."""
+"""Whether the times of a recipe are flow-equivalent (`objective.tau`) or the native t of the objective."""
+
+# Distances
 
 
 def token_cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -38,7 +40,10 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def cosine_released(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over D of the cosine along the token axis: what SRA's released "cos" option computes."""
+    """Cosine similarity along the token axis, averaged over D.
+
+    This is what the "cos" option of SRA's released code computes, because `dim` is left at torch's default.
+    """
     return F.cosine_similarity(a.float(), b.float(), dim=1).mean(1)
 
 
@@ -53,56 +58,65 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
 
 
 def smooth_l1(a: Tensor, b: Tensor, beta: float) -> Tensor:
-    """Mean smooth-L1: d^2/(2 beta) below `beta`, d - beta/2 above (SRA, beta 0.05)."""
+    """Mean smooth-L1 loss: d^2/(2 beta) below `beta`, d - beta/2 above (SRA uses beta 0.05)."""
     return F.smooth_l1_loss(a.float(), b.float(), reduction="none", beta=beta).flatten(1).mean(1)
 
 
 def pairwise(z: Tensor) -> Tensor:
-    """Squared distance of every two samples of z (B,...), divided by their size; (B,B) float32."""
+    """Squared distance between every two samples of z (B,...), divided by the sample size; (B,B) float32."""
     flat = z.float().flatten(1)
-    # The matrix-product form loses the small distances of a batch that has collapsed.
+    # torch's default computes distances by a matrix product, which loses the small ones of a collapsed batch.
     distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
     return distance.square() / flat.shape[1]
 
 
 def dispersive(z: Tensor, tau: float) -> Tensor:
-    """Dispersive loss, a scalar of the batch it is given: log mean exp(-d/tau), the diagonal included.
+    """Dispersive loss of one batch z (B,...), a scalar: log mean exp(-d/tau), the diagonal included.
 
-    InfoNCE form with L2 distance, without positives (Disperse-Loss).
+    The InfoNCE form with L2 distance and without positives (Disperse-Loss).
     """
     return (-pairwise(z) / tau).flatten().logsumexp(0) - 2.0 * math.log(z.shape[0])
 
 
 def dispersive_rows(z: Tensor, tau: float, batch: int | None = None) -> Tensor:
-    """The dispersive loss of each local batch of `batch` samples of z (B,...), given to its rows (B,).
+    """Dispersive loss of each local batch of `batch` samples of z (B,...), repeated for its samples (B,).
 
-    Their mean is the loss of a run whose devices hold `batch` samples each; None takes z as one batch.
+    The mean is the loss of a run in which each device has `batch` samples. None treats z as one batch.
     """
     parts = torch.split(z, batch or len(z))
     return torch.cat([dispersive(part, tau).expand(len(part)) for part in parts])
 
 
+# Times and blocks
+
+
 def check_interval(interval: tuple[float, float]) -> None:
-    """UserError for an interval whose ends are swapped."""
+    """Raise UserError if the bounds of `recipe.interval` are swapped."""
     if interval[0] > interval[1]:
-        raise UserError(f"recipe.interval wants low <= high, got {interval}; for example [0.4,0.7]")
+        raise UserError(
+            f"recipe.interval must be [low,high] with low <= high, got {list(interval)}; "
+            f"for example --set recipe.interval=[0.4,0.7]"
+        )
 
 
 def in_interval(
-    objective: Objective, t_host: Tensor, interval: tuple[float, float], native: bool = False
+    objective: Objective, t_host: Tensor, interval: tuple[float, float], *, native: bool = False
 ) -> Tensor:
-    """Which times (B,) lie in the closed interval of flow-equivalent times (`native`: raw t); on the host."""
+    """Whether each host time (B,) is in the closed interval of flow-equivalent times; bool, on the host.
+
+    With `native`, the interval is compared with the objective's own t.
+    """
     value = t_host if native else objective.tau(t_host)
-    # Bounds and times are compared in float32: a time stored as 0.7 in float32 is inside [0.4, 0.7].
+    # Compared in float32, so that a time stored as float32 0.7 is inside [0.4, 0.7].
     low, high = torch.tensor(interval, dtype=torch.float32)
     return (value.float() >= low) & (value.float() <= high)
 
 
-def cleaner(objective: Objective, t_host: Tensor, amount: float, u: Tensor, clock: Clock) -> Tensor:
-    """Host times (B,) with up to `amount` less noise, u (B,) in [0,1): SRA's teacher.
+def cleaner(objective: Objective, t_host: Tensor, *, amount: float, u: Tensor, clock: Clock) -> Tensor:
+    """Move host times (B,) towards the data by `amount` * u, u (B,) in [0,1): the times of SRA's teacher.
 
-    `flow`: clamp(tau - amount u, 0, 1) in flow-equivalent time, the same on every objective. `native`: the
-    same in raw t, by whole steps where the process is discrete.
+    With clock "flow", clamp(tau - amount u, 0, 1) in flow-equivalent time, the same noise reduction under
+    every objective. With "native", the same in the objective's own t, by whole steps if it is discrete.
     """
     if clock == "native":
         return objective.earlier(t_host, amount, u)
@@ -110,22 +124,32 @@ def cleaner(objective: Objective, t_host: Tensor, amount: float, u: Tensor, cloc
 
 
 def relative_block(depth: int, block: int, of: int) -> int:
-    """0-based block of a network of `depth` blocks that lies where the 1-based `block` lies among `of`."""
+    """0-based block of a network of `depth` blocks at the relative depth of 1-based `block` among `of`."""
     return min(max(1, round(depth * block / of)), depth) - 1
 
 
+# Losses on a subset of the batch
+
+
 def masked(loss: Tensor, rows: Tensor, batch: int) -> Tensor:
-    """Losses (n,) of the samples `rows` (n,) among `batch` zeros (B,): the mean divides by the full batch."""
+    """Scatter losses (n,) of the samples `rows` (n,) into zeros (B,), so that the mean divides by B."""
     return loss.new_zeros(batch).index_put((rows.to(loss.device, non_blocking=True),), loss)
 
 
 def released_mask(loss: Tensor, inside: Tensor) -> Tensor:
-    """All losses (B,) times the share that is `inside`: what Self-Transcendence's released code computes."""
+    """Multiply all losses (B,) by the share of samples that are `inside` (B,).
+
+    Self-Transcendence's released code multiplies a (B,) loss by a (B,1,1,1) mask. The mean of that broadcast
+    is the mean loss times the mean mask.
+    """
     return loss * inside.double().mean().item()
 
 
+# Heads
+
+
 def projector(width: int, hidden: int, out: int) -> nn.Sequential:
-    """Linear-SiLU-Linear-SiLU-Linear on tokens, Xavier weights, zero biases (REPA; parameters 0, 2, 4)."""
+    """Three-layer MLP on tokens with SiLU, Xavier weights and zero biases (REPA; parameters 0, 2, 4)."""
     layers = [
         nn.Linear(width, hidden),
         nn.SiLU(),
@@ -137,15 +161,16 @@ def projector(width: int, hidden: int, out: int) -> nn.Sequential:
 
 
 def sra_head(width: int) -> nn.Sequential:
-    """SRA's head on student tokens: Linear(D,2D)-SiLU-Linear(2D,D), parameters linear1 and linear2."""
+    """SRA's head on student tokens: Linear(D,2D), SiLU, Linear(2D,D); parameters linear1 and linear2."""
     first, second = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
     return _xavier(nn.Sequential(OrderedDict(linear1=first, act=nn.SiLU(), linear2=second)))
 
 
 class VelocityHead(nn.Module):
-    """Tokens (B,N,D) to a velocity (B,C,H,W): layer norm without affine, Linear to p*p*C, unpatchify.
+    """Final layer that predicts a velocity (B,C,H,W) from tokens (B,N,D).
 
-    The last layer of Self-Transcendence's VAE alignment; Xavier, not zero, and unconditioned.
+    Layer norm without affine parameters, Linear to p*p*C, unpatchify: the last layer of Self-Transcendence's
+    VAE alignment. Unlike a backbone's output layer it is unconditioned, with Xavier instead of zero weights.
     """
 
     def __init__(self, width: int, patch: int, channels: int) -> None:
@@ -157,11 +182,12 @@ class VelocityHead(nn.Module):
         _xavier(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """See the class."""
+        """Map tokens (B,N,D) to a velocity (B,C,H,W)."""
         return unpatchify(self.linear(self.norm(tokens)), self.patch, self.channels)
 
 
 def _xavier(module: M) -> M:
+    """Initialise every linear layer with Xavier-uniform weights and zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)

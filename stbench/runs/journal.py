@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -41,6 +41,11 @@ class JournalEntry:
     state: State = "waiting"
     error: str = ""
     """One-line error message of a failed run, else ""."""
+
+    @property
+    def row_key(self) -> Hashable:
+        """Identifies the leaderboard row, as `RunRecord.row_key` does."""
+        return self.setting_hash, self.row_hash
 
     @property
     def label(self) -> str:

@@ -5,7 +5,7 @@ Units: progress in images seen, durations in seconds, cost in FLOPs (two per mul
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,12 +111,25 @@ class RunRecord:
         return int(self.spec["stage_count"]) - 1
 
     @property
+    def final_points(self) -> list[CurvePoint]:
+        """The evaluations of the last stage."""
+        return [point for point in self.curve if point.stage_index == self.final_stage]
+
+    @property
+    def row_key(self) -> Hashable:
+        """Identifies the leaderboard row: the same for two runs that differ only in their seed."""
+        # Records without a row hash are grouped by the fields that the hash would cover.
+        options = tuple(sorted((name, repr(value)) for name, value in self.options.items()))
+        fields = (self.backbone, self.objective, self.recipe, options, self.steps, self.precision)
+        return self.setting_hash, self.spec.get("row_hash", fields)
+
+    @property
     def label(self) -> str:
-        """Recipe with the options that differ from its defaults: what one leaderboard row is called."""
+        """Name of the leaderboard row: the recipe and the options that the user set."""
         return row_label(self.recipe, self.options)
 
 
 def row_label(recipe: str, options: Mapping[str, Any]) -> str:
-    """What a leaderboard row is called: the recipe, and the options that were set."""
+    """Return the name of a leaderboard row, such as "taught (mask=released)"."""
     extra = ", ".join(f"{name}={value}" for name, value in sorted(options.items()))
     return f"{recipe} ({extra})" if extra else recipe

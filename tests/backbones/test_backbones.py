@@ -1,4 +1,4 @@
-"""The networks: published sizes and costs, feature taps, and the ways of loading official weights."""
+"""Backbones: published sizes and costs, features, conditioning, options and weight files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAMILIES = [name for name in names(BACKBONES) if name in ("dit", "sit", "uvit")]
 
 
 def build(family: str, size: str, **options: Any) -> Backbone:
-    """A preset on 4x8x8 latents of ten classes unless told otherwise."""
+    """A preset, by default on 4x8x8 latents of ten classes."""
     cls = lookup(BACKBONES, family)
     facts: dict[str, Any] = dict(channels=4, input_size=8, classes=10, out_channels=4, size=size)
     preset = {k: v for k, v in cls.presets[size].items() if k != "objective"}
@@ -30,7 +30,7 @@ def build(family: str, size: str, **options: Any) -> Backbone:
 
 
 def tiny(family: str, **options: Any) -> Backbone:
-    """A `ti/2` network in which every parameter is random, so that every path counts."""
+    """A `ti/2` network with random parameters, so that no layer is zero."""
     torch.manual_seed(0)
     net = build(family, "ti/2", **options).eval()
     for parameter in net.parameters():
@@ -111,7 +111,7 @@ def test_uvit_sizes_match_the_published_ones(size: str) -> None:
     assert (parameters(net), gmacs(net)) == (count, cost)
 
 
-def test_every_preset_is_counted_above_or_is_ours() -> None:
+def test_every_published_preset_is_checked_above() -> None:
     assert set(lookup(BACKBONES, "dit").presets) == {*ADALN, "ti/2"}
     uvit = lookup(BACKBONES, "uvit")
     assert set(uvit.presets) == {*UVIT, "ti/2"}
@@ -119,7 +119,7 @@ def test_every_preset_is_counted_above_or_is_ours() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prediction_has_the_asked_channels(family: str) -> None:
+def test_prediction_has_out_channels(family: str) -> None:
     x, t, y = batch()
     assert tiny(family, out_channels=8)(x, t, y).shape == (3, 8, 8, 8)
 
@@ -137,7 +137,7 @@ def test_stopping_early_changes_no_feature(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stopping_early_runs_nothing_behind_the_deepest_tap(family: str) -> None:
+def test_stopping_early_runs_no_block_after_the_deepest_index(family: str) -> None:
     net = tiny(family)
     costs = [net.flops(k) for k in range(net.info.depth)]
     assert costs == sorted(set(costs)) and costs[-1] < net.flops()
@@ -150,7 +150,7 @@ def test_stopping_early_runs_nothing_behind_the_deepest_tap(family: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_order_of_the_taps_does_not_matter(family: str) -> None:
+def test_the_order_of_indices_does_not_matter(family: str) -> None:
     net = tiny(family)
     one, other = (net.features(*batch(), indices=order) for order in ((0, 2, 5), (5, 0, 2)))
     assert one.keys() == other.keys() == {0, 2, 5}
@@ -159,7 +159,7 @@ def test_the_order_of_the_taps_does_not_matter(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_null_label_is_a_label_of_its_own(family: str) -> None:
+def test_the_null_label_differs_from_every_class(family: str) -> None:
     net = tiny(family)
     x, t, _ = batch(1)
     outputs = [net(x, t, torch.tensor([label])) for label in range(11)]
@@ -182,10 +182,11 @@ def test_training_mode_drops_no_labels(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("block", [-1, 9])
-def test_a_block_out_of_range_is_named_with_those_there_are(family: str, block: int) -> None:
+def test_a_block_out_of_range_is_refused(family: str, block: int) -> None:
     net = tiny(family)
     with pytest.raises(
-        ValueError, match=rf"block {block} asked, {family}-ti/2 has blocks 0\.\.{net.info.depth - 1}"
+        ValueError,
+        match=rf"block {block} is out of range: {family}-ti/2 has blocks 0\.\.{net.info.depth - 1}",
     ):
         net.forward_intermediates(*batch(), indices=(block,))
 
@@ -230,19 +231,19 @@ def test_uvit_without_a_label_table_ignores_labels() -> None:
 
 
 def test_uvit_with_an_even_depth_is_refused() -> None:
-    with pytest.raises(UserError, match=r"odd depth.*found 6"):
+    with pytest.raises(UserError, match=r"depth must be odd .*, got 6"):
         build("uvit", "ti/2", depth=6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patches_that_do_not_cover_the_latent_are_refused(family: str) -> None:
-    with pytest.raises(UserError, match="divides the latent size 8, found 3"):
+    with pytest.raises(UserError, match="divide the latent size 8, got 3"):
         build(family, "ti/2", patch=3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_that_do_not_divide_the_width_are_refused(family: str) -> None:
-    with pytest.raises(UserError, match="divide the width 96, found 5"):
+    with pytest.raises(UserError, match="divide the width 96, got 5"):
         build(family, "ti/2", heads=5)
 
 
@@ -265,7 +266,7 @@ def test_autocast_stays_near_float32(family: str) -> None:
     assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-def test_saved_weights_come_back_under_their_hash(tmp_path: Any) -> None:
+def test_saved_weights_are_loaded_by_hash(tmp_path: Any) -> None:
     state = {"a": torch.randn(3, 2).T, "b": torch.arange(4)}
     file = tmp_path / "w.safetensors"
     sha256 = save_weights(state, file)
@@ -286,8 +287,8 @@ def test_damaged_weights_are_refused(tmp_path: Any) -> None:
         load_weights(tmp_path / "none.safetensors")
 
 
-def test_a_network_without_a_row_for_the_null_label_says_so() -> None:
+def test_a_network_without_a_null_label_cannot_be_guided() -> None:
     assert [tiny("uvit", label_rows=rows).info.null_label for rows in (0, 10, 11)] == [True, False, True]
-    with pytest.raises(UserError, match=r"without a null label, so it has no guidance: .* found 1.5"):
+    with pytest.raises(UserError, match=r"has no null label and cannot be guided: .* got 1.5"):
         Denoiser(tiny("uvit", label_rows=10), VpContinuous(), torch.zeros(2).long(), Guidance(1.5))
     Denoiser(tiny("uvit", label_rows=10), VpContinuous(), torch.zeros(2).long(), Guidance(1.0))

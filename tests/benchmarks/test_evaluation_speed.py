@@ -13,8 +13,7 @@ from stbench.config.resolve import Request, resolve
 from stbench.core.registry import OBJECTIVES, load_builtins, lookup, names
 from stbench.core.rng import Rng
 from stbench.data.dataset import get_dataset
-from stbench.diffusion.sample import Guidance, nfe, sample
-from stbench.diffusion.sample import resolve as resolve_sampler
+from stbench.diffusion.sample import Guidance, nfe, resolve_sampler, sample
 from stbench.evaluate.metrics import BASIC_METRICS, EXTRA_METRICS, compute_metrics
 
 load_builtins()

@@ -130,7 +130,10 @@ MISTAKES = {
     "empty size": (("run", "--backbone", "sit-", "--recipe", "vanilla"), "unknown size ''"),
     "hidden": ((*TAUGHT, "--set", "recipe.hidden=-4"), "bad value for 'recipe.hidden'"),
     "teacher steps": ((*TAUGHT, "--set", "recipe.teacher_steps=0"), "bad value for 'recipe.teacher_steps'"),
-    "recipe interval": ((*TAUGHT, "--set", "recipe.interval=[0.7,0.4]"), "recipe.interval wants low <= high"),
+    "recipe interval": (
+        (*TAUGHT, "--set", "recipe.interval=[0.7,0.4]"),
+        "must be [low,high] with low <= high",
+    ),
     "betas": ((*VANILLA, "--set", "train.betas=[0.9,1.0]"), "bad value for 'train.betas'"),
     "guided channels": ((*VANILLA, "--set", "eval.channels=9"), "eval.channels wants 1..4"),
     "interval": ((*VANILLA, "--set", "eval.interval=[0.7,0.2]"), "eval.interval wants low <= high"),

@@ -18,7 +18,7 @@ from stbench.evaluate.reference import write_statistics
 from stbench.evaluate.scores import SCORES, score_name
 from tests.conftest import Command
 from tests.datafiles import write_images
-from tests.weights import CheapNetwork, pictures
+from tests.measuring import CheapNetwork, pictures
 
 
 def test_missing_inception_weights_are_named_with_path_url_and_hash(

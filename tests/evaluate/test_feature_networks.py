@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stbench.core.errors import UserError
 from stbench.evaluate.feature_networks import INCEPTION_FILE, Inception, load_dino, load_inception
-from tests.weights import pictures
+from tests.measuring import pictures
 
 
 @pytest.fixture(scope="module")

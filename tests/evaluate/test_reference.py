@@ -16,7 +16,7 @@ from stbench.evaluate.metrics import frechet_distance
 from stbench.evaluate.reference import load_reference, reference_from, reference_size, write_statistics
 from stbench.evaluate.scores import SCORES, compute_scores, score_name
 from stbench.evaluate.statistics import ImageStatistics, measure_images
-from tests.weights import CheapNetwork, measured, pictures
+from tests.measuring import CheapNetwork, measured, pictures
 
 
 @final

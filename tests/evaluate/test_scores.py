@@ -13,7 +13,7 @@ from stbench.evaluate.reference import reference_from
 from stbench.evaluate.score_images import score_images
 from stbench.evaluate.scores import compute_scores, score_name
 from tests.datafiles import write_images
-from tests.weights import CheapNetwork, measured, pictures
+from tests.measuring import CheapNetwork, measured, pictures
 
 
 def test_score_names_contain_the_number_of_samples() -> None:

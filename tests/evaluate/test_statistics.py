@@ -13,7 +13,7 @@ from stbench.core.errors import UserError
 from stbench.evaluate.image_sets import open_images
 from stbench.evaluate.statistics import evenly_spaced, measure_images
 from tests.datafiles import write_images
-from tests.weights import CheapNetwork, measured, pictures
+from tests.measuring import CheapNetwork, measured, pictures
 
 
 @pytest.mark.parametrize("batch", [5, 64])

@@ -32,14 +32,14 @@ def refusal(path: Path) -> str:
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     """A finished two-stage run."""
-    record = runs.build(tmp_path, "self-transcendence", 0, [7.74, 1.79, 0.75], teacher=800)
+    record = runs.write_run(tmp_path, "self-transcendence", 0, [7.74, 1.79, 0.75], teacher=800)
     return RunFolder(Path(record.path))
 
 
 def test_points_round_trip_bit_for_bit(tmp_path: Path) -> None:
     metrics = {f"m{i}": value for i, value in enumerate(AWKWARD)}
     written = replace(
-        runs.point(10, 1.0), metrics=metrics, val_loss=AWKWARD, seconds=0.1, interval=(0.1, 0.7)
+        runs.make_point(10, 1.0), metrics=metrics, val_loss=AWKWARD, seconds=0.1, interval=(0.1, 0.7)
     )
     folder = RunFolder(tmp_path)
     folder.append_points([written])
@@ -50,7 +50,7 @@ def test_points_round_trip_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_stages_round_trip(tmp_path: Path) -> None:
-    written = [replace(runs.stage(0, 5), reused=True, seconds=1 / 3), runs.stage(1, 7)]
+    written = [replace(runs.make_stage(0, 5), reused=True, seconds=1 / 3), runs.make_stage(1, 7)]
     folder = RunFolder(tmp_path)
     for stage in reversed(written):
         folder.add_stage(stage)
@@ -58,7 +58,7 @@ def test_stages_round_trip(tmp_path: Path) -> None:
 
 
 def test_files_are_strict_json_with_a_schema(folder: RunFolder) -> None:
-    folder.append_points([runs.point(900, math.nan)])
+    folder.append_points([runs.make_point(900, math.nan)])
     texts = [(folder.path / f"{name}.json").read_text() for name in ("spec", "env", "status", "protocols")]
     for name in ("curve", "stages"):
         texts += (folder.path / f"{name}.jsonl").read_text().splitlines()
@@ -87,7 +87,7 @@ def test_a_point_that_is_there_stays(folder: RunFolder) -> None:
 
 
 def test_a_stage_of_the_same_index_is_replaced(folder: RunFolder) -> None:
-    folder.add_stage(runs.stage(0, 10))
+    folder.add_stage(runs.make_stage(0, 10))
     assert [stage.steps for stage in folder.stages()] == [10, 800]
 
 
@@ -170,13 +170,13 @@ def test_an_unknown_field_of_a_point_is_refused(folder: RunFolder) -> None:
 
 
 def test_a_run_without_points_is_whole(tmp_path: Path) -> None:
-    record = runs.build(tmp_path, "vanilla", 0, [], status="running")
+    record = runs.write_run(tmp_path, "vanilla", 0, [], status="running")
     assert (record.curve, record.stages, record.status) == ([], [], "running")
 
 
 def test_find_runs_walks_and_counts_each_once(tmp_path: Path) -> None:
-    one = Path(runs.build(tmp_path / "a" / "b", "vanilla", 0, [1.0]).path)
-    two = Path(runs.build(tmp_path, "vanilla", 1, [1.0]).path)
+    one = Path(runs.write_run(tmp_path / "a" / "b", "vanilla", 0, [1.0]).path)
+    two = Path(runs.write_run(tmp_path, "vanilla", 1, [1.0]).path)
     (tmp_path / "empty").mkdir()
     assert find_runs([tmp_path, one, two]) == sorted([one, two])
     assert [record.seed for record in read_runs(find_runs(tmp_path))] == [0, 1] if one < two else [1, 0]

@@ -50,7 +50,7 @@ class FakeExecutor(Executor):
                 continue
             del self._remaining[run_id]
             if run_id not in self._errors:
-                fake_runs.build(self._root, current.entry.recipe, current.entry.seed, [9.0, 4.0, 2.0])
+                fake_runs.write_run(self._root, current.entry.recipe, current.entry.seed, [9.0, 4.0, 2.0])
             self.events.append(f"end {current.entry.recipe}-{current.entry.seed}")
             outcomes.append(Outcome(run_id, self._errors.get(run_id, "")))
         return outcomes
@@ -121,7 +121,7 @@ def test_a_second_sweep_skips_finished_runs_and_retries_failed_ones(tmp_path: Pa
 
 
 def test_a_finished_run_folder_is_recognised_without_a_journal(tmp_path: Path) -> None:
-    fake_runs.build(tmp_path, "vanilla", 0, [9.0, 4.0, 2.0])
+    fake_runs.write_run(tmp_path, "vanilla", 0, [9.0, 4.0, 2.0])
     longer = job("vanilla", 0)
     longer = replace(longer, entry=replace(longer.entry, steps=2 * longer.entry.steps))
     assert execute(tmp_path, [job("vanilla", 0)])[1].events == ["stop"]
@@ -129,7 +129,7 @@ def test_a_finished_run_folder_is_recognised_without_a_journal(tmp_path: Path) -
 
 
 def test_a_damaged_folder_is_started_so_that_its_error_is_reported(tmp_path: Path) -> None:
-    record = fake_runs.build(tmp_path, "vanilla", 0, [9.0, 4.0, 2.0])
+    record = fake_runs.write_run(tmp_path, "vanilla", 0, [9.0, 4.0, 2.0])
     (Path(record.path) / "stages.jsonl").write_text("{")
     damaged = job("vanilla", 0)
     entries, executor, _ = execute(tmp_path, [damaged], errors={damaged.run_id: "line 1 is cut off"})

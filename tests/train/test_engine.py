@@ -270,7 +270,7 @@ def test_a_folder_in_use_is_refused(tiny: Runner, tmp_path: Path) -> None:
     [
         ("vanilla", {}, r"train\.label_drop=0\.1 wants a null label"),
         ("vanilla", {"train__label_drop": 0, "eval__guidance": [1.0, 1.5]}, r"eval\.guidance=1\.5 wants"),
-        ("self-transcendence", {"train__label_drop": 0}, r"recipe\.guidance=.* wants a null label"),
+        ("self-transcendence", {"train__label_drop": 0}, r"recipe\.guidance=.* needs a null label"),
     ],
 )
 def test_a_network_without_a_null_label_drops_none(

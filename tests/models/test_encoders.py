@@ -1,0 +1,93 @@
+"""Frozen encoders: preprocessing, identity, cached tokens and their checks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from stbench.core.errors import UserError
+from stbench.data.dataset import get_dataset
+from stbench.models import encoders
+from tests.weights import cache_digits, random_vit
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_vit(tmp_path_factory.mktemp("vit") / "vit.safetensors")
+
+
+def test_the_digits_encoder_reads_digits() -> None:
+    data = get_dataset("digits")
+    encoder = encoders.open_encoder(encoders.find_encoder("digits"), 16, CPU)
+    assert isinstance(encoder, encoders.ImageEncoder)
+    images = data.heldout_images()
+    with torch.no_grad():
+        features = encoder.network.forward_features(images.float() / 127.5 - 1.0)
+        right = encoder.network.forward_head(features).argmax(1) == data.heldout()[1]
+    assert right.double().mean() > 0.95
+
+
+def test_encoder_input_normalises_and_enlarges() -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    white = encoders.encoder_input(torch.full((1, 1, 32, 32), 255, dtype=torch.uint8), 64, mean, std)
+    assert white.shape == (1, 3, 64, 64)
+    expected = (1 - torch.tensor(mean)) / torch.tensor(std)
+    torch.testing.assert_close(white.mean((0, 2, 3)), expected)
+
+
+def test_dinov2_is_normalised_as_imagenet() -> None:
+    config = timm.create_model(encoders.DINOV2.replace("base", "small"), pretrained=False).pretrained_cfg
+    assert (config["mean"], config["std"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_the_path_of_weights_is_no_part_of_a_source(vit: Path) -> None:
+    moved = vit.with_name("moved.safetensors")
+    moved.write_bytes(vit.read_bytes())
+    assert encoders.find_encoder("vit_tiny_patch16_224", vit) == encoders.find_encoder(
+        "vit_tiny_patch16_224", moved
+    )
+
+
+def test_weights_that_are_not_here_name_the_download() -> None:
+    missing = encoders.find_encoder("vit_tiny_patch16_224.augreg_in21k")
+    with pytest.raises(UserError, match=r"cannot be loaded.*hf download timm/vit_tiny_patch16_224\.augreg"):
+        encoders.open_encoder(missing, 16, CPU)
+
+
+def test_an_encoder_of_another_grid_is_refused() -> None:
+    with pytest.raises(UserError, match="encoder 'digits' gives 16 tokens, the backbone has 64"):
+        encoders.open_encoder(encoders.find_encoder("digits"), 64, CPU)
+
+
+def test_a_cache_of_another_number_of_images_is_not_made(tmp_path: Path) -> None:
+    encoder = encoders.open_encoder(encoders.find_encoder("digits"), 16, CPU)
+    assert isinstance(encoder, encoders.ImageEncoder)
+    images = get_dataset("digits").train_images()[:6]
+    for count in (5, 7):
+        with pytest.raises(UserError, match=f"expected {count} images to cache tokens of"):
+            encoders.cache_tokens(tmp_path, encoder, torch.split(images, 4), count)
+        assert not (tmp_path / "tokens.json").exists()
+
+
+def test_damaged_caches_are_refused(tmp_path: Path) -> None:
+    folder = cache_digits(tmp_path / "tokens")
+    spec = encoders.find_encoder(str(folder))
+    with pytest.raises(UserError, match=r"holds 16 tokens an image, the backbone has 64"):
+        encoders.open_encoder(spec, 64, CPU)
+    tokens = np.load(folder / "tokens.npy")
+    np.save(folder / "tokens.npy", tokens[:-1])
+    with pytest.raises(UserError, match="is damaged"):
+        encoders.find_encoder(str(folder))
+    (folder / "tokens.npy").unlink()
+    with pytest.raises(UserError, match=r"lacks tokens\.npy"):
+        encoders.find_encoder(str(folder))
+    (folder / "tokens.json").write_text(json.dumps({"schema": 1}))
+    with pytest.raises(UserError, match=r"tokens\.json is damaged"):
+        encoders.find_encoder(str(folder))

@@ -1,0 +1,127 @@
+"""REPA: encoders, cached tokens and their cost, errors, and identity of runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from stbench.config import plan
+from stbench.config.resolve import Request, resolve
+from stbench.core.errors import UserError
+from stbench.data.dataset import get_dataset
+from stbench.diffusion import LinearFlow
+from stbench.models import align, encoders
+from stbench.recipes.repa import Repa, repa
+from stbench.train.cost import rehearse
+from tests.steps import BATCH, info, network, only, step_of, value
+from tests.weights import cache_digits, random_vit
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_vit(tmp_path_factory.mktemp("vit") / "vit.safetensors")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cache_digits(tmp_path_factory.mktemp("cache") / "tokens")
+
+
+def test_repa_aligns_with_the_digits_encoder_and_names_it() -> None:
+    net = network()
+    supervision = cast(Repa, only(repa(net.info)))
+    assert supervision.needs == "encoder digits" and supervision.images
+    step = step_of(supervision, net, LinearFlow())
+    found = value(supervision, step)
+    encoder = encoders.open_encoder(supervision.sources[0], 16, torch.device("cpu"))
+    assert isinstance(encoder, encoders.ImageEncoder)
+    z = encoder.tokens(step.batch.extras["images"])
+    assert z.shape == (BATCH, 16, 96)
+    torch.testing.assert_close(found, -align.cosine(step.heads["0"](step.features[supervision.block]), z))
+    assert step.cost.teachers == encoder.flops * BATCH > 0
+
+
+@pytest.mark.parametrize(
+    ("where", "block"),
+    [(("xl/2", 28), 7), (("l/2", 24), 7), (("b/2", 12), 3), (("ti/2", 6), 1)],
+)
+def test_repa_blocks(where: tuple[str, int], block: int) -> None:
+    assert only(repa(info("sit", *where), encoder="digits")).block == block
+
+
+def test_repa_default_encoder_is_dinov2_b_at_the_latents_grid() -> None:
+    supervision = only(repa(info("sit", "b/2", 12, 768, 256)))
+    (source,) = supervision.sources
+    assert (source.name, source.width, supervision.hidden) == (encoders.DINOV2, 768, 2048)
+
+
+def test_repa_takes_timm_networks_from_local_weights(vit: Path) -> None:
+    net = network()
+    names = ["vit_tiny_patch16_224", "vit_tiny_patch16_224"]
+    supervision = cast(Repa, only(repa(net.info, encoder=names, checkpoint=[str(vit)] * 2)))
+    step = step_of(supervision, net, LinearFlow())
+    targets = supervision.targets(step)
+    assert [tuple(z.shape) for z in targets] == [(BATCH, 16, 192)] * 2  # 64x64 pixels in patches of 16
+    tokens = step.features[supervision.block]
+    expected = -sum(align.cosine(step.heads[j](tokens), z) for j, z in zip("01", targets, strict=True)) / 2
+    torch.testing.assert_close(value(supervision, step), expected)
+
+
+def test_cached_tokens_teach_as_the_encoder_does_and_are_paid_once(cache: Path) -> None:
+    net = network()
+    online, cached = only(repa(net.info)), cast(Repa, only(repa(net.info, encoder=str(cache))))
+    assert cached.needs == "cached tokens of encoder digits" and not cached.images
+    first, again = (step_of(cached, net, LinearFlow(), images_seen=seen) for seen in (1496, 1500))
+    reference = step_of(online, net, LinearFlow(), images_seen=1496)
+    torch.testing.assert_close(value(cached, first), value(online, reference), atol=1e-3, rtol=0)
+    value(cached, again)
+    assert first.cost.teachers == reference.cost.teachers > 0 == again.cost.teachers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"encoder": "dinov9"}, "unknown encoder 'dinov9'"),
+        ({"encoder": "no/such/folder"}, "no cached tokens at no/such/folder"),
+        ({"encoder": "vit_tiny_patch16_224", "checkpoint": "none.safetensors"}, "hf download timm/vit_tiny"),
+        ({"encoder": ["digits", "digits"], "checkpoint": "x"}, "one file for each of 2 encoders, got 1"),
+        ({"checkpoint": "x"}, "has no meaning for encoder 'digits', which has its own; leave it out"),
+        ({"encoder": "resnet18"}, "encoder 'resnet18' gives no patch tokens"),
+    ],
+)
+def test_repa_errors_say_what_to_type(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        repa(info("sit", "ti/2", 6), **options)
+
+
+def test_a_moved_file_is_the_same_run_and_another_file_another(vit: Path, tmp_path: Path) -> None:
+    def train_hash(file: Path) -> str:
+        options = {"recipe.encoder": "vit_tiny_patch16_224", "recipe.checkpoint": str(file)}
+        return plan.prepare(resolve(Request("sit", "repa", overrides=options)))[2].train
+
+    moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
+    moved.write_bytes(vit.read_bytes())
+    other.write_bytes(vit.read_bytes() + b" ")
+    assert train_hash(vit) == train_hash(moved) != train_hash(other)
+
+
+def test_a_dry_run_needs_no_weights() -> None:
+    digits = get_dataset("digits")
+    supervision = only(repa(info("sit", "ti/2", 6), encoder="vit_tiny_patch16_224.augreg_in21k"))
+    job = plan.prepare(resolve(Request("sit", "repa")))[1][0]
+    assert rehearse(job, supervision, resolve(Request("sit", "repa")), digits, draws=1).teachers > 0
+
+
+def test_caches_of_other_images_are_refused(cache: Path) -> None:
+    net = network()
+    supervision = cast(Repa, only(repa(net.info, encoder=str(cache))))
+    step = step_of(supervision, net, LinearFlow())
+    with pytest.raises(UserError, match=r"cached tokens are of 1500 images, the data set has 1281167"):
+        supervision.terms(dataclasses.replace(step, dataset_size=1281167))
+    mirrored = dataclasses.replace(step.batch, index=step.batch.index + 1500)
+    with pytest.raises(UserError, match=r"found mirror images; type --set data\.flip=false"):
+        supervision.terms(dataclasses.replace(step, batch=mirrored))
