@@ -77,7 +77,7 @@ def test_two_processes_generate_the_same_pixels(
     assert np.array_equal(sampled(run, tmp_path / "a.npz", "cpu,cpu"), whole)
 
 
-def test_a_worker_process_generates_the_same_pixels_and_reports_errors_in_one_line(
+def test_a_worker_process_generates_the_same_pixels(
     run: ModelLocation, whole: np.ndarray, tmp_path: Path
 ) -> None:
     parts = PartsFolder(tmp_path / "a.npz", {"count": COUNT}, CPU_ROWS)
@@ -86,9 +86,15 @@ def test_a_worker_process_generates_the_same_pixels_and_reports_errors_in_one_li
     generate_in_processes(job, [CPU], parts.missing()[1:2])
     assert np.array_equal(np.load(parts.file(CPU_ROWS)), whole[CPU_ROWS : 2 * CPU_ROWS])
     assert parts.missing() == [(0, CPU_ROWS), (2 * CPU_ROWS, COUNT)]
-    job = replace(job, location=ModelLocation(tmp_path / "gone"))
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_stops_all_and_is_one_line(run: ModelLocation, tmp_path: Path) -> None:
+    parts = PartsFolder(tmp_path / "a.npz", {"count": COUNT}, CPU_ROWS)
+    parts.open()
+    job = Job(ModelLocation(tmp_path / "gone"), resolve_request(REQUEST, load_model(run)), parts)
     with pytest.raises(UserError, match="gone .*run folder") as caught:
-        generate_in_processes(job, [CPU], parts.missing())
+        generate_in_processes(job, [CPU, CPU], parts.missing())
     assert "\n" not in str(caught.value)
 
 
