@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from stbench.cli import app as cli
-from stbench.config.resolve import Request, resolve
+from stbench.config.plan import prepare
+from stbench.config.resolve import RunRequest, resolve
 from stbench.config.spec import RunSpec
 from stbench.core.registry import load_builtins
 from stbench.runs.records import RunRecord
@@ -51,11 +52,11 @@ def _one_thread() -> None:
 
 
 def tiny_spec(recipe: str = "vanilla", *, backbone: str = "sit", steps: int = 4, **more: Any) -> RunSpec:
-    """A spec of a few steps; keyword arguments are overrides with `__` for the dot, or fields of Request."""
+    """A spec of a few steps; keywords are overrides with `__` for the dot, or fields of RunRequest."""
     fields = {k: more.pop(k) for k in ("seed", "objective", "precision") if k in more}
     blocks = BLOCKS if recipe == "self-transcendence" else {}
     overrides = TINY | blocks | {k.replace("__", "."): v for k, v in more.items()}
-    return resolve(Request(backbone, recipe, steps=steps, overrides=overrides, **fields))
+    return resolve(RunRequest(backbone, recipe, steps=steps, overrides=overrides, **fields))
 
 
 def train_tiny(
@@ -63,7 +64,8 @@ def train_tiny(
 ) -> RunRecord:
     """Train a tiny spec under `folder`/`output` and return its record."""
     options = {k: more.pop(k) for k in ("keep", "reuse") if k in more}
-    return engine.run(tiny_spec(recipe, **more), engine.Options(folder / output, **options), hooks)[0]
+    prepared = prepare(tiny_spec(recipe, **more))
+    return engine.run(prepared, engine.RunOptions(folder / output, **options), hooks)[0]
 
 
 @pytest.fixture()

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from stbench.cli.progress import progress_bar
 from stbench.config.overrides import parse_set
-from stbench.config.resolve import evaluation, scales
+from stbench.config.resolve import evaluation_spec, parse_scales
 from stbench.config.spec import EvalSpec
 from stbench.core.device import pick_device, pick_devices
 from stbench.core.errors import UserError
@@ -83,7 +83,7 @@ def evaluate_run(path: Path, options: RunOptions, device: str) -> None:
     run = open_run(path)
     added = evaluate_again(run, settings, pick_device(device))
     for point in added:
-        print(point_line(run.jobs[-1], point))
+        print(point_line(point))
     print(f"{len(added)} rows added to {path}")
 
 
@@ -94,7 +94,7 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, options: Run
     """
     # Fail before hours of sampling if the reference does not fit or weights are missing.
     settings = _evaluation_settings(path, options)
-    height, width = open_run(path).dataset.image_shape[1:]
+    height, width = open_run(path).prepared.dataset.image_shape[1:]
     require_comparable(
         str(path),
         count=settings.samples,
@@ -166,10 +166,11 @@ def _evaluation_settings(path: Path, options: RunOptions) -> EvalSpec:
     run = open_run(path)
     changes = _evaluation_overrides(options.overrides)
     if options.guidance is not None:
-        changes["guidance"] = scales(options.guidance)
+        changes["guidance"] = parse_scales(options.guidance)
     if options.samples is not None:
         changes["samples"] = options.samples
-    return evaluation(run.spec.eval.model_dump() | changes, run.spec.objective, run.spec.train.steps)
+    spec = run.prepared.spec
+    return evaluation_spec(spec.eval.model_dump() | changes, spec.objective, spec.train.steps)
 
 
 def _evaluation_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -46,18 +46,98 @@ def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
     return [RunFolder(path).record() for path in paths]
 
 
+@dataclass(frozen=True)
+class OutputFolder:
+    """The folder that contains run folders (`--output`), and what the runs in it share."""
+
+    path: Path
+
+    @property
+    def artifacts(self) -> Path:
+        """Finished stages by fingerprint, which later runs reuse."""
+        return self.path / ".artifacts"
+
+    @property
+    def reference_statistics(self) -> Path:
+        """Cached statistics of the reference sets."""
+        return self.path / ".cache"
+
+    def artifact(self, fingerprint: str) -> Path:
+        """Folder of the finished stage with this fingerprint."""
+        return self.artifacts / fingerprint[:16]
+
+    def run(self, run_id: str) -> RunFolder:
+        """The folder of a run."""
+        return RunFolder(self.path / run_id)
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The checkpoints of one stage of a run."""
+
+    path: Path
+
+    @property
+    def state_index(self) -> Path:
+        """JSON file that names the current training state."""
+        return self.path / "state.json"
+
+    @property
+    def draft(self) -> Path:
+        """Where an artifact is assembled before it is published."""
+        return self.path / "artifact"
+
+    def state(self, step: int) -> Path:
+        """Tensors of the training state after a step."""
+        return self.path / f"state-{step:08d}.safetensors"
+
+    def states(self) -> list[Path]:
+        """All files with tensors of a training state; more than one only after a crash."""
+        return sorted(self.path.glob("state-*.safetensors"))
+
+    def weights(self, kind: str, step: int) -> Path:
+        """Network weights after a step; `kind` is "raw" or "ema"."""
+        return self.path / f"{kind}-{step:08d}.safetensors"
+
+    def weight_files(self, kind: str) -> dict[int, Path]:
+        """The stored network weights by step; `kind` is "raw" or "ema"."""
+        files = sorted(self.path.glob(f"{kind}-*.safetensors"))
+        return {int(file.stem.rpartition("-")[2]): file for file in files}
+
+
 class RunFolder:
     """One folder results/runs/<run-id>/; writers hold `lock()` while they use it, readers need no lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.samples = path / "samples"
-        self.checkpoints = path / "checkpoints"
-        self.log = path / "log"
 
     def exists(self) -> bool:
         """Whether a run was created here."""
         return (self.path / "spec.json").exists()
+
+    def require(self) -> None:
+        """Raise UserError if this is not a run folder."""
+        if not self.exists():
+            raise UserError(
+                f"{self.path} is not a run folder (it has no spec.json); `stbench compare` lists run folders"
+            )
+
+    def stage(self, index: int, name: str) -> StageFolder:
+        """The checkpoints of a stage."""
+        return StageFolder(self.path / "checkpoints" / f"{index}-{name}")
+
+    def sample_file(self, index: int, name: str, step: int, scale: float) -> Path:
+        """Picture of generated images at an evaluation point."""
+        return self.path / "samples" / f"{index}-{name}-{step:08d}-g{scale:g}.png"
+
+    def sample_files(self, index: int) -> list[Path]:
+        """The pictures of a stage, in order of steps."""
+        return sorted(self.path.glob(f"samples/{index}-*.png"))
+
+    @property
+    def tensorboard(self) -> Path:
+        """Event files of --tensorboard."""
+        return self.path / "tensorboard"
 
     def create(self, spec: Mapping[str, Any], env: Mapping[str, Any]) -> None:
         """Write env.json, a first status.json and, last, spec.json, which is what makes this a run folder.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stbench.config.build import build_backbone, build_objective
-from stbench.config.resolve import Request, resolve
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import Backbone, BackboneInfo
 from stbench.core.registry import DATASETS, load_builtins, lookup
 from stbench.core.rng import generator
@@ -43,7 +43,7 @@ def check_backbone(network: str | Factory, *, objective: str | None = None) -> N
     load_builtins()
     # What to build: the shape of the data, and the channels that the objective needs
     digits = lookup(DATASETS, "digits")
-    spec = None if callable(network) else resolve(Request(network, "vanilla", objective=objective))
+    spec = None if callable(network) else resolve(RunRequest(network, "vanilla", objective=objective))
     chosen = spec.objective if spec else objective or "linear"
     shape = {"channels": digits.channels, "input_size": digits.input_size, "classes": digits.classes}
     out_channels = build_objective(chosen).out_channels(digits.channels)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from stbench.config.build import build_backbone, build_objective
-from stbench.config.plan import StageJob, plan, planned_recipes, stage_fingerprint
-from stbench.config.resolve import Request, resolve
+from stbench.config.plan import PlannedStage, PreparedRun, prepare
+from stbench.config.resolve import RunRequest, resolve
 from stbench.config.spec import RunSpec
 from stbench.core.backbone import Backbone, BackboneInfo, Weights
 from stbench.core.objective import Batch
@@ -24,8 +24,8 @@ from stbench.core.recipe import Artifact, Step, Supervision, Term
 from stbench.core.registry import DATASETS, load_builtins, lookup
 from stbench.core.rng import Rng, key
 from stbench.testing.check_backbone import require
-from stbench.train.cost import meta_loader, rehearse
-from stbench.train.step import StageModule, make_batch, make_optimizer, update_ema
+from stbench.train.cost import expected_cost
+from stbench.train.step import StageModel, make_batch, make_optimizer, update_ema
 
 BATCH, STEPS = 16, 3
 
@@ -50,27 +50,26 @@ def check_recipe(
     load_builtins()
     overrides: dict[str, Any] = {"train.batch": BATCH, "train.precision": "fp32"}
     overrides |= {f"recipe.{option}": value for option, value in options.items()}
-    spec = resolve(Request(backbone, name, objective=objective, steps=STEPS, overrides=overrides))
-    digits = lookup(DATASETS, spec.dataset)
-    jobs = plan(spec, build_backbone(spec.backbone, spec.objective, digits, "meta").info)
-    _check_plan(jobs, spec, digits)
-    for job, first, second in zip(jobs, _train_all(jobs, spec), _train_all(jobs, spec), strict=True):
+    spec = resolve(RunRequest(backbone, name, objective=objective, steps=STEPS, overrides=overrides))
+    prepared = _prepare(spec)
+    runs = zip(prepared.stages, _train_all(prepared), _train_all(prepared), strict=True)
+    for stage, first, second in runs:
         same = first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-        require(same, f"stage '{job.name}' differs when trained twice: draw from step.batch.rng only")
+        require(same, f"stage '{stage.name}' differs when trained twice: draw from step.batch.rng only")
 
 
-def _check_plan(jobs: Sequence[StageJob], spec: RunSpec, digits: Any) -> None:
+def _prepare(spec: RunSpec) -> PreparedRun:
     """Check that every stage can be identified and costed before anything is trained."""
-    for job, supervision in zip(jobs, planned_recipes(list(jobs), meta_loader(spec, digits)), strict=True):
-        try:
-            stage_fingerprint(job, supervision, spec, "", None)
-        except TypeError as error:
-            kind = type(supervision).__name__
-            raise AssertionError(
-                f"the fields of {kind} must be plain data or dataclasses: {error}"
-            ) from error
-        cost = rehearse(job, supervision, spec, digits, draws=1)
-        require(cost.student > 0.0, f"stage '{job.name}' costs nothing")
+    try:
+        prepared = prepare(spec)
+    except TypeError as error:
+        raise AssertionError(
+            f"the fields of a supervision of '{spec.recipe.name}' must be plain data or dataclasses: {error}"
+        ) from error
+    for stage in prepared.stages:
+        cost = expected_cost(prepared, stage, draws=1)
+        require(cost.student > 0.0, f"stage '{stage.name}' costs nothing")
+    return prepared
 
 
 # Training with checks
@@ -117,16 +116,16 @@ class _CheckedSupervision(Supervision):
 class _FinishedStage:
     """A trained stage: its artifact, and the networks that later supervisions load from it."""
 
-    def __init__(self, job: StageJob, fingerprint: str, module: StageModule) -> None:
+    def __init__(self, stage: PlannedStage, module: StageModel) -> None:
         self.loaded: list[Backbone] = []
         self._trained = {"raw": copy.deepcopy(module.student), "ema": copy.deepcopy(module.ema)}
         self.artifact = Artifact(
-            name=job.name,
-            fingerprint=fingerprint,
+            name=stage.name,
+            fingerprint=stage.fingerprint,
             checkpoint="",
             sha256={},
-            steps=job.steps,
-            images_seen=job.images,
+            steps=stage.steps,
+            images_seen=stage.images,
             seconds=0.0,
             flops=module.cost.total,
             loader=self._load,
@@ -137,23 +136,25 @@ class _FinishedStage:
         return self.loaded[-1]
 
 
-def _train_all(jobs: Sequence[StageJob], spec: RunSpec) -> Iterator[dict[str, Tensor]]:
+def _train_all(prepared: PreparedRun) -> Iterator[dict[str, Tensor]]:
     """Train the stages in order; yields the final weights of each, heads included."""
     finished: list[_FinishedStage] = []
-    for job in jobs:
+    for stage in prepared.stages:
         # Build the stage on the artifacts of the earlier ones
         previous = finished[-1].artifact if finished else None
-        supervision = job.stage.supervision({stage.artifact.name: stage.artifact for stage in finished})
-        module = _build_module(job, supervision, spec, previous)
+        artifacts = {earlier.artifact.name: earlier.artifact for earlier in finished}
+        supervision = stage.definition.supervision(artifacts)
+        module = _build_module(stage, supervision, prepared.spec, previous)
         # Teachers: networks loaded from artifacts, and those that the supervision stores itself
-        teachers = [network for stage in finished for network in stage.loaded] + _stored_networks(supervision)
+        loaded = [network for earlier in finished for network in earlier.loaded]
+        teachers = loaded + _stored_networks(supervision)
         before = copy.deepcopy([teacher.state_dict() for teacher in teachers])
         # Train, check, and keep the result for later stages
-        _train(job, module, spec)
-        _check_teachers(job, module, teachers, before)
-        for stage in finished:
-            stage.loaded.clear()
-        finished.append(_FinishedStage(job, stage_fingerprint(job, supervision, spec, "", previous), module))
+        _train(stage, module, prepared.spec)
+        _check_teachers(stage, module, teachers, before)
+        for earlier in finished:
+            earlier.loaded.clear()
+        finished.append(_FinishedStage(stage, module))
         yield module.state_dict()
 
 
@@ -165,44 +166,50 @@ def _stored_networks(supervision: Supervision) -> list[nn.Module]:
 
 
 def _build_module(
-    job: StageJob, supervision: Supervision, spec: RunSpec, previous: Artifact | None
-) -> StageModule:
+    stage: PlannedStage, supervision: Supervision, spec: RunSpec, previous: Artifact | None
+) -> StageModel:
     """Build the student and heads of a stage as the engine does, with checked terms."""
     digits = lookup(DATASETS, spec.dataset)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(spec.seed, "backbone"))
         student = build_backbone(spec.backbone, spec.objective, digits)
-    if job.stage.init == "previous" and previous is not None:
+    if stage.definition.init == "previous" and previous is not None:
         student.load_state_dict(previous.load("ema").state_dict())
     depth = student.info.depth
     for block in supervision.taps:
-        require(0 <= block < depth, f"stage '{job.name}' taps block {block}, but there are {depth} blocks")
+        require(0 <= block < depth, f"stage '{stage.name}' taps block {block}, but there are {depth} blocks")
     objective = build_objective(spec.objective)
-    module = StageModule(student, _CheckedSupervision(supervision), objective, spec.seed, digits.size)
+    module = StageModel(
+        student,
+        _CheckedSupervision(supervision),
+        objective,
+        seed=spec.seed,
+        dataset_size=digits.size,
+    )
     module.prepare(torch.device("cpu"))
     return module
 
 
-def _train(job: StageJob, module: StageModule, spec: RunSpec) -> None:
+def _train(stage: PlannedStage, module: StageModel, spec: RunSpec) -> None:
     """Take a few optimiser steps; check losses, gradients and cost of heads, and random numbers."""
     random_state = torch.get_rng_state()
-    optimizer = make_optimizer(module.trained(), spec.train, torch.device("cpu"))
+    optimizer = make_optimizer(module.trained_parameters(), spec.train, torch.device("cpu"))
     dead = dict(module.heads.named_parameters())
     for step in range(STEPS):
         losses = module(_random_batch(step, spec))
         require(
-            bool(losses.total.isfinite()), f"stage '{job.name}': the loss is not finite at step {step + 1}"
+            bool(losses.total.isfinite()), f"stage '{stage.name}': the loss is not finite at step {step + 1}"
         )
         optimizer.zero_grad()
         losses.total.backward()
         dead = {name: p for name, p in dead.items() if p.grad is None or not p.grad.any()}
         optimizer.step()
         update_ema(module.ema, module.student, 0.5)
-    require(not dead, f"stage '{job.name}': no gradient reaches {', '.join(dead)}")
+    require(not dead, f"stage '{stage.name}': no gradient reaches {', '.join(dead)}")
     untouched = torch.equal(torch.get_rng_state(), random_state)
-    require(untouched, f"stage '{job.name}' draws from torch's global generator: use step.batch.rng")
+    require(untouched, f"stage '{stage.name}' draws from torch's global generator: use step.batch.rng")
     counted = module.cost.heads > 0.0 or not len(module.heads)
-    require(counted, f"stage '{job.name}': the FLOPs of its heads are not counted: use step.project")
+    require(counted, f"stage '{stage.name}': the FLOPs of its heads are not counted: use step.project")
 
 
 def _random_batch(step: int, spec: RunSpec) -> Batch:
@@ -218,18 +225,21 @@ def _random_batch(step: int, spec: RunSpec) -> Batch:
 
 
 def _check_teachers(
-    job: StageJob, module: StageModule, teachers: Sequence[nn.Module], before: Sequence[Mapping[str, Tensor]]
+    stage: PlannedStage,
+    module: StageModel,
+    teachers: Sequence[nn.Module],
+    before: Sequence[Mapping[str, Tensor]],
 ) -> None:
     """Check that teachers and EMA are frozen and in eval mode, and teachers unchanged and counted."""
     trained = {id(p) for p in module.parameters()}
     for network in (*teachers, module.ema):
-        require(not network.training, f"stage '{job.name}': a teacher is in train mode")
+        require(not network.training, f"stage '{stage.name}': a teacher is in train mode")
         frozen = not any(p.requires_grad for p in network.parameters())
-        require(frozen, f"stage '{job.name}': a teacher is not frozen")
+        require(frozen, f"stage '{stage.name}': a teacher is not frozen")
         apart = trained.isdisjoint(id(p) for p in network.parameters())
-        require(apart, f"stage '{job.name}': a teacher is among the trained parameters")
+        require(apart, f"stage '{stage.name}': a teacher is among the trained parameters")
     for network, state in zip(teachers, before, strict=True):
         same = all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
-        require(same, f"stage '{job.name}' changes the weights of its teacher")
+        require(same, f"stage '{stage.name}' changes the weights of its teacher")
     counted = module.cost.teachers > 0.0 or not teachers
-    require(counted, f"stage '{job.name}': the FLOPs of its teacher are not counted: use step.teach")
+    require(counted, f"stage '{stage.name}': the FLOPs of its teacher are not counted: use step.teach")

@@ -16,7 +16,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from stbench.core.files import write_array
-from stbench.data.shards import Shards
+from stbench.data.shards import ShardedRows
 
 pytestmark = pytest.mark.benchmark
 ROWS, BATCH, SHAPE = 10_000, 256, (8, 32, 32)
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shards(folder: Path, count: int = 1) -> Load:
     """Batches out of a mapped shard, or of one that is seen as `count` of them."""
-    mapped = Shards(np.array_split(np.load(folder / "00000.npy", mmap_mode="r"), count))
+    mapped = ShardedRows(np.array_split(np.load(folder / "00000.npy", mmap_mode="r"), count))
     return lambda rows: mapped.read(rows, np.zeros_like(rows))
 
 

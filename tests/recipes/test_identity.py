@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stbench.config import plan
-from stbench.config.resolve import Request, resolve
+from stbench.config.plan import prepare
+from stbench.config.resolve import RunRequest, resolve
 
 FINGERPRINTS = {
     "dispersive": ["b42a012c9170"],
@@ -24,7 +24,5 @@ A change means that rerunning a published command trains again instead of findin
 
 @pytest.mark.parametrize("recipe", FINGERPRINTS)
 def test_fingerprints_do_not_change(recipe: str) -> None:
-    spec = resolve(Request("sit", recipe, steps=10))
-    dataset, stages, _ = plan.prepare(spec)
-    found = plan.stage_fingerprints(stages, spec, dataset.fingerprint)
-    assert [fingerprint[:12] for fingerprint in found] == FINGERPRINTS[recipe]
+    prepared = prepare(resolve(RunRequest("sit", recipe, steps=10)))
+    assert [stage.fingerprint[:12] for stage in prepared.stages] == FINGERPRINTS[recipe]
