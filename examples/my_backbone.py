@@ -14,22 +14,22 @@ from stbench.models import layers
 
 
 class Block(nn.Module):
-    """Mixes tokens, then features."""
+    """Mixes tokens, then channels."""
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
-        self.norm1, self.across = nn.LayerNorm(width), Mlp(tokens, 4 * tokens)
-        self.norm2, self.within = nn.LayerNorm(width), Mlp(width, 4 * width)
+        self.norm1, self.mix_tokens = nn.LayerNorm(width), Mlp(tokens, 4 * tokens)
+        self.norm2, self.mix_channels = nn.LayerNorm(width), Mlp(width, 4 * width)
 
     def forward(self, h: Tensor) -> Tensor:
-        """(B,N,D) to (B,N,D)."""
-        h = h + self.across(self.norm1(h).transpose(1, 2)).transpose(1, 2)
-        return h + self.within(self.norm2(h))
+        """Update tokens (B,N,D)."""
+        h = h + self.mix_tokens(self.norm1(h).transpose(1, 2)).transpose(1, 2)
+        return h + self.mix_channels(self.norm2(h))
 
 
 @BACKBONES.register_module(name="mixer")
 class Mixer(Backbone):
-    """MLP-mixer (arXiv:2105.01601); time and label are added to every token."""
+    """MLP-Mixer (arXiv:2105.01601) with time and label added to every token."""
 
     presets: ClassVar[dict[str, Any]] = {"ti/2": dict(patch=2, width=96, depth=6)}
 
@@ -46,7 +46,8 @@ class Mixer(Backbone):
         depth: int,
     ) -> None:
         super().__init__()
-        self.info = layers.make_info("mixer", size, channels, input_size, classes, patch, width, depth)
+        data = dict(channels=channels, input_size=input_size, classes=classes)
+        self.info = layers.make_info("mixer", size, **data, patch=patch, width=width, depth=depth)
         self.patch, self.out_channels = nn.Conv2d(channels, width, patch, patch), out_channels
         self.time, self.label = layers.TimeEmbed(width), layers.LabelEmbed(classes, width)
         self.blocks = nn.ModuleList(Block(self.info.tokens, width) for _ in range(depth))

@@ -10,7 +10,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
-from stbench.core.recipe import Stage, Step, Supervision, Term
+from stbench.core.recipe import OptionContext, Stage, Step, Supervision, Term, computed, computed_defaults
 from stbench.core.registry import RECIPES
 from stbench.models import align
 
@@ -46,7 +46,8 @@ class Dispersive(Supervision):
     weight: float
     tau: float
     scope: Scope
-    local_batch: int
+    local_batch: int | None
+    """None with scope "gathered"."""
 
     @property
     def taps(self) -> Sequence[int]:
@@ -68,16 +69,27 @@ class Dispersive(Supervision):
         return {"dispersive": Term(align.dispersive_rows(tokens, self.tau, batch), self.weight)}
 
 
+def published_block(c: OptionContext) -> int:
+    """Return the default block, 0-based."""
+    return max(1, c.info.depth // 4) - 1 if c.options["setting"] == "jax" else c.info.depth - 1
+
+
+def published_batch(c: OptionContext) -> int | None:
+    """Return the default number of samples per loss; None with scope "gathered"."""
+    return None if c.options["scope"] == "gathered" else PUBLISHED[c.options["setting"]].local_batch
+
+
 @RECIPES.register_module(name="dispersive")
+@computed_defaults
 def dispersive(
     info: BackboneInfo,
     *,
     setting: Setting = "jax",
-    block: int | None = None,
-    weight: NonNegativeFloat | None = None,
-    tau: PositiveFloat | None = None,
+    block: int = computed(published_block),
+    weight: NonNegativeFloat = computed(lambda c: PUBLISHED[c.options["setting"]].weight),
+    tau: PositiveFloat = computed(lambda c: PUBLISHED[c.options["setting"]].tau),
     scope: Scope = "local",
-    local_batch: PositiveInt | None = None,
+    local_batch: PositiveInt | None = computed(published_batch),
 ) -> Sequence[Stage]:
     """Push the samples of a batch apart in one block's features (InfoNCE with L2 distance, no positives).
 
@@ -91,15 +103,13 @@ def dispersive(
       runs; `gathered` on the global batch.
     local_batch: samples per loss with scope `local`.
     """
-    published = PUBLISHED[setting]
-    published_block = max(1, info.depth // 4) - 1 if setting == "jax" else info.depth - 1
     if scope == "gathered" and local_batch is not None:
         raise UserError("recipe.local_batch has no effect with recipe.scope=gathered; leave one of them out")
     supervision = Dispersive(
-        block=info.block("recipe.block", published_block if block is None else block),
-        weight=published.weight if weight is None else weight,
-        tau=tau or published.tau,
+        block=info.block("recipe.block", block),
+        weight=weight,
+        tau=tau,
         scope=scope,
-        local_batch=local_batch or published.local_batch,
+        local_batch=local_batch,
     )
     return [Stage("dispersive", lambda earlier: supervision)]

@@ -11,7 +11,7 @@ from pydantic import NonNegativeFloat
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
-from stbench.core.recipe import Stage, Step, Supervision, Term
+from stbench.core.recipe import Stage, Step, Supervision, Term, computed, computed_defaults
 from stbench.core.registry import RECIPES
 from stbench.models import align
 
@@ -46,11 +46,17 @@ class LayerSync(Supervision):
         return {"layersync": Term(torch.stack(values).sum(0), self.weight)}
 
 
+def published_pairs(info: BackboneInfo) -> Pairs:
+    """Return the default pair: the relative depth of blocks 8 and 16 (1-based) of SiT-XL's 28."""
+    return [(align.relative_block(info.depth, 8, 28), align.relative_block(info.depth, 16, 28))]
+
+
 @RECIPES.register_module(name="layersync")
+@computed_defaults
 def layersync(
     info: BackboneInfo,
     *,
-    pairs: Sequence[tuple[int, int]] | None = None,
+    pairs: Sequence[tuple[int, int]] = computed(lambda c: published_pairs(c.info)),
     weight: NonNegativeFloat = 0.2,
     several: Several = "sum",
 ) -> Sequence[Stage]:
@@ -62,8 +68,6 @@ def layersync(
     several: `sum` adds the losses of all pairs; `released` keeps the last pair only, as the released loop
       does.
     """
-    if pairs is None:
-        pairs = [(align.relative_block(info.depth, 8, 28), align.relative_block(info.depth, 16, 28))]
     _check_pairs(pairs, info)
     supervision = LayerSync(
         pairs=tuple(tuple(pair) for pair in pairs),  # type: ignore[misc]

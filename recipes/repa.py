@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
-from stbench.core.recipe import Stage, Step, Supervision, Term
+from stbench.core.recipe import Stage, Step, Supervision, Term, computed, computed_defaults
 from stbench.core.registry import RECIPES
 from stbench.models import align, encoders
 
@@ -105,15 +105,22 @@ def published_block(info: BackboneInfo) -> int:
     return align.relative_block(info.depth, 8, 28)
 
 
+def _is_tiny(info: BackboneInfo) -> bool:
+    return info.size.startswith("ti")
+
+
 @RECIPES.register_module(name="repa")
+@computed_defaults
 def repa(
     info: BackboneInfo,
     *,
-    encoder: str | Sequence[str] | None = None,
+    encoder: str | Sequence[str] = computed(
+        lambda c: encoders.DIGITS if _is_tiny(c.info) else encoders.DINOV2
+    ),
     checkpoint: str | Sequence[str | None] | None = None,
-    block: int | None = None,
+    block: int = computed(lambda c: published_block(c.info)),
     weight: NonNegativeFloat = 0.5,
-    hidden: PositiveInt | None = None,
+    hidden: PositiveInt = computed(lambda c: 4 * c.info.width if _is_tiny(c.info) else 2048),
 ) -> Sequence[Stage]:
     """Align one block with the tokens of a frozen external encoder on the clean image.
 
@@ -124,9 +131,9 @@ def repa(
     weight: weight of the loss; 0.5 as published.
     hidden: hidden width of the projector. Default: 4 D on ti, else 2048 as published.
     """
-    tiny = info.size.startswith("ti")
-    # Encoders and their weights
-    names = _listed(encoder) or [encoders.DIGITS if tiny else encoders.DINOV2]
+    names = _listed(encoder)
+    if not names:
+        raise UserError(f"recipe.encoder must name at least one encoder; for example {encoders.DINOV2}")
     files = _listed(checkpoint) or [None] * len(names)
     if len(files) != len(names):
         raise UserError(
@@ -139,9 +146,9 @@ def repa(
     )
     supervision = Repa(
         sources=sources,
-        block=info.block("recipe.block", published_block(info) if block is None else block),
+        block=info.block("recipe.block", block),
         weight=weight,
-        hidden=hidden or (4 * info.width if tiny else 2048),
+        hidden=hidden,
         tokens=info.tokens,
     )
     return [Stage("repa", lambda earlier: supervision)]

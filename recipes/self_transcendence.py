@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from stbench.core.backbone import Backbone, BackboneInfo, Weights
 from stbench.core.errors import UserError
-from stbench.core.recipe import Artifact, NoSupervision, Stage, Step, Supervision, Term
+from stbench.core.recipe import (
+    Artifact,
+    NoSupervision,
+    OptionContext,
+    Stage,
+    Step,
+    Supervision,
+    Term,
+    computed,
+    computed_defaults,
+)
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models.align import Clock, Interval
@@ -87,22 +97,28 @@ class SelfTranscendence(Supervision):
         return {"self-transcendence": Term(apply_mask(error, rows, inside, mask=self.mask), self.coefficient)}
 
 
+def published_teacher_steps(c: OptionContext) -> int | None:
+    """Return the default length of the first stage; None if the length of the run is not known."""
+    return None if c.steps is None else max(1, round(defaults(c.info).teacher_length * c.steps))
+
+
 @RECIPES.register_module(name="self-transcendence")
+@computed_defaults
 def self_transcendence(
     info: BackboneInfo,
     *,
-    align_block: int | None = None,
-    student_block: int | None = None,
-    teacher_block: int | None = None,
-    guidance: float | None = None,
+    align_block: int = computed(lambda c: defaults(c.info).align_block),
+    student_block: int = computed(lambda c: defaults(c.info).student_block),
+    teacher_block: int = computed(lambda c: defaults(c.info).teacher_block),
+    guidance: float = computed(lambda c: defaults(c.info).guidance),
     coefficient: float = 0.5,
     interval: Interval = (0.4, 0.7),
-    hidden: PositiveInt | None = None,
+    hidden: PositiveInt = computed(lambda c: defaults(c.info).hidden),
     mask: Mask = "samples",
     time: Clock = "flow",
     teacher: Literal["vae-align", "vanilla"] = "vae-align",
-    teacher_weights: Weights | None = None,
-    teacher_steps: PositiveInt | None = None,
+    teacher_weights: Weights = computed(lambda c: defaults(c.info).weights),
+    teacher_steps: PositiveInt | None = computed(published_teacher_steps),
     guidance_stop: int = 100_000,
 ) -> Sequence[Stage]:
     """Train a teacher with VAE alignment, freeze it, and align a new network with its guided features.
@@ -116,20 +132,14 @@ def self_transcendence(
     guidance_stop: step after which the alignment ends.
     coefficient, interval, hidden, mask, time: as in vae-align, for both stages.
     """
-    default = defaults(info)
     # Options of both stages
     align.check_interval(interval)
-    shallow = info.block("recipe.align_block", default.align_block if align_block is None else align_block)
-    student = info.block(
-        "recipe.student_block", default.student_block if student_block is None else student_block
-    )
-    deep = info.block(
-        "recipe.teacher_block", default.teacher_block if teacher_block is None else teacher_block
-    )
-    scale = default.guidance if guidance is None else guidance
-    if scale != 1.0 and not info.null_label:
+    align_block = info.block("recipe.align_block", align_block)
+    student_block = info.block("recipe.student_block", student_block)
+    teacher_block = info.block("recipe.teacher_block", teacher_block)
+    if guidance != 1.0 and not info.null_label:
         raise UserError(
-            f"recipe.guidance={scale} needs a null label, but {info.name}-{info.size} has none; "
+            f"recipe.guidance={guidance} needs a null label, but {info.name}-{info.size} has none; "
             f"use --set recipe.guidance=1"
         )
 
@@ -138,8 +148,8 @@ def self_transcendence(
         if teacher == "vanilla":
             return NoSupervision()
         return VaeAlign(
-            block=shallow,
-            hidden=hidden or default.hidden,
+            block=align_block,
+            hidden=hidden,
             coefficient=coefficient,
             interval=interval,
             mask=mask,
@@ -149,11 +159,11 @@ def self_transcendence(
     def second_stage(earlier: Mapping[str, Artifact]) -> Supervision:
         return SelfTranscendence(
             teacher=earlier[teacher],
-            student_block=student,
-            teacher_block=deep,
-            hidden=hidden or default.hidden,
-            guidance=scale,
-            weights=teacher_weights or default.weights,
+            student_block=student_block,
+            teacher_block=teacher_block,
+            hidden=hidden,
+            guidance=guidance,
+            weights=teacher_weights,
             coefficient=coefficient,
             interval=interval,
             mask=mask,
@@ -162,6 +172,6 @@ def self_transcendence(
         )
 
     return [
-        Stage(teacher, first_stage, length=default.teacher_length, steps=teacher_steps),
+        Stage(teacher, first_stage, length=defaults(info).teacher_length, steps=teacher_steps),
         Stage("self-transcendence", second_stage),
     ]

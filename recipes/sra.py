@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
-from stbench.core.recipe import Stage, Step, Supervision, Term
+from stbench.core.recipe import OptionContext, Stage, Step, Supervision, Term, computed, computed_defaults
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models.align import Clock, Time
@@ -96,17 +96,33 @@ def published_blocks(info: BackboneInfo) -> tuple[int, int]:
     return align.relative_block(info.depth, 8, 28), align.relative_block(info.depth, teacher, 28)
 
 
+def published_weight(c: OptionContext) -> float:
+    """Return the default weight of the loss."""
+    if c.options["distance"] in COSINES:
+        return 0.5
+    return 0.04 if c.info.name == "dit" else 0.2
+
+
+def published_schedule(c: OptionContext) -> Decay:
+    """Return the default weight schedule."""
+    if c.options["distance"] in COSINES:
+        return "constant"
+    # Three channels are pixels, whose size is the image's own.
+    return "512" if c.info.input_size >= 64 and c.info.channels > 3 else "256"
+
+
 @RECIPES.register_module(name="sra")
+@computed_defaults
 def sra(
     info: BackboneInfo,
     *,
-    student_block: int | None = None,
-    teacher_block: int | None = None,
+    student_block: int = computed(lambda c: published_blocks(c.info)[0]),
+    teacher_block: int = computed(lambda c: published_blocks(c.info)[1]),
     distance: Distance = "smooth-l1",
-    weight: NonNegativeFloat | None = None,
-    schedule: Decay | None = None,
+    weight: NonNegativeFloat = computed(published_weight),
+    schedule: Decay = computed(published_schedule),
     t_max: Time = 0.2,
-    time: Clock | None = None,
+    time: Clock = computed(lambda c: "native" if c.info.name == "dit" else "flow"),
     beta: PositiveFloat = 0.05,
 ) -> Sequence[Stage]:
     """Align a block with a deeper block of the EMA, which sees the same sample at a lower noise level.
@@ -122,30 +138,19 @@ def sra(
       `native` for DiT, by whole steps as published, else `flow`.
     beta: threshold of smooth-l1.
     """
-    # Blocks
-    student, teacher = published_blocks(info)
-    student = info.block("recipe.student_block", student if student_block is None else student_block)
-    teacher = info.block("recipe.teacher_block", teacher if teacher_block is None else teacher_block)
-    # Defaults that depend on the distance, the backbone family and the resolution
     if distance != "smooth-l1" and beta != 0.05:
         raise UserError(
             f"recipe.beta={beta} has no effect with recipe.distance={distance}; "
             f"leave it out, or use --set recipe.distance=smooth-l1"
         )
-    if weight is None:
-        weight = 0.5 if distance in COSINES else 0.04 if info.name == "dit" else 0.2
-    if schedule is None:
-        # Three channels are pixels, whose size is the image's own.
-        resolution: Decay = "512" if info.input_size >= 64 and info.channels > 3 else "256"
-        schedule = "constant" if distance in COSINES else resolution
     supervision = Sra(
-        student_block=student,
-        teacher_block=teacher,
+        student_block=info.block("recipe.student_block", student_block),
+        teacher_block=info.block("recipe.teacher_block", teacher_block),
         distance=distance,
         weight=weight,
         schedule=schedule,
         t_max=t_max,
-        time=time or ("native" if info.name == "dit" else "flow"),
+        time=time,
         beta=beta,
     )
     return [Stage("sra", lambda earlier: supervision)]

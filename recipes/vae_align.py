@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from stbench.core.backbone import BackboneInfo, Weights
-from stbench.core.recipe import Stage, Step, Supervision, Term
+from stbench.core.recipe import Stage, Step, Supervision, Term, computed, computed_defaults
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models.align import Clock, Interval
@@ -120,13 +120,14 @@ def apply_mask(error: Tensor, rows: Tensor, inside: Tensor, *, mask: Mask) -> Te
 
 
 @RECIPES.register_module(name="vae-align")
+@computed_defaults
 def vae_align(
     info: BackboneInfo,
     *,
-    align_block: int | None = None,
+    align_block: int = computed(lambda c: defaults(c.info).align_block),
     coefficient: float = 0.5,
     interval: Interval = (0.4, 0.7),
-    hidden: PositiveInt | None = None,
+    hidden: PositiveInt = computed(lambda c: defaults(c.info).hidden),
     mask: Mask = "samples",
     time: Clock = "flow",
 ) -> Sequence[Stage]:
@@ -140,11 +141,10 @@ def vae_align(
       the share inside, as the released code does.
     time: clock of the interval, `flow` for flow-equivalent or `native` for the objective's own time.
     """
-    default = defaults(info)
     align.check_interval(interval)
     supervision = VaeAlign(
-        block=info.block("recipe.align_block", default.align_block if align_block is None else align_block),
-        hidden=hidden or default.hidden,
+        block=info.block("recipe.align_block", align_block),
+        hidden=hidden,
         coefficient=coefficient,
         interval=interval,
         mask=mask,

@@ -21,8 +21,7 @@ from safetensors.torch import save
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from stbench.data.dataset import encode_moments, stratified_split
-from stbench.data.digits import HELD_OUT, digits_images
+from stbench.data.digits import HELD_OUT, digits_images, encode_posterior, stratified_split
 from stbench.evaluate import DigitsClassifier
 from stbench.models.assets import asset_folder
 from stbench.models.autoencoder import DIGITS_VAE, Autoencoder, build_vae, to_float, to_uint8
@@ -141,8 +140,8 @@ def make(folder: Path) -> dict[str, Any]:
         assets[name] = store(folder, name, networks[name])
         print(f"{name}: {time.perf_counter() - started:.0f} s, {assets[name]['bytes']} bytes")
     vae = Autoencoder(networks["digits_vae"], assets["digits_vae"]["sha256"])
-    mean, std = encode_moments(vae, x)
-    decoded = to_uint8(vae.decode(encode_moments(vae, held_x)[0]))
+    mean, std = encode_posterior(vae, x)
+    decoded = to_uint8(vae.decode(encode_posterior(vae, held_x)[0]))
     classifier, encoder = networks["digits_classifier"], networks["digits_encoder"]
     assets["digits_vae"] |= {
         "config": DIGITS_VAE,

@@ -1,4 +1,4 @@
-"""Small files in the true formats: an autoencoder of the SD shape, images in class folders, REPA's layout."""
+"""Small data in the real formats: an autoencoder of SD's shape, images in class folders, REPA's layout."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from stbench.data.prepare import PrepareOptions, open_task, prepare
+from stbench.data.shards import Manifest
 from stbench.models.autoencoder import to_float
 
 EXTRACTOR = "random-colour"
@@ -24,7 +26,7 @@ CLASSES = 10
 
 
 def make_vae(folder: Path, seed: int = 0) -> Path:
-    """A randomly initialised AutoencoderKL of sd-vae's shape (3 channels to 4, factor 8), but narrow."""
+    """Save a randomly initialised AutoencoderKL of sd-vae's shape (3 channels to 4, factor 8), but narrow."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = AutoencoderKL(
@@ -43,14 +45,14 @@ def make_vae(folder: Path, seed: int = 0) -> Path:
 
 
 def picture(number: int, width: int, height: int) -> Image.Image:
-    """A smooth coloured picture that differs with its number."""
+    """Make a smooth coloured picture that depends on its number."""
     y, x = np.mgrid[0:height, 0:width] / max(width, height)
     waves = [np.sin((number % 7 + 1) * x * 3 + number + c) * np.cos(y * (number % 5 + c)) for c in range(3)]
     return Image.fromarray(((np.stack(waves, -1) + 1) * 127.5).astype(np.uint8))
 
 
 def make_images(folder: Path, count: int = 400, size: int = 64, mixed: bool = False) -> Path:
-    """PNG and JPEG in ten class folders; `mixed` varies width and height."""
+    """Write PNG and JPEG files in ten class folders; `mixed` varies width and height."""
     for number in range(count):
         width, height = (size + number % 5 * 9, size + number % 3 * 20) if mixed else (size, size)
         place = folder / f"class{number % CLASSES}"
@@ -60,15 +62,23 @@ def make_images(folder: Path, count: int = 400, size: int = 64, mixed: bool = Fa
     return folder
 
 
+def write_images(folder: Path, images: np.ndarray, suffix: str = ".png") -> Path:
+    """Write uint8 images (N,H,W,3) to numbered files of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:04d}{suffix}")
+    return folder
+
+
 def make_tar(folder: Path, file: Path) -> Path:
-    """The same files in a tar."""
+    """Pack the files of a folder into a tar."""
     with tarfile.open(file, "w") as archive:
         archive.add(folder, ".")
     return file
 
 
 def make_repa(folder: Path, count: int = 60, latent: int = 8, dtype: type = np.float32) -> Path:
-    """REPA's layout with random moments, the labels listed in another order than the files."""
+    """Write REPA's layout with random moments; the labels are listed in another order than the files."""
     draw = np.random.default_rng(0)
     labels = []
     for number in range(count):
@@ -84,6 +94,21 @@ def make_repa(folder: Path, count: int = 60, latent: int = 8, dtype: type = np.f
         labels.append([name, number % CLASSES])
     (folder / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
     return folder
+
+
+def run_prepare(options: PrepareOptions) -> tuple[Manifest, bool]:
+    """Run `stbench data prepare` without a progress bar."""
+    return prepare(options, open_task(options), lambda count: None)
+
+
+def column(folder: Path, array: str) -> np.ndarray:
+    """Read one array of all shards of a prepared data set."""
+    return np.concatenate([np.load(file) for file in sorted(folder.glob(f"*-{array}.npy"))])
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Read all files of a folder, by name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @final

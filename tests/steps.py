@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from stbench.config.build import build_backbone
-from stbench.config.resolve import Request, resolve
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import Backbone, BackboneInfo
 from stbench.core.objective import Objective
 from stbench.core.recipe import Cost, Stage, Step, Supervision
 from stbench.core.rng import Rng
 from stbench.data.dataset import get_dataset
-from stbench.train.step import StageModule, make_batch
+from stbench.train.step import StageModel, make_batch
 
 BATCH = 8
 DATASET_SIZE = 1500
@@ -23,7 +23,7 @@ DATASET_SIZE = 1500
 
 def network(backbone: str = "sit", objective: str = "linear") -> Backbone:
     """A `ti/2` network with every parameter perturbed, so that no block is the identity."""
-    spec = resolve(Request(backbone, "vanilla", objective=objective))
+    spec = resolve(RunRequest(backbone, "vanilla", objective=objective))
     net = build_backbone(spec.backbone, objective, get_dataset("digits"))
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def step_of(
     label_drop: float = 0.5,
 ) -> Step:
     """One step on the first digits, with the supervision set up."""
-    module = StageModule(net, supervision, objective, 0, DATASET_SIZE)
+    module = StageModel(net, supervision, objective, seed=0, dataset_size=DATASET_SIZE)
     supervision.setup(torch.device("cpu"))
     rng = Rng(0, images_seen, BATCH)
     index = torch.arange(BATCH)

@@ -1,4 +1,4 @@
-"""What a user installs: a whole wheel, packages under one name, commands that answer without torch."""
+"""What a user installs: a complete wheel, packages under one name, commands that answer without torch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ FOLDERS = {"stbench": "stbench", "stbench.backbones": "backbones", "stbench.reci
 HEAVY = ("torch", "torchvision", "timm", "mmengine", "diffusers", "torch_fidelity", "sklearn", "scipy")
 
 
-def python(code: str, *arguments: str, cwd: Path = ROOT, path: Path | None = None) -> str:
-    """Run code in a fresh interpreter and return what it printed; `path` goes before everything installed."""
-    environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
+def python(code: str, *arguments: str, cwd: Path = ROOT, path: Path | None = None, **environment: str) -> str:
+    """Run code in a fresh interpreter and return what it printed; `path` precedes what is installed."""
+    variables = {**os.environ, **environment, **({"PYTHONPATH": str(path)} if path else {})}
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
 
-def loaded(code: str, *arguments: str) -> set[str]:
-    """Heavy packages that the code has imported when it ends."""
-    tail = f"\nimport sys; print('LOADED', *[m for m in {HEAVY} if m in sys.modules])"
-    return set(python(code + tail, *arguments).rpartition("LOADED")[2].split())
+def run_and_report(code: str, *arguments: str, **environment: str) -> tuple[str, set[str]]:
+    """Run code in a fresh interpreter; returns what it printed and the heavy packages it has imported."""
+    report = f"\nimport sys; print('LOADED', *[m for m in {HEAVY} if m in sys.modules])"
+    printed, _, loaded = python(code + report, *arguments, **environment).rpartition("LOADED")
+    return printed, set(loaded.split())
 
 
 COMMAND = """
@@ -43,10 +44,30 @@ except SystemExit as end:
     assert not end.code, end.code
 """
 
+EVERY_HELP = f"""
+import sys
+import typer
+from stbench.cli.app import app, main
+
+def walk(group, words=()):
+    yield words
+    for name, command in getattr(group, "commands", {{}}).items():
+        yield from walk(command, (*words, name))
+
+for words in list(walk(typer.main.get_command(app))):
+    sys.argv = ["stbench", *words, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, words
+    loaded = [m for m in {HEAVY} if m in sys.modules]
+    assert not loaded, (words, loaded)
+"""
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built without a network from a copy that holds what git would carry."""
+    """The wheel, built without a network from a copy of what git tracks."""
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -61,26 +82,24 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_the_wheel_holds_every_file(wheel: Path) -> None:
-    held = set(zipfile.ZipFile(wheel).namelist())
+def test_the_wheel_contains_every_file(wheel: Path) -> None:
+    contents = set(zipfile.ZipFile(wheel).namelist())
     for package, folder in FOLDERS.items():
-        files = [
-            f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".json", ".safetensors", ".yaml")
-        ]
-        for file in files:
+        suffixes = (".py", ".json", ".safetensors", ".yaml")
+        for file in (f for f in (ROOT / folder).rglob("*") if f.suffix in suffixes):
             inside = file.relative_to(ROOT / folder).as_posix()
             if folder != "stbench" or not inside.startswith(("backbones/", "recipes/")):
-                assert f"{package.replace('.', '/')}/{inside}" in held
+                assert f"{package.replace('.', '/')}/{inside}" in contents
 
 
-def test_the_wheel_holds_nothing_else(wheel: Path) -> None:
-    held = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
-    assert {Path(name).suffix for name in held} - {".yaml"} == {".py", ".json", ".safetensors"}
-    assert all(name.startswith("stbench/recipes/suites/") for name in held if name.endswith(".yaml"))
-    assert all(name.startswith("stbench/") for name in held)
+def test_the_wheel_contains_nothing_else(wheel: Path) -> None:
+    contents = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
+    assert {Path(name).suffix for name in contents} - {".yaml"} == {".py", ".json", ".safetensors"}
+    assert all(name.startswith("stbench/recipes/suites/") for name in contents if name.endswith(".yaml"))
+    assert all(name.startswith("stbench/") for name in contents)
 
 
-def test_the_wheel_runs_on_its_own(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "import stbench, json; from stbench.core.registry import *; from stbench.core import registry as r;"
@@ -94,28 +113,37 @@ def test_the_wheel_runs_on_its_own(wheel: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["backbones", "recipes"])
-def test_the_folders_are_no_packages_of_their_own(folder: str) -> None:
+def test_a_top_level_folder_cannot_be_imported_under_its_own_name(folder: str) -> None:
     code = f"try:\n    import {folder}\nexcept ImportError as error:\n    print(error)"
-    assert python(code).startswith(f"import stbench.{folder}, not {folder}")
+    assert python(code).startswith(f"import stbench.{folder} instead of {folder}")
 
 
 def test_importing_the_package_is_light() -> None:
-    assert loaded("import stbench") == set()
+    assert run_and_report("import stbench")[1] == set()
 
 
-@pytest.mark.parametrize(
-    "command", ["--help", "run --help", "compare --help", "list --help", "show --help", "data prepare --help"]
-)
-def test_help_is_light(command: str) -> None:
-    assert loaded(COMMAND, *command.split()) == set()
+def test_help_is_light() -> None:
+    printed = python(EVERY_HELP)
+    for command in ("", " run", " sample", " evaluate", " sweep", " export", " data prepare"):
+        assert f"Usage: stbench{command} [OPTIONS]" in printed
+
+
+def test_completion_is_light() -> None:
+    words = {
+        "_STBENCH_COMPLETE": "complete_bash",
+        "COMP_WORDS": "stbench run --backbone s",
+        "COMP_CWORD": "3",
+    }
+    printed, loaded = run_and_report(COMMAND, **words)
+    assert printed.split() == ["sit"] and loaded == set()
 
 
 def test_compare_is_light(tmp_path: Path) -> None:
     write_run(tmp_path, "vanilla", 0, (10.0, 3.0, 1.0))
     write_run(tmp_path, "vae-align", 0, (9.0, 2.0, 0.9))
-    assert loaded(COMMAND, "compare", str(tmp_path)) == set()
+    assert run_and_report(COMMAND, "compare", str(tmp_path))[1] == set()
 
 
 def test_show_is_light(tmp_path: Path) -> None:
     record = write_run(tmp_path, "vanilla", 0, (10.0, 3.0, 1.0))
-    assert loaded(COMMAND, "show", record.path) == set()
+    assert run_and_report(COMMAND, "show", record.path)[1] == set()

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from stbench import __version__
-from stbench.cli import compare, show
+from stbench.cli import compare, sample, show
 from stbench.cli import data_options as cli_data
 from stbench.cli import samples_options as cli_samples
 from stbench.cli.completion import complete
@@ -181,7 +181,7 @@ def list_(
 
 
 app.command()(show.show)
-app.command()(cli_samples.sample)
+app.command()(sample.sample)
 app.command()(cli_samples.evaluate)
 
 

@@ -15,12 +15,12 @@ from rich.table import Table
 
 from stbench.cli.progress import progress_bar
 from stbench.config.overrides import parse_set
-from stbench.config.resolve import evaluation, scales
+from stbench.config.resolve import evaluation_spec, parse_scales
 from stbench.config.spec import EvalSpec
 from stbench.core.device import pick_device, pick_devices
 from stbench.core.errors import UserError
 from stbench.core.registry import load_builtins
-from stbench.evaluate.feature_networks import NetworkFiles
+from stbench.evaluate.feature_networks import FeatureNetwork, NetworkFiles
 from stbench.evaluate.image_sets import ImageSet, open_images
 from stbench.evaluate.past_run import open_run
 from stbench.evaluate.points import evaluate_again
@@ -74,7 +74,7 @@ def evaluate(
             f"--samples, --eval-guidance and --set apply to a run, but {path} is not a run folder; drop them"
         )
     else:
-        score_and_print(path, reference, output, measure)
+        score_files(path, reference, output, measure)
 
 
 def evaluate_run(path: Path, options: RunOptions, device: str) -> None:
@@ -83,7 +83,7 @@ def evaluate_run(path: Path, options: RunOptions, device: str) -> None:
     run = open_run(path)
     added = evaluate_again(run, settings, pick_device(device))
     for point in added:
-        print(point_line(run.jobs[-1], point))
+        print(point_line(point))
     print(f"{len(added)} rows added to {path}")
 
 
@@ -94,7 +94,7 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, options: Run
     """
     # Fail before hours of sampling if the reference does not fit or weights are missing.
     settings = _evaluation_settings(path, options)
-    height, width = open_run(path).dataset.image_shape[1:]
+    height, width = open_run(path).prepared.dataset.image_shape[1:]
     require_comparable(
         str(path),
         count=settings.samples,
@@ -102,7 +102,7 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, options: Run
         reference=str(reference),
         reference_size=reference_size(reference),
     )
-    measure.networks.load()
+    networks = measure.networks.load(pick_device(measure.device))
 
     for scale in settings.guidance:
         request = SampleRequest(
@@ -118,20 +118,30 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, options: Run
         output = path / "evaluation" / f"g{scale:g}-n{request.count}.npz"
         devices = pick_devices(measure.device)
         sample_images(ModelLocation(path), request, [output], devices, progress=progress_bar)
-        score_and_print(output, reference, None, measure)
+        _score_and_print(output, reference, None, networks, measure)
 
 
-def score_and_print(samples: Path, reference: Path, output: Path | None, options: MeasureOptions) -> None:
+def score_files(samples: Path, reference: Path, output: Path | None, measure: MeasureOptions) -> None:
     """Score images against a reference, write the scores as JSON and print them."""
     _print_ignored(open_samples(samples, reference))
-    device = pick_device(options.device)
+    networks = measure.networks.load(pick_device(measure.device))
+    _score_and_print(samples, reference, output, networks, measure)
+
+
+def _score_and_print(
+    samples: Path,
+    reference: Path,
+    output: Path | None,
+    networks: Sequence[FeatureNetwork],
+    measure: MeasureOptions,
+) -> None:
     scores, target = score_images(
         samples,
         reference,
-        options.networks.load(device),
+        networks,
         output,
-        batch=options.batch,
-        device=device,
+        batch=measure.batch,
+        device=pick_device(measure.device),
         progress=_progress,
     )
     _print_scores(scores, target)
@@ -156,10 +166,11 @@ def _evaluation_settings(path: Path, options: RunOptions) -> EvalSpec:
     run = open_run(path)
     changes = _evaluation_overrides(options.overrides)
     if options.guidance is not None:
-        changes["guidance"] = scales(options.guidance)
+        changes["guidance"] = parse_scales(options.guidance)
     if options.samples is not None:
         changes["samples"] = options.samples
-    return evaluation(run.spec.eval.model_dump() | changes, run.spec.objective, run.spec.train.steps)
+    spec = run.prepared.spec
+    return evaluation_spec(spec.eval.model_dump() | changes, spec.objective, spec.train.steps)
 
 
 def _evaluation_overrides(overrides: Sequence[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from stbench.config import plan
 from stbench.config.build import build_objective
-from stbench.config.plan import planned_recipes
-from stbench.config.resolve import Request, resolve
+from stbench.config.plan import prepare
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
 from stbench.core.registry import (
@@ -31,7 +31,7 @@ from stbench.core.registry import (
 )
 from stbench.evaluate.metrics import METRICS
 from stbench.evaluate.scores import SCORES
-from stbench.train.cost import meta_loader, rehearse
+from stbench.train.cost import expected_cost
 
 IMAGENET = {"channels": 4, "input_size": 32, "classes": 1000}
 """Latents of 256x256 images: what published sizes are counted at."""
@@ -105,7 +105,8 @@ def _recipe_rows() -> list[dict[str, Any]]:
         rows.append(
             {
                 "recipe": name,
-                "help": inspect.getdoc(method) or "",
+                # Join the continuation lines of an option's description
+                "help": re.sub(r"\n +", " ", inspect.getdoc(method) or ""),
                 "options": options or "none",
                 f"FLOPs, x vanilla ({COUNTED_ON} on the digits)": overhead,
             }
@@ -116,10 +117,8 @@ def _recipe_rows() -> list[dict[str, Any]]:
 def _stage_flops(recipe: str) -> list[float]:
     """Training FLOPs of each stage at its defaults; none for a plug-in that does not fit the network."""
     try:
-        spec = resolve(Request(COUNTED_ON, recipe))
-        dataset, jobs, _ = plan.prepare(spec)
-        recipes = planned_recipes(jobs, meta_loader(spec, dataset))
-        return [rehearse(job, one, spec, dataset).total for job, one in zip(jobs, recipes, strict=True)]
+        prepared = prepare(resolve(RunRequest(COUNTED_ON, recipe)))
+        return [expected_cost(prepared, stage).total for stage in prepared.stages]
     except UserError:
         return []
 

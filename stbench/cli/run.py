@@ -14,19 +14,18 @@ from rich.console import Console
 from rich.table import Table
 
 from stbench.compare import terminal
-from stbench.config import plan
-from stbench.config.build import build_backbone
-from stbench.config.init_from import note
+from stbench.config.init_from import describe_start
 from stbench.config.overrides import parse_set, read_config
-from stbench.config.plan import describe, planned_recipes
-from stbench.config.resolve import completed, specify
-from stbench.config.spec import RunSpec
-from stbench.core.device import pick_device
+from stbench.config.plan import PreparedRun, prepare
+from stbench.config.resolve import resolve_options
+from stbench.core.device import default_precision, pick_device
 from stbench.core.recipe import Artifact
 from stbench.core.registry import load_builtins, load_plugins
+from stbench.runs.folder import OutputFolder
 from stbench.train import engine
-from stbench.train.cost import disk_bytes, meta_loader, rehearse
-from stbench.train.progress import Hook, Tracker, progress_hook
+from stbench.train.cost import disk_bytes, expected_cost
+from stbench.train.progress import Hook, progress_hook
+from stbench.train.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -45,74 +44,77 @@ class Invocation:
     track: bool
 
 
-def request_of(call: Invocation) -> tuple[RunSpec, engine.Options]:
-    """Config file, then command line, then presets: the resolved specification and where to run it."""
+def prepare_run(call: Invocation) -> tuple[PreparedRun, engine.RunOptions]:
+    """Combine config file, command line and presets into a prepared run and where to run it."""
     load_builtins()
     plugins = load_plugins(call.plugins)
     device = pick_device(call.device)
-    values: dict[str, Any] = read_config(call.config) if call.config else {}
+    values: dict[str, Any] = {"precision": default_precision(device)}
+    values |= read_config(call.config) if call.config else {}
     overrides = values.pop("set", {}) | parse_set(call.overrides)
-    values |= call.given
-    spec = specify(completed(values, device), overrides)
-    return spec, engine.Options(call.output, device, call.keep, call.reuse, plugins)
+    prepared = prepare(resolve_options({**values, **call.given}, overrides))
+    return prepared, engine.RunOptions(call.output, device, call.keep, call.reuse, plugins)
 
 
 def run(call: Invocation) -> None:
-    """Train, or go on with, or leave alone a run; print its curve and where the pictures are."""
-    spec, options = request_of(call)
-    if spec.init is not None:
-        print(note(spec.init, plan.prepare(spec)[0].classes))
-    hooks: list[Hook] = [progress_hook(spec.train.batch)]
+    """Train a run, or what is left of it; print its curve and where its pictures are."""
+    prepared, options = prepare_run(call)
+    _print_start(prepared)
+    folder = OutputFolder(options.output).run(prepared.run_id)
+    hooks: list[Hook] = [progress_hook(prepared.spec.train.batch)]
     if call.track:
-        _, _, hashed = plan.prepare(spec)
-        hooks.append(Tracker(options.output / plan.run_id(spec, hashed.train) / "tensorboard"))
+        hooks.append(Tracker(folder.tensorboard))
     try:
-        record, trained = engine.run(spec, options, hooks)
+        record, trained = engine.run(prepared, options, hooks)
     except engine.Interrupted as stopped:
-        raise KeyboardInterrupt from stopped  # main() prints the command that goes on
+        raise KeyboardInterrupt from stopped  # main() prints the command that resumes
     finally:
         for hook in hooks:
             hook.close()
     if not trained:
-        print(f"{record.path} is finished at {record.steps} steps: left alone; a larger --steps continues it")
+        print(
+            f"{record.path} is already finished at {record.steps} steps; nothing to do. "
+            f"Use a larger --steps to continue it"
+        )
     terminal.print_curve(record)
-    pictures = sorted(Path(record.path).glob(f"samples/{record.final_stage}-*.png"))
+    pictures = folder.sample_files(record.final_stage)
     if pictures:
         print(f"samples: {pictures[-1].parent}")
     print(f"run folder: {record.path}")
 
 
+def _print_start(prepared: PreparedRun) -> None:
+    if prepared.spec.init is not None:
+        print(describe_start(prepared.spec.init, prepared.dataset.classes))
+
+
 def dry_run(call: Invocation) -> None:
-    """Print the resolved plan: stages, steps, images, tapped blocks, teachers, FLOPs, disk."""
-    spec, options = request_of(call)
-    dataset, jobs, hashed = plan.prepare(spec)
-    if spec.init is not None:
-        print(note(spec.init, dataset.classes))
-    network = build_backbone(spec.backbone, spec.objective, dataset, "meta")
+    """Print the plan: stages, steps, images, tapped blocks, teachers, FLOPs, disk space, all settings."""
+    prepared, options = prepare_run(call)
+    _print_start(prepared)
     table = Table(
         "stage", "steps", "images", "taps", "teachers", "evaluated at", "TFLOPs", "disk MiB", title="plan"
     )
-    recipes = planned_recipes(jobs, meta_loader(spec, dataset))
-    for job, recipe in zip(jobs, recipes, strict=True):
-        cost = rehearse(job, recipe, spec, dataset)
-        disk = disk_bytes(job, network, options.keep) / 2**20
+    for stage in prepared.stages:
+        cost = expected_cost(prepared, stage)
+        disk = disk_bytes(prepared, stage, options.keep) / 2**20
         table.add_row(
-            job.name,
-            str(job.steps),
-            str(job.images),
-            ", ".join(map(str, recipe.taps)) or "-",
-            _teachers(recipe),
-            ", ".join(map(str, job.points)),
+            stage.name,
+            str(stage.steps),
+            str(stage.images),
+            ", ".join(map(str, stage.supervision.taps)) or "-",
+            _teachers(stage.supervision),
+            ", ".join(map(str, stage.points)),
             f"{cost.total / 1e12:.2f}",
             f"{disk:.0f}",
         )
     Console().print(table)
-    resolved = spec.model_dump(mode="json") | {"stages": describe(jobs, recipes)}
-    print(json.dumps(resolved, indent=1))
-    print(f"run folder: {options.output / plan.run_id(spec, hashed.train)}")
+    settings = prepared.spec.model_dump(mode="json") | {"stages": prepared.description()}
+    print(json.dumps(settings, indent=1))
+    print(f"run folder: {options.output / prepared.run_id}")
 
 
-def _teachers(recipe: Any) -> str:
-    held = (getattr(recipe, field.name) for field in fields(recipe))
-    named = [value.name for value in held if isinstance(value, Artifact)]
-    return ", ".join([*named, *filter(None, [recipe.needs])]) or "-"
+def _teachers(supervision: Any) -> str:
+    values = (getattr(supervision, field.name) for field in fields(supervision))
+    named = [value.name for value in values if isinstance(value, Artifact)]
+    return ", ".join([*named, *filter(None, [supervision.needs])]) or "-"

@@ -1,15 +1,85 @@
-"""`stbench sample`: check the options, generate the images, print where they are."""
+"""`stbench sample`: generate images with a run's weights or with official weights."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from stbench.cli.progress import progress_bar
-from stbench.core.device import pick_devices
+import typer
+
 from stbench.core.errors import UserError
-from stbench.evaluate.sample_job import SampleRequest, sample_images
-from stbench.evaluate.sample_model import ModelLocation
+
+if TYPE_CHECKING:
+    from stbench.evaluate.sample_model import ModelLocation
+
+
+def sample(
+    run: Annotated[Path | None, typer.Argument(help="Run folder.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Official weights (DiT, SiT, U-ViT, REPA, ...) instead of a run.")
+    ] = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 1000,
+    output: Annotated[
+        list[Path],
+        typer.Option(help="ADM-style npz (arr_0 uint8 (N,H,W,3), labels), or a folder of PNGs; repeatable."),
+    ] = [Path("samples.npz")],  # noqa: B006
+    guidance: Annotated[
+        float,
+        typer.Option("--cfg", "--guidance", min=1.0, help="Classifier-free guidance scale; 1.0 is none."),
+    ] = 1.0,
+    interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Times between which guidance is on, t=1 is noise; default: the run's, or 0 1."),
+    ] = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of guided leading channels; default: the run's, or as published."),
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's, or as published.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps; default as for --sampler.")] = None,
+    labels: Annotated[str | None, typer.Option(help="balanced or random; default as for --sampler.")] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(help="Decoder: a diffusers folder, a published name, or none; default: the run's own."),
+    ] = None,
+    original: Annotated[
+        str | None, typer.Option(help="Repository that --checkpoint comes from, if its keys are ambiguous.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of --checkpoint, if its width is unpublished.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="Weights of a training checkpoint: ema or raw.")] = "ema",
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Images per network call on a GPU, and per shard.")] = 64,
+    precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16; the decoder runs in fp32.")] = "fp32",
+    device: Annotated[
+        str,
+        typer.Option(help="auto, cpu, cuda or cuda:N; all or a comma-separated list: one process each."),
+    ] = "auto",
+) -> None:
+    """Generate images with a run's final EMA weights or with official weights; rerun to resume."""
+    from stbench.cli.progress import progress_bar
+    from stbench.core.device import pick_devices
+    from stbench.evaluate.sample_job import SampleRequest, sample_images
+
+    location = model_location(run, checkpoint, vae=vae, original=original, heads=heads, weights=weights)
+    _require_valid_outputs(output)
+    request = SampleRequest(
+        count=count,
+        scale=guidance,
+        interval=interval,
+        channels=channels,
+        sampler=sampler,
+        steps=steps,
+        labels=labels,
+        seed=seed,
+        batch=batch,
+        precision=precision,
+    )
+    sample_images(location, request, output, pick_devices(device), progress=progress_bar)
+    for path in output:
+        print(f"{count} images: {path}")
 
 
 def model_location(
@@ -25,6 +95,8 @@ def model_location(
 
     Raises UserError unless exactly one of run and checkpoint is given, and for options of the other one.
     """
+    from stbench.evaluate.sample_model import ModelLocation
+
     if (run is None) == (checkpoint is None):
         found = "neither" if run is None else "both"
         raise UserError(f"expected a run folder or --checkpoint FILE, found {found}; give one of them")
@@ -37,8 +109,7 @@ def model_location(
     return ModelLocation(run or Path(), vae=vae)
 
 
-def sample(location: ModelLocation, request: SampleRequest, outputs: Sequence[Path], device: str) -> None:
-    """Generate images into every output and print where they are."""
+def _require_valid_outputs(outputs: Sequence[Path]) -> None:
     for output in outputs:
         if output.suffix not in ("", ".npz"):
             raise UserError(
@@ -47,6 +118,3 @@ def sample(location: ModelLocation, request: SampleRequest, outputs: Sequence[Pa
             )
     if len({output.resolve() for output in outputs}) < len(outputs):
         raise UserError("--output names the same path twice; give each path once")
-    sample_images(location, request, outputs, pick_devices(device), progress=progress_bar)
-    for output in outputs:
-        print(f"{request.count} images: {output}")

@@ -1,4 +1,4 @@
-"""The options of `stbench sample` and `stbench evaluate`.
+"""The options of `stbench evaluate`.
 
 Heavy modules are imported inside the commands, so that `--help` answers at once.
 """
@@ -9,72 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-
-def sample(
-    run: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Official weights (DiT, SiT, U-ViT, REPA, ...) instead of a run.")
-    ] = None,
-    count: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 1000,
-    output: Annotated[
-        list[Path],
-        typer.Option(help="ADM-style npz (arr_0 uint8 (N,H,W,3), labels), or a folder of PNGs; repeatable."),
-    ] = [Path("samples.npz")],  # noqa: B006
-    guidance: Annotated[
-        float,
-        typer.Option("--cfg", "--guidance", min=1.0, help="Classifier-free guidance scale; 1.0 is none."),
-    ] = 1.0,
-    interval: Annotated[
-        tuple[float, float] | None,
-        typer.Option(help="Times between which guidance is on, t=1 is noise; default: the run's, or 0 1."),
-    ] = None,
-    channels: Annotated[
-        int | None,
-        typer.Option(min=1, help="Number of guided leading channels; default: the run's, or as published."),
-    ] = None,
-    sampler: Annotated[str | None, typer.Option(help="Default: the run's, or as published.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps; default as for --sampler.")] = None,
-    labels: Annotated[str | None, typer.Option(help="balanced or random; default as for --sampler.")] = None,
-    vae: Annotated[
-        str | None,
-        typer.Option(help="Decoder: a diffusers folder, a published name, or none; default: the run's own."),
-    ] = None,
-    original: Annotated[
-        str | None, typer.Option(help="Repository that --checkpoint comes from, if its keys are ambiguous.")
-    ] = None,
-    heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of --checkpoint, if its width is unpublished.")
-    ] = None,
-    weights: Annotated[str, typer.Option(help="Weights of a training checkpoint: ema or raw.")] = "ema",
-    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images per network call on a GPU, and per shard.")] = 64,
-    precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16; the decoder runs in fp32.")] = "fp32",
-    device: Annotated[
-        str,
-        typer.Option(help="auto, cpu, cuda or cuda:N; all or a comma-separated list: one process each."),
-    ] = "auto",
-) -> None:
-    """Generate images with a run's final EMA weights or with official weights; rerun to resume."""
-    from stbench.cli import sample as command
-    from stbench.evaluate.sample_job import SampleRequest
-
-    location = command.model_location(
-        run, checkpoint, vae=vae, original=original, heads=heads, weights=weights
-    )
-    request = SampleRequest(
-        count=count,
-        scale=guidance,
-        interval=interval,
-        channels=channels,
-        sampler=sampler,
-        steps=steps,
-        labels=labels,
-        seed=seed,
-        batch=batch,
-        precision=precision,
-    )
-    command.sample(location, request, output, device)
 
 
 def evaluate(

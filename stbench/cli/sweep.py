@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from stbench.config.overrides import parse_set
-from stbench.config.resolve import completed
-from stbench.core.device import pick_device
+from stbench.core.device import default_precision, pick_device
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.core.registry import BACKBONES, RECIPES, load_builtins, load_plugins, names
@@ -52,7 +51,7 @@ def sweep_runs(call: Invocation) -> int:
     for run in expanded:  # a finished run is not started again, so nobody else would say it
         folder = RunFolder(call.output / run.entry.run_id)
         if folder.exists():
-            engine.check_evaluation(folder, run.spec)
+            engine.check_evaluation(folder, run.prepared.spec)
     jobs = [_job(call, run, device) for run in expanded]
     executor = LocalExecutor(call.output, slots(device, call.jobs))
     with sweep.lock_sweep(call.output), _terminable():
@@ -86,7 +85,9 @@ def _expanded(call: Invocation) -> tuple[list[suite.Expanded], torch.device]:
     load_builtins()
     load_plugins(call.plugins)
     device = pick_device(call.device)
-    wanted = [replace(run, values=completed(run.values, device)) for run in _wanted(call)]
+    wanted = [
+        replace(run, values={"precision": default_precision(device), **run.values}) for run in _wanted(call)
+    ]
     expanded = suite.expand(wanted)
     if call.only is None:
         return expanded, device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ from stbench.core.registry import BACKBONES, OBJECTIVES, RECIPES, lookup
 def build_backbone(
     spec: BackboneSpec, objective: str, dataset: Any, device: str = "cpu", seed: int = 0
 ) -> Backbone:
-    """The network of a spec for a data set's latents, freshly initialised from a generator of its own."""
+    """Build the network of a specification for the latents of a data set.
+
+    The weights are drawn from a separate generator, so the global random state does not change.
+
+    Raises:
+        UserError: If the options do not fit together.
+    """
     family = lookup(BACKBONES, spec.name)
-    preset = {k: v for k, v in family.presets[spec.size].items() if k != "objective"}
-    kwargs = {**preset, **spec.options}
     out = build_objective(objective).out_channels(dataset.channels)
     with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -31,7 +36,7 @@ def build_backbone(
                 classes=dataset.classes,
                 out_channels=out,
                 size=spec.size,
-                **kwargs,
+                **spec.effective,
             )
         except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
@@ -40,29 +45,34 @@ def build_backbone(
             ) from error
     if network.info.depth < 1:
         raise UserError(
-            f"{spec.name} wants at least one block, got {network.info.depth}; raise backbone.depth"
+            f"{spec.name} must have at least one block, got {network.info.depth}; increase backbone.depth"
         )
     return network
 
 
 def build_objective(name: str) -> Objective:
-    """A registered objective by name."""
+    """Build a registered objective."""
     return lookup(OBJECTIVES, name)()
 
 
-def stages_of(spec: RunSpec, info: BackboneInfo) -> list[Stage]:
-    """The method's stages for this network."""
+def recipe_stages(spec: RunSpec, info: BackboneInfo) -> list[Stage]:
+    """Call the recipe function of a specification with its effective options.
+
+    Raises:
+        UserError: If the function fails or does not return stages.
+    """
     name = spec.recipe.name
     try:
-        stages = list(lookup(RECIPES, name)(info, **spec.recipe.resolved))
+        stages: Sequence[Stage] = list(lookup(RECIPES, name)(info, **spec.recipe.effective))
     except UserError:
         raise
-    except Exception as error:  # a plug-in's method may raise anything
+    except Exception as error:  # the recipe function of a plug-in may raise anything
         raise UserError(
-            f"recipe '{name}' failed: {type(error).__name__}: {error}; mend its method"
+            f"recipe '{name}' failed: {type(error).__name__}: {error}; fix the recipe function"
         ) from error
     if not stages or not all(isinstance(stage, Stage) for stage in stages):
         raise UserError(
-            f"recipe '{name}' wants a list of at least one Stage, got {stages!r}; mend its method"
+            f"recipe '{name}' must return a list of at least one Stage, got {stages!r}; "
+            f"fix the recipe function"
         )
-    return stages
+    return list(stages)

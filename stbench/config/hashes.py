@@ -1,4 +1,4 @@
-"""The hashes that identify a run, a leaderboard row and a setting."""
+"""The hashes that decide which runs may share a leaderboard row or table (see docs/protocol.md)."""
 
 from __future__ import annotations
 
@@ -13,33 +13,38 @@ from stbench.core.registry import BACKBONES, RECIPES, lookup, plugin_hash
 
 
 def fingerprint(value: Any) -> str:
-    """sha256 of a plain value's canonical JSON."""
+    """The sha256 of the canonical JSON of a plain value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Hashes:
-    """8 hex digits each; docs/protocol.md lists the fields."""
+    """The hashes of a run, 8 hexadecimal digits each."""
 
     train: str
-    """All that changes a weight but the length of the last stage."""
+    """Everything that changes a weight except the length of the last stage."""
     row: str
-    """`train` without the seed, with the length: what the seeds of one leaderboard row share."""
+    """Everything that changes a weight except the seed: equal for the seeds of one row."""
     setting: str
-    """`train` without recipe, recipe options, earlier stages and seed: what the rows of one table share."""
+    """Everything that changes a weight except recipe, its options, seed and steps: equal in a table."""
 
 
 def hashes(
     spec: RunSpec, earlier_steps: Sequence[int], dataset_fingerprint: str, contents: Mapping[str, Any]
 ) -> Hashes:
-    """The run's hashes; `earlier_steps` are the lengths of the stages before the last, `contents` what stands
-    for recipe options that name files.
+    """Compute the hashes of a run.
+
+    Args:
+        spec: The resolved specification.
+        earlier_steps: Steps of the stages before the last one.
+        dataset_fingerprint: Hash of the training data.
+        contents: For recipe options that name files, the value that replaces the path in the hashes.
     """
-    resolved = spec.recipe.resolved
     setting = setting_fields(spec, dataset_fingerprint)
+    options = spec.recipe.effective
     recipe = {
         "name": spec.recipe.name,
-        "options": {k: v if v is None else contents.get(k, v) for k, v in resolved.items()},
+        "options": {k: v if v is None else contents.get(k, v) for k, v in options.items()},
         "plugin": plugin_hash(lookup(RECIPES, spec.recipe.name)),
         "earlier_steps": list(earlier_steps),
     }
@@ -51,14 +56,12 @@ def hashes(
 
 
 def setting_fields(spec: RunSpec, dataset_fingerprint: str) -> dict[str, Any]:
-    """What decides a weight besides the recipe and the seed."""
-    train = spec.train.model_dump(exclude={"steps", "save_every"})
-    started = {} if spec.init is None else {"init": spec.init.sha256}
-    return started | {
+    """Everything besides the recipe, the seed and the steps that changes a weight."""
+    init = {} if spec.init is None else {"init": spec.init.sha256}
+    return init | {
         "dataset": dataset_fingerprint,
-        "backbone": spec.backbone.model_dump(),
-        "backbone_preset": dict(lookup(BACKBONES, spec.backbone.name).presets[spec.backbone.size]),
+        "backbone": spec.backbone.model_dump(include={"name", "size", "effective"}),
         "backbone_plugin": plugin_hash(lookup(BACKBONES, spec.backbone.name)),
         "objective": spec.objective,
-        "train": train,
+        "train": spec.train.model_dump(exclude={"steps", "save_every"}),
     }

@@ -1,4 +1,4 @@
-"""Training that starts from an official checkpoint: what the file decides of a run, and its weights."""
+"""`--init-from`: start training from a checkpoint of an official repository."""
 
 from __future__ import annotations
 
@@ -11,52 +11,53 @@ from typing import Any
 import torch
 
 from stbench.config.build import build_objective
-from stbench.config.overrides import split_backbone
+from stbench.config.overrides import DECIDED_BY_DATA, split_backbone
 from stbench.config.spec import InitSpec, RunSpec
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
 from stbench.core.registry import BACKBONES, lookup
 from stbench.models.official import OfficialModel, load_official
 
-FIXED = frozenset({"channels", "input_size", "classes", "out_channels", "size"})
-"""Constructor options that the data set and the objective decide."""
-
-TABLES = ("y_embedder.embedding_table.weight", "label_emb.weight")
-"""Where the families keep their label tables; the last row is the null label."""
+LABEL_TABLES = ("y_embedder.embedding_table.weight", "label_emb.weight")
+"""Names of the families' label embeddings; the last row is the null label."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint that a run will start from."""
+    """A checkpoint from which a run will start."""
 
     spec: InitSpec
-    shapes: Mapping[str, Any]
-    """Constructor options that the file decided."""
+    options: Mapping[str, Any]
+    """Constructor options that the file decides."""
     objective: str
 
 
-def take_up(
+def read_start(
     values: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], Start | None]:
-    """Option values and overrides with what the file after `init_from` decides: size, options, objective.
+    """Read the checkpoint of `--init-from`, if there is one.
 
-    Raises UserError for a file that cannot be loaded, or that is not what the options say.
+    Returns the option values and overrides completed with what the file decides (size, backbone options,
+    objective), and the checkpoint.
+
+    Raises:
+        UserError: If the file cannot be loaded or contradicts the options.
     """
-    plain = dict(values)
-    file, original = plain.pop("init_from", None), plain.pop("original", None)
-    weights = plain.pop("init_weights", None)
+    values, overrides = dict(values), dict(overrides)
+    file, original = values.pop("init_from", None), values.pop("original", None)
+    weights = values.pop("init_weights", None)
     if file is None:
         for name, value in (("original", original), ("init-weights", weights)):
             if value is not None:
-                raise UserError(f"--{name} says how to read a checkpoint: expected --init-from FILE with it")
-        return plain, dict(overrides), None
+                raise UserError(f"--{name} is only used with --init-from FILE; add it, or leave --{name} out")
+        return values, overrides, None
     if weights not in (None, "raw", "ema"):
-        raise UserError(f"--init-weights wants raw or ema, got {weights!r}; leave it out for ema")
-    family, size = split_backbone(plain["backbone"])
+        raise UserError(f"--init-weights must be raw or ema, got {weights!r}; leave it out for ema")
+    family, size = split_backbone(values["backbone"])
     heads, path = overrides.get("backbone.heads"), Path(str(file)).resolve()
     model = load_official(path, weights=weights or "ema", heads=heads, original=original, family=family)
-    plain["backbone"] = _sized(plain["backbone"], size, model, path)
-    plain.setdefault("objective", model.objective)
+    values["backbone"] = _sized(values["backbone"], size, model, path)
+    values.setdefault("objective", model.objective)
     spec = InitSpec(
         file=str(path),
         sha256=model.sha256,
@@ -67,7 +68,7 @@ def take_up(
         source=model.source,
     )
     options = _options(model, overrides, path)
-    return plain, {**overrides, **options}, Start(spec, model.options, model.objective)
+    return values, {**overrides, **options}, Start(spec, model.options, model.objective)
 
 
 def _sized(typed: str, size: str | None, model: OfficialModel, path: Path) -> str:
@@ -75,13 +76,16 @@ def _sized(typed: str, size: str | None, model: OfficialModel, path: Path) -> st
         return typed
     name = f"{model.family}-{model.size}"
     if size not in (None, model.size):
-        raise UserError(f"expected a {typed} in {path}, found a {name}; type --backbone {name}")
+        raise UserError(f"expected a {typed} in {path}, found a {name}; use --backbone {name}")
     return name
 
 
 def _options(model: OfficialModel, overrides: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """backbone.* overrides that make the run's network the file's; one that the user gave must agree."""
-    found = {key: value for key, value in model.options.items() if key not in FIXED}
+    """The backbone.* overrides that make the run's network equal to the file's.
+
+    An option that the user set must agree with the file.
+    """
+    found = {key: value for key, value in model.options.items() if key not in DECIDED_BY_DATA}
     if found.get("label_rows") == model.options["classes"] + 1:
         del found["label_rows"]  # a table with a null label fits any number of classes
     for key, value in found.items():
@@ -99,39 +103,47 @@ def _options(model: OfficialModel, overrides: Mapping[str, Any], path: Path) -> 
 
 
 def require_fit(start: Start, spec: RunSpec, dataset: Any) -> None:
-    """Raise UserError where the checkpoint is for other latents, or predicts something else."""
-    shapes, file = start.shapes, start.spec.file
-    held = f"{shapes['channels']}x{shapes['input_size']}x{shapes['input_size']}"
+    """Check that the checkpoint fits the data set and the objective.
+
+    Raises:
+        UserError: If it is for latents of another shape, or predicts another number of channels.
+    """
+    shapes, file = start.options, start.spec.file
+    found = f"{shapes['channels']}x{shapes['input_size']}x{shapes['input_size']}"
     wanted = f"{dataset.channels}x{dataset.input_size}x{dataset.input_size}"
-    if held != wanted:
+    if found != wanted:
         raise UserError(
-            f"expected weights for {wanted} latents of data set '{spec.dataset}', found {held} in {file}; "
-            f"give a checkpoint or a data set of the same size"
+            f"expected weights for {wanted} latents of data set '{spec.dataset}', found {found} in {file}; "
+            f"use a checkpoint and a data set of the same size"
         )
     out = build_objective(spec.objective).out_channels(dataset.channels)
     if out != shapes["out_channels"]:
         raise UserError(
             f"expected {out} predicted channels for objective '{spec.objective}', found "
-            f"{shapes['out_channels']} in {file}; type --objective {start.objective}"
+            f"{shapes['out_channels']} in {file}; use --objective {start.objective}"
         )
 
 
-def note(init: InitSpec, classes: int) -> str:
-    """One line for the user: what the run starts from, and what becomes of the label table."""
+def describe_start(init: InitSpec, classes: int) -> str:
+    """One line that says what the run starts from and what happens to the label embedding."""
     line = f"starts from {init.source}"
     if classes == init.classes:
         return line
     return (
-        f"{line}; {init.classes} classes there, {classes} here: label rows start fresh, the null row is kept"
+        f"{line}; it has {init.classes} classes and the data set has {classes}, so the label embedding is "
+        f"initialised anew, except for the null label"
     )
 
 
 @torch.no_grad()
-def start_from(student: Backbone, init: InitSpec) -> None:
-    """Load the checkpoint's weights into a fresh student.
+def load_start(student: Backbone, init: InitSpec) -> None:
+    """Load the weights of the checkpoint into a newly built student.
 
-    With another number of classes the student keeps its fresh label table, but for the null row. Raises
-    UserError if the file is gone or no longer the one the run was named after.
+    If the number of classes differs, the student keeps its initial label embedding except for the null
+    label.
+
+    Raises:
+        UserError: If the file is missing or has changed since the run began.
     """
     model = load_official(
         Path(init.file),
@@ -142,13 +154,13 @@ def start_from(student: Backbone, init: InitSpec) -> None:
     )
     if model.sha256 != init.sha256:
         raise UserError(
-            f"{init.file} has changed: expected tensors of sha256 {init.sha256[:12]}, found "
-            f"{model.sha256[:12]}; put the old file back, or start the run again"
+            f"{init.file} has changed: expected tensors with sha256 {init.sha256[:12]}, found "
+            f"{model.sha256[:12]}; restore the file, or start a new run"
         )
     state, own = model.backbone.state_dict(), student.state_dict()
-    for table in TABLES:
+    for table in LABEL_TABLES:
         if table in state and state[table].shape != own[table].shape:
-            fresh = own[table].clone()
-            fresh[-1] = state[table][-1]
-            state[table] = fresh
+            merged = own[table].clone()
+            merged[-1] = state[table][-1]
+            state[table] = merged
     student.load_state_dict(state)

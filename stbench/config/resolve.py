@@ -1,4 +1,4 @@
-"""From what the user typed to a specification: config files, `--set a.b=c`, presets, and one-line errors."""
+"""From what the user typed to a run specification: presets, defaults and validation."""
 
 from __future__ import annotations
 
@@ -7,90 +7,144 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-
-from stbench.config import plan
-from stbench.config.build import build_objective
-from stbench.config.init_from import require_fit, take_up
-from stbench.config.overrides import SECTIONS, _near, _section, _validate, split_backbone
+from stbench.config.build import build_backbone, build_objective
+from stbench.config.init_from import read_start, require_fit
+from stbench.config.overrides import (
+    DECIDED_BY_DATA,
+    split_backbone,
+    split_sections,
+    validate_options,
+    validate_section,
+)
 from stbench.config.spec import BackboneSpec, EvalSpec, RecipeSpec, RunSpec, TrainSpec
-from stbench.core.device import default_precision
+from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
+from stbench.core.recipe import effective_options, is_computed
 from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, lookup, suggest
-from stbench.data.dataset import get_dataset
+from stbench.data.dataset import Preset, get_dataset
 from stbench.data.spec import DataSpec, data_fields
 from stbench.diffusion.sample import check_steps
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user asked for, before presets fill the rest."""
+class RunRequest:
+    """What the user typed, before presets and defaults fill in the rest."""
 
     backbone: str
+    """Family, or family and size, such as "sit" or "sit-b/2"."""
     recipe: str
     dataset: str = "digits"
     data: str | None = None
-    """Path of the data, for data sets that are read from one."""
+    """Path of the data, for data sets that are read from a path."""
     objective: str | None = None
     steps: int | None = None
     seed: int = 0
     precision: str | None = None
     eval_guidance: Sequence[float] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Dotted key -> value: backbone.*, recipe.*, train.*, eval.*, data.*."""
+    """Values of backbone.*, recipe.*, train.*, eval.* and data.* options by dotted name."""
 
 
-def resolve(request: Request) -> RunSpec:
-    """Fill in everything the user left out; raises UserError for anything that does not fit."""
+def resolve_options(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunSpec:
+    """Resolve option values, as read from the command line, a config file or a suite, into a specification.
+
+    Args:
+        values: Values of the options of `stbench run`, by name.
+        overrides: Values of `--set`, by dotted name.
+
+    Raises:
+        UserError: If an option is missing, unknown or invalid, or the options do not fit together.
+    """
+    for required in ("backbone", "recipe"):
+        if required not in values:
+            raise UserError(f"--{required} is missing; for example --backbone sit --recipe vanilla")
+    values, overrides, start = read_start(values, overrides)
+    spec = resolve(_request(values, overrides))
+    if start is None:
+        return spec
+    require_fit(start, spec, get_dataset(spec.dataset, spec.data))
+    return spec.model_copy(update={"init": start.spec})
+
+
+def _request(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunRequest:
+    """Check the types of option values; those of a config file may be anything."""
+    values = dict(values)
+    for name in ("steps", "seed"):
+        if type(values.get(name, 0)) is not int:
+            raise UserError(f"{name} must be an integer, got {values[name]!r}; for example --{name} 100")
+    for name in ("backbone", "recipe", "dataset", "data", "objective", "precision"):
+        if not isinstance(values.get(name, ""), str):
+            raise UserError(f"{name} must be a name, got {values[name]!r}; see `stbench list`")
+    if isinstance(values.get("eval_guidance"), str):
+        values["eval_guidance"] = parse_scales(values["eval_guidance"])
+    if not isinstance(values.get("eval_guidance", []), list):
+        raise UserError(
+            f"eval_guidance must be a list of scales, got {values['eval_guidance']!r}; for example [1.0, 1.5]"
+        )
+    if "data" in values:
+        values = {"dataset": "custom", **values}
+    return RunRequest(**values, overrides=overrides)
+
+
+def parse_scales(text: str) -> list[float]:
+    """Parse "1.0,1.5" into [1.0, 1.5].
+
+    Raises:
+        UserError: If the text is anything else.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--eval-guidance must be comma-separated numbers, got '{text}'; for example 1.0,1.5,2.0"
+        ) from error
+
+
+def resolve(request: RunRequest) -> RunSpec:
+    """Fill in everything that the user left out.
+
+    Raises:
+        UserError: If a name is unknown or a value is invalid.
+    """
     lookup(RECIPES, request.recipe)
-    sections = _sections(request.overrides)
+    if request.seed < 0:
+        raise UserError(f"--seed must be a non-negative integer, got {request.seed}; for example --seed 1")
+    sections = split_sections(request.overrides)
+
+    # Data set and backbone; the preset of the data set depends on the backbone.
     dataset = lookup(DATASETS, request.dataset)
-    where = data_fields(request.data, sections["data"])
-    data = None if where is None else _section(DataSpec, where, "data")
+    fields = data_fields(request.data, sections["data"])
+    data = None if fields is None else validate_section(DataSpec, fields, "data")
     if data is not None or dataset.from_path:
         dataset = get_dataset(request.dataset, data)
-    default = dataset.preset_for(split_backbone(request.backbone)[0])
-    backbone = _backbone_spec(request.backbone, default.size, sections["backbone"])
+    default_size = dataset.preset_for(split_backbone(request.backbone)[0]).size
+    backbone = _backbone_spec(request.backbone, default_size, sections["backbone"])
     preset = dataset.preset_for(backbone.name, backbone.size)
+
+    # Objective, training and evaluation.
     family = lookup(BACKBONES, backbone.name)
     objective = request.objective or family.presets[backbone.size].get("objective", family.objective)
     lookup(OBJECTIVES, objective)
     train = _train_spec(request, preset, sections["train"])
-    settings = _eval_spec(request, preset, objective, train.steps, sections["eval"])
-    if (settings.channels or 1) > dataset.channels:
+    evaluation = _eval_spec(request, preset, objective, train.steps, sections["eval"])
+    if (evaluation.channels or 1) > dataset.channels:
         raise UserError(
-            f"eval.channels wants 1..{dataset.channels} latent channels, got {settings.channels}; "
+            f"eval.channels must be in 1..{dataset.channels} (latent channels), got {evaluation.channels}; "
             f"for example --set eval.channels=3"
         )
+
+    # Recipe; defaults of its options may depend on the network.
+    info = build_backbone(backbone, objective, dataset, "meta").info
     return RunSpec(
         dataset=request.dataset,
         data=data and data.model_copy(update={"fingerprint": dataset.fingerprint}),
         backbone=backbone,
         objective=objective,
-        recipe=_recipe_spec(request.recipe, sections["recipe"]),
+        recipe=_recipe_spec(request.recipe, info, train.steps, sections["recipe"]),
         train=train,
-        eval=settings,
-        seed=_seed(request.seed),
+        eval=evaluation,
+        seed=request.seed,
     )
-
-
-def _seed(seed: int) -> int:
-    if seed < 0:
-        raise UserError(f"--seed wants a whole number of at least 0, got {seed}; for example --seed 1")
-    return seed
-
-
-def _sections(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for name, value in overrides.items():
-        section, dot, option = name.partition(".")
-        if not dot or section not in sections:
-            raise UserError(
-                f"unknown option '{name}': expected backbone.*, recipe.*, train.*, eval.* or data.*"
-                f"{suggest(section, sections)}"
-            )
-        sections[section][option] = value
-    return sections
 
 
 def _backbone_spec(name: str, default_size: str, options: dict[str, Any]) -> BackboneSpec:
@@ -100,135 +154,122 @@ def _backbone_spec(name: str, default_size: str, options: dict[str, Any]) -> Bac
         size = default_size if default_size in family.presets else next(iter(family.presets), "custom")
     if size not in family.presets:
         raise UserError(f"unknown size '{size}' of backbone '{family_name}'{suggest(size, family.presets)}")
-    fixed = {"channels", "input_size", "classes", "out_channels", "size"}
-    allowed = [p for p in inspect.signature(family).parameters if p not in fixed]
+    preset = family.presets[size]
+    skip = DECIDED_BY_DATA | {"objective"}
+    default = validate_options(family, preset, "backbone", skip=skip) if _is_complete(family, preset) else {}
     for option in options:
-        if option not in allowed:
-            raise UserError(f"unknown option 'backbone.{option}'{_near('backbone', option, allowed)}")
-    validated = _validate(family, {**family.presets[size], **options}, "backbone", skip=fixed | {"objective"})
-    return BackboneSpec(name=family_name, size=size, options={k: validated[k] for k in options})
+        if option in DECIDED_BY_DATA:
+            raise UserError(
+                f"option 'backbone.{option}' is decided by the data set and the size; leave it out"
+            )
+    effective = validate_options(family, {**preset, **options}, "backbone", skip=skip)
+    changed = {k: effective[k] for k in options if k not in default or default[k] != effective[k]}
+    return BackboneSpec(name=family_name, size=size, options=changed, effective=effective)
 
 
-def _recipe_spec(name: str, options: dict[str, Any]) -> RecipeSpec:
-    resolved = _validate(lookup(RECIPES, name), options, "recipe", skip={"info"})
-    return RecipeSpec(name=name, options={k: resolved[k] for k in options}, resolved=resolved)
+def _is_complete(family: Any, preset: Mapping[str, Any]) -> bool:
+    """Whether a preset gives every option that the constructor requires."""
+    parameters = inspect.signature(family).parameters.values()
+    required = {p.name for p in parameters if p.default is inspect.Parameter.empty} - DECIDED_BY_DATA
+    return required <= preset.keys()
 
 
-def _train_spec(request: Request, preset: Any, options: dict[str, Any]) -> TrainSpec:
-    base = {name: getattr(preset, name) for name in TrainSpec.model_fields if name in asdict(preset)}
+def _recipe_spec(name: str, info: BackboneInfo, steps: int, options: dict[str, Any]) -> RecipeSpec:
+    recipe = lookup(RECIPES, name)
+    given = _given_options(recipe, options)
+    effective = _effective(recipe, info, steps, given)
+    changed = {}
+    for option in given:
+        rest = {k: v for k, v in given.items() if k != option}
+        if _effective(recipe, info, steps, rest)[option] != effective[option]:
+            changed[option] = effective[option]
+    return RecipeSpec(name=name, options=changed, effective=effective)
+
+
+def _given_options(recipe: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user set. None means the default where that default is computed."""
+    computed = {k for k, p in inspect.signature(recipe).parameters.items() if is_computed(p.default)}
+    options = {k: v for k, v in options.items() if v is not None or k not in computed}
+    checked = validate_options(recipe, options, "recipe", skip={"info"})
+    return {k: checked[k] for k in options}
+
+
+def _effective(recipe: Any, info: BackboneInfo, steps: int, given: dict[str, Any]) -> dict[str, Any]:
+    options = effective_options(recipe, info, steps=steps, **given)
+    return validate_options(recipe, options, "recipe", skip={"info"})
+
+
+def _train_spec(request: RunRequest, preset: Preset, options: dict[str, Any]) -> TrainSpec:
+    values = {name: value for name, value in asdict(preset).items() if name in TrainSpec.model_fields}
     if request.steps is not None:
-        base["steps"] = request.steps
-    base["precision"] = request.precision or "fp32"
-    spec: TrainSpec = _section(TrainSpec, base | options, "train")
+        values["steps"] = request.steps
+    values["precision"] = request.precision or "fp32"
+    spec = validate_section(TrainSpec, values | options, "train")
     if spec.accumulate > spec.batch:
         raise UserError(
-            f"train.accumulate wants at most train.batch={spec.batch} micro-batches, got {spec.accumulate}; "
-            f"try --set train.accumulate={spec.batch}"
+            f"train.accumulate must be at most train.batch={spec.batch}, got {spec.accumulate}; "
+            f"use --set train.accumulate={spec.batch} or less"
         )
     return spec
 
 
 def _eval_spec(
-    request: Request, preset: Any, objective: str, steps: int, options: dict[str, Any]
+    request: RunRequest, preset: Preset, objective: str, steps: int, options: dict[str, Any]
 ) -> EvalSpec:
-    guidance = list(preset.eval_guidance if request.eval_guidance is None else request.eval_guidance)
-    base: dict[str, Any] = {
+    guidance = preset.eval_guidance if request.eval_guidance is None else request.eval_guidance
+    values: dict[str, Any] = {
         "points": evaluation_points(preset.eval_points, steps),
         "samples": preset.eval_samples,
         "labels": preset.eval_labels,
         "steps": preset.eval_steps,
-        "guidance": guidance,
+        "guidance": list(guidance),
         "sampler": build_objective(objective).samplers[0],
     }
-    return evaluation(base | options, objective, steps)
+    return evaluation_spec(values | options, objective, steps)
 
 
-def evaluation(values: dict[str, Any], objective: str, steps: int) -> EvalSpec:
-    """Checked settings for a last stage of `steps` steps; scale 1.0 and the last step are always in."""
-    spec = _section(EvalSpec, values, "eval")
+def evaluation_spec(values: dict[str, Any], objective: str, steps: int) -> EvalSpec:
+    """Check evaluation settings for a last stage of `steps` steps.
+
+    The scale 1.0 and the last step are always added.
+
+    Raises:
+        UserError: If a value is invalid or the sampler does not fit the objective.
+    """
+    spec = validate_section(EvalSpec, values, "eval")
+    points = sorted({*spec.points, steps})
     lookup(SAMPLERS, spec.sampler)
     allowed = build_objective(objective).samplers
     if spec.sampler not in allowed:
         raise UserError(
-            f"sampler '{spec.sampler}' cannot invert objective '{objective}'; it takes {', '.join(allowed)}"
+            f"sampler '{spec.sampler}' cannot invert objective '{objective}'; use {' or '.join(allowed)}"
         )
-    if any(point <= 0 or point > steps for point in spec.points):
+    if points[0] < 1 or points[-1] > steps:
         raise UserError(
-            f"eval.points wants steps in 1..{steps}, got {spec.points}; "
+            f"eval.points must be steps in 1..{steps}, got {spec.points}; "
             f"for example --set eval.points=[{steps}]"
         )
-    if isinstance(spec.extras, list) and not set(spec.extras) <= {*spec.points, steps}:
+    if isinstance(spec.extras, list) and not set(spec.extras) <= set(points):
         raise UserError(
-            f"eval.extras wants evaluation points out of {sorted({*spec.points, steps})}, got {spec.extras}; "
+            f"eval.extras must be a subset of the evaluation points {points}, got {spec.extras}; "
             f"for example --set eval.extras=[{steps}]"
         )
     if spec.interval[0] > spec.interval[1]:
-        raise UserError(f"eval.interval wants low <= high, got {spec.interval}; for example [0.0,0.7]")
-    check_steps(spec.sampler, build_objective(objective), spec.steps)
-    if any(scale < 1.0 for scale in spec.guidance):
         raise UserError(
-            f"guidance scales are at least 1.0 (none), got {spec.guidance}; "
+            f"eval.interval must be [low,high] with low <= high, got {spec.interval}; for example [0.0,0.7]"
+        )
+    if min(spec.guidance, default=1.0) < 1.0:
+        raise UserError(
+            f"guidance scales must be at least 1.0 (no guidance), got {spec.guidance}; "
             f"for example --eval-guidance 1.0,1.5"
         )
-    scales = sorted({1.0, *spec.guidance})
-    return spec.model_copy(update={"guidance": scales, "points": sorted({*spec.points, steps})})
+    check_steps(spec.sampler, build_objective(objective), spec.steps)
+    return spec.model_copy(update={"guidance": sorted({1.0, *spec.guidance}), "points": points})
 
 
 def evaluation_points(preset: Sequence[int], steps: int) -> list[int]:
-    """The preset's points, doubled on beyond its last, up to and including `steps`."""
+    """The evaluation points of a preset, continued by doubling, up to and including `steps`."""
     points = list(preset)
     while points[-1] * 2 <= steps:
         points.append(points[-1] * 2)
     return sorted({p for p in points if p < steps} | {steps})
-
-
-def scales(text: str) -> list[float]:
-    """ "1.0,1.5" -> [1.0, 1.5]; UserError for anything else."""
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(
-            f"--eval-guidance wants numbers with commas, got '{text}'; for example 1.0,1.5,2.0"
-        ) from error
-
-
-def completed(values: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The values with scales as a list, and with the precision that suits the device where none is given."""
-    values = {"precision": default_precision(device), **values}
-    if isinstance(values.get("eval_guidance"), str):
-        values["eval_guidance"] = scales(values["eval_guidance"])
-    return values
-
-
-def specify(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunSpec:
-    """The resolved specification of completed values, its stages checked; UserError for what does not fit."""
-    for required in ("backbone", "recipe"):
-        if required not in values:
-            raise UserError(f"expected --{required}, found none; for example --backbone sit --recipe vanilla")
-    values, overrides, start = take_up(values, overrides)
-    spec = resolve(_request(values, overrides))
-    dataset, jobs, _ = plan.prepare(spec)
-    needs = plan.recipe_needs(jobs)
-    if start is not None:
-        require_fit(start, spec, dataset)
-        needs = ", ".join(filter(None, [needs, "initial weights"]))
-    recipe = spec.recipe.model_copy(update={"needs": needs})
-    return spec.model_copy(update={"recipe": recipe, "init": start and start.spec})
-
-
-def _request(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> Request:
-    for name in ("steps", "seed"):
-        if type(values.get(name, 0)) is not int:
-            raise UserError(
-                f"expected a whole number for {name}, got {values[name]!r}; for example --{name} 100"
-            )
-    for name in ("backbone", "recipe", "dataset", "data", "objective", "precision"):
-        if not isinstance(values.get(name, ""), str):
-            raise UserError(f"expected a name for {name}, got {values[name]!r}; see `stbench list`")
-    if not isinstance(values.get("eval_guidance", []), list):
-        raise UserError(
-            f"expected scales for eval_guidance, got {values['eval_guidance']!r}; for example [1.0, 1.5]"
-        )
-    if "data" in values:
-        values = {"dataset": "custom", **values}
-    return Request(**values, overrides=overrides)

@@ -6,6 +6,8 @@ artifact. Shapes and conventions are listed in `stbench.core.backbone`.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -208,21 +210,87 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run inside a recipe; the network of the last stage is the one that is evaluated."""
+    """One training run inside a recipe. The network of the last stage is the one that is evaluated."""
 
     name: str
     supervision: Callable[[Mapping[str, Artifact]], Supervision]
-    """Factory called before the stage is trained, with the artifacts of earlier stages by stage name."""
+    """Builds the stage's supervision from the artifacts of the earlier stages, by stage name."""
     length: float = 1.0
-    """Steps as a multiple of --steps; always 1.0 for the last stage."""
+    """Steps as a multiple of --steps. The last stage always has length 1.0."""
     steps: int | None = None
-    """Absolute number of steps; overrides `length`."""
+    """Absolute number of steps; replaces `length`."""
     init: Literal["scratch", "previous"] = "scratch"
-    """Start from a fresh network, or from the EMA weights of the previous stage."""
+    """Initial weights: fresh, or the EMA weights of the previous stage."""
+
+    def length_at(self, steps: int) -> int:
+        """Steps of this stage, as an earlier stage, when the last stage has `steps` steps."""
+        return round(self.length * steps) if self.steps is None else self.steps
 
 
 Recipe = Callable[..., Sequence[Stage]]
 """What `--recipe` names: `(info: BackboneInfo, *, <options with published defaults>) -> stages`.
 
-The function's docstring is its help text in `stbench list recipes`.
+The docstring of the function is its help text in `stbench list recipes`.
 """
+
+
+@dataclass(frozen=True)
+class OptionContext:
+    """What the default of a recipe option may depend on."""
+
+    info: BackboneInfo
+    steps: int | None
+    """Steps of the last stage; None where they are not known."""
+    options: Mapping[str, Any]
+    """The other options of the recipe, as far as they are known: those given, and the defaults of those that
+    come earlier in the signature."""
+
+
+@dataclass(frozen=True)
+class _Computed:
+    compute: Callable[[OptionContext], Any]
+
+    def __repr__(self) -> str:
+        return "depends on the backbone"
+
+
+def computed(compute: Callable[[OptionContext], Any]) -> Any:
+    """Mark the default of a recipe option that depends on the backbone, the steps or other options.
+
+    Use it in the recipe's signature: ``block: int = computed(lambda c: c.info.depth // 2)``. The value is
+    computed before the recipe function is called and is stored in the run's specification, so that a run
+    never depends on the default of a later version.
+    """
+    return _Computed(compute)
+
+
+def is_computed(default: Any) -> bool:
+    """Whether a parameter's default was made by `computed`."""
+    return isinstance(default, _Computed)
+
+
+def effective_options(
+    recipe: Recipe, info: BackboneInfo, *, steps: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """All options of a recipe by name: those given, and the defaults of the others for this backbone."""
+    parameters = {
+        name: p.default for name, p in inspect.signature(recipe).parameters.items() if name != "info"
+    }
+    known = {name: default for name, default in parameters.items() if not is_computed(default)} | options
+    for name, default in parameters.items():
+        if name not in known:
+            known[name] = default.compute(OptionContext(info, steps, known))
+    return {name: known[name] for name in parameters} | options
+
+
+def computed_defaults(recipe: Recipe) -> Recipe:
+    """Decorate a recipe so that a direct call in Python also fills in its computed defaults.
+
+    `stbench run` fills them in with or without this decorator. Put it below the registration.
+    """
+
+    @functools.wraps(recipe)
+    def call(info: BackboneInfo, **options: Any) -> Sequence[Stage]:
+        return recipe(info, **effective_options(recipe, info, **options))
+
+    return call

@@ -1,4 +1,4 @@
-"""Data sets: the embedded digits, image sources, prepared shards and their preparation.
+"""Data sets: the embedded digits, prepared shards, image files, and their preparation.
 
-Knows `stbench.core` and `stbench.models`; knows no run specification, training or evaluation.
+May import `stbench.core` and `stbench.models`. Does not know run specifications, training or evaluation.
 """

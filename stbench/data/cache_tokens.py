@@ -1,8 +1,11 @@
-"""An encoder's tokens of the training images of a prepared data set, which keeps latents and no images."""
+"""`stbench data tokens`: cache an encoder's tokens of the training images of a prepared data set.
+
+A prepared data set contains latents, so the images are read again from where it was made from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,24 +17,26 @@ from torch import Tensor
 from stbench.core.errors import UserError
 from stbench.core.files import require_free_space
 from stbench.data.crop import UNREADABLE, decode_image, reason
-from stbench.data.prepare import Advance
-from stbench.data.repa_layout import Repa, is_repa
-from stbench.data.shards import HELDOUT, REFERENCE, Manifest, open_array, read_manifest
+from stbench.data.encode import Advance
+from stbench.data.repa_layout import RepaFolder, is_repa
+from stbench.data.shards import Manifest, open_array, read_manifest
 from stbench.data.sources import open_source
-from stbench.models import encoders as teachers
+from stbench.data.split import HELDOUT, REFERENCE
+from stbench.models.encoders import EncoderSpec, ImageEncoder, cache_tokens, find_encoder, open_encoder
 
 
 @dataclass(frozen=True)
 class TokenOptions:
-    """The arguments of `stbench data tokens`."""
+    """The options of `stbench data tokens`."""
 
     source: Path
-    """The images that the set was made from, or the folder in REPA's layout that was imported."""
+    """The images that the data set was made from, or the folder in REPA's layout that was imported."""
     prepared: Path
     target: Path
     encoder: str
     checkpoint: Path | None = None
     patch: int = 2
+    """Patch size of the backbone."""
     classes: Path | None = None
     batch: int = 64
     device: torch.device = torch.device("cpu")
@@ -39,97 +44,106 @@ class TokenOptions:
 
 @dataclass(frozen=True)
 class TokenTask:
-    """The training rows of a set, in order, and how to see them."""
+    """The training images of a prepared data set, in the order of its rows, and the encoder."""
 
-    ids: list[str]
-    picture: Callable[[str], np.ndarray]
-    """The image (c,S,S) of a name in the source."""
-    kept: dict[str, np.ndarray]
-    """Pixels that the set holds, by name: references."""
-    encoder: teachers.ImageEncoder
+    ids: Sequence[str]
+    read_image: Callable[[str], np.ndarray]
+    """Reads an image (c,S,S) by its name in the source."""
+    references: Mapping[str, np.ndarray]
+    """Pixels (c,S,S) that the data set contains, by name."""
+    encoder: ImageEncoder
 
 
-def open_task(job: TokenOptions) -> TokenTask:
-    """Find images and encoder. Raises UserError for whatever does not fit, before anything is written."""
-    if (job.target / "tokens.json").exists():
-        raise UserError(f"{job.target} holds tokens already; delete it, or give another folder")
-    manifest = read_manifest(job.prepared)
+def open_task(options: TokenOptions) -> TokenTask:
+    """Find images and encoder. Raises UserError for options that are wrong or do not fit."""
+    if (options.target / "tokens.json").exists():
+        raise UserError(f"{options.target} already contains tokens; delete it, or give another folder")
+    manifest = read_manifest(options.prepared)
+    # The encoder must give one token per patch of the backbone.
     side = manifest.shape[-1]
-    if side % job.patch:
-        raise UserError(f"--patch wants a divisor of {side}, the latents' side, got {job.patch}; 2 is usual")
-    encoder = teachers.open_encoder(
-        teachers.find_encoder(job.encoder, job.checkpoint), (side // job.patch) ** 2, job.device
-    )
-    if not isinstance(encoder, teachers.ImageEncoder):
-        raise UserError(f"--encoder wants a timm model or digits, got the cached tokens of {job.encoder}")
-    names, kept = _rows(manifest, job.prepared)
-    return TokenTask(names, _pictures(job, manifest, names), kept, encoder)
+    if side % options.patch:
+        raise UserError(
+            f"--patch must be a divisor of {side}, the size of the latents, got {options.patch}; 2 is common"
+        )
+    spec = find_encoder(options.encoder, options.checkpoint)
+    encoder = open_encoder(spec, (side // options.patch) ** 2, options.device)
+    if not isinstance(encoder, ImageEncoder):
+        raise UserError(f"--encoder must be a timm model or digits, got the cached tokens {options.encoder}")
+    ids, references = _training_rows(manifest, options.prepared)
+    return TokenTask(ids, _image_reader(options, manifest, ids), references, encoder)
 
 
-def cache(job: TokenOptions, listed: TokenTask, advance: Advance) -> teachers.EncoderSpec:
-    """Write the tokens. Raises UserError for an image that is not the one the set was made from."""
-    job.target.mkdir(parents=True, exist_ok=True)
-    patches = listed.encoder.network.patch_embed.num_patches
-    require_free_space(job.target, len(listed.ids) * patches * listed.encoder.spec.width * 2)
-    return teachers.cache_tokens(job.target, listed.encoder, _batches(job, listed, advance), len(listed.ids))
+def cache(options: TokenOptions, task: TokenTask, advance: Advance) -> EncoderSpec:
+    """Write the tokens. Raises UserError for an image other than the one that the data set was made from."""
+    options.target.mkdir(parents=True, exist_ok=True)
+    # Checked first, because the file is memory-mapped: a full disk would kill the process.
+    patches = task.encoder.network.patch_embed.num_patches
+    require_free_space(options.target, len(task.ids) * patches * task.encoder.spec.width * 2)
+    return cache_tokens(options.target, task.encoder, _batches(options, task, advance), len(task.ids))
 
 
-def _rows(manifest: Manifest, folder: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Names of the training rows in order, and the pixels of those that are references."""
+def _training_rows(manifest: Manifest, folder: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Return the names of the training rows in order, and the pixels of those that are references."""
     names: list[str] = []
-    kept: dict[str, np.ndarray] = {}
+    references: dict[str, np.ndarray] = {}
     for shard in manifest.shards:
+        # Pixels are stored in order for rows whose split is not TRAIN: held-out and reference rows.
         ids, split, images = (
             open_array(manifest, folder, shard, name) for name in ("ids", "split", "images")
         )
         known = [bytes(name).decode(errors="surrogateescape") for name in ids]
         names += [name for name, part in zip(known, split, strict=True) if part != HELDOUT]
-        pictured = np.flatnonzero(split)
-        kept |= {known[r]: images[k] for k, r in enumerate(pictured) if split[r] == REFERENCE}
-    return names, kept
+        with_pixels = np.flatnonzero(split)
+        references |= {known[r]: images[k] for k, r in enumerate(with_pixels) if split[r] == REFERENCE}
+    return names, references
 
 
-def _pictures(job: TokenOptions, manifest: Manifest, names: list[str]) -> Callable[[str], np.ndarray]:
-    """Reads an image as the set was made of it. Raises UserError if the source lacks a row's image."""
+def _image_reader(
+    options: TokenOptions, manifest: Manifest, names: Sequence[str]
+) -> Callable[[str], np.ndarray]:
+    """Return a function that reads an image by name, cropped as in the prepared data set.
+
+    Raises UserError if the source lacks one of the images.
+    """
     channels, size = manifest.image_shape[:2]
-    if is_repa(job.source):
-        layout = Repa(job.source)
-        place = {name: number for number, name in enumerate(layout.ids)}
-        _require_all(place, names, job)
-        return lambda name: layout.pictures([place[name]], manifest.image_shape)[0]
-    source = open_source(job.source, job.classes)
-    place = {name: number for number, name in enumerate(source.ids)}
-    _require_all(place, names, job)
+    if is_repa(options.source):
+        folder = RepaFolder(options.source)
+        row = _row_by_name(folder.ids, names, options)
+        return lambda name: folder.pixels([row[name]], manifest.image_shape)[0]
+    source = open_source(options.source, options.classes)
+    number = _row_by_name(source.ids, names, options)
 
-    def picture(name: str) -> np.ndarray:
+    def read_image(name: str) -> np.ndarray:
         try:
-            return decode_image(source.content(place[name]), channels, size)
+            return decode_image(source.content(number[name]), channels, size)
         except UNREADABLE as error:
-            raise UserError(
-                f"image '{name}' cannot be read any more ({reason(error)}); restore it"
-            ) from error
+            raise UserError(f"image '{name}' is no longer readable ({reason(error)}); restore it") from error
 
-    return picture
+    return read_image
 
 
-def _require_all(place: dict[str, int], names: list[str], job: TokenOptions) -> None:
-    if missing := [name for name in names if name not in place]:
+def _row_by_name(ids: Sequence[str], names: Sequence[str], options: TokenOptions) -> dict[str, int]:
+    """Return name -> number in the source. Raises UserError if one of `names` is missing."""
+    rows = {name: number for number, name in enumerate(ids)}
+    if missing := [name for name in names if name not in rows]:
         raise UserError(
-            f"expected the images that {job.prepared} was made from in {job.source}, found no '{missing[0]}' "
-            f"({len(missing)} of {len(names)} are missing); give the source it was made from"
+            f"expected in {options.source} the images that {options.prepared} was made from, "
+            f"'{missing[0]}' is missing ({len(missing)} of {len(names)}); give the original source"
         )
+    return rows
 
 
-def _batches(job: TokenOptions, listed: TokenTask, advance: Advance) -> Iterator[Tensor]:
+def _batches(options: TokenOptions, task: TokenTask, advance: Advance) -> Iterator[Tensor]:
+    """Yield the training images, uint8 (b,c,S,S), after comparing references with the data set."""
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(listed.ids), job.batch):
-            names = listed.ids[start : start + job.batch]
-            images = list(pool.map(listed.picture, names))
+        for start in range(0, len(task.ids), options.batch):
+            names = task.ids[start : start + options.batch]
+            images = list(pool.map(task.read_image, names))
             for name, image in zip(names, images, strict=True):
-                if name in listed.kept and not np.array_equal(image, listed.kept[name]):
+                if name in task.references and not np.array_equal(image, task.references[name]):
                     raise UserError(
-                        f"image '{name}' in {job.source} is not the one that {job.prepared} was made from; "
-                        f"give that source, or prepare the set again"
+                        f"image '{name}' in {options.source} is not the one that {options.prepared} was made "
+                        f"from; give the original source, or prepare the data set again"
                     )
             yield torch.from_numpy(np.stack(images))
             advance(len(names))

@@ -1,6 +1,6 @@
-"""Image files to square uint8 arrays: ADM's centre crop, and the reasons why a file cannot be read.
+"""Decode image files to square uint8 arrays with ADM's centre crop.
 
-Knows nothing of labels, autoencoders or where the bytes come from.
+Does not know labels, autoencoders or where the bytes come from.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from PIL import Image, UnidentifiedImageError
 from stbench.core.errors import UserError
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-"""Files that are taken for images, by lower-case suffix."""
+"""Lower-case suffixes of the files that are read as images."""
 
 MODES = {1: "L", 3: "RGB"}
-"""Channels -> Pillow's mode."""
+"""Number of channels -> Pillow mode."""
 
 UNREADABLE = (
     UnidentifiedImageError,
@@ -31,14 +31,15 @@ UNREADABLE = (
     struct.error,
     zlib.error,
 )
-"""What Pillow raises for content that is cut off or no image; reading comes before."""
+"""What Pillow raises for bytes that are truncated or not an image."""
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square of an image at `size` x `size` pixels, as ADM crops ImageNet.
+    """Return the central square of an image at `size` x `size` pixels, cropped as ADM crops ImageNet.
 
-    Halved by box filter while the shorter side is at least twice `size`, brought to `size` on the shorter
-    side by bicubic resampling, cut in the middle (openai/guided-diffusion, image_datasets.py).
+    The image is halved with a box filter while its shorter side is at least twice `size`, resized with
+    bicubic interpolation until the shorter side is `size`, and cropped in the centre
+    (openai/guided-diffusion, image_datasets.py).
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -50,13 +51,13 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def decode_image(content: bytes, channels: int, size: int | None) -> np.ndarray:
-    """An encoded image as uint8 (c,size,size), centre-cropped; uncropped (c,H,W) for no size.
+    """Decode an image file to uint8 (c,size,size), centre-cropped; to (c,H,W) if `size` is None.
 
-    Raises one of UNREADABLE for content that is damaged or no image.
+    Raises one of UNREADABLE for bytes that are damaged or not an image.
     """
     with Image.open(io.BytesIO(content)) as opened:
-        if opened.mode.startswith(("I", "F")):  # Pillow's conversion would clip them to white
-            raise ValueError(f"expected 8 bits a channel, found mode {opened.mode}")
+        if opened.mode.startswith(("I", "F")):  # Pillow would clip them to white
+            raise ValueError(f"expected 8 bits per channel, found mode {opened.mode}")
         image = opened.convert(MODES[channels])
     if size is not None:
         image = centre_crop(image, size)
@@ -64,14 +65,14 @@ def decode_image(content: bytes, channels: int, size: int | None) -> np.ndarray:
 
 
 def reason(error: BaseException) -> str:
-    """Why a file could not be read, in one line, the same every time."""
-    if isinstance(error, UnidentifiedImageError):  # Pillow's own words hold an address in memory
-        return "no image that Pillow knows"
+    """Return why a file could not be read, in one line that is the same every time."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow's message contains a memory address
+        return "not an image that Pillow can read"
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def same_size(images: Sequence[np.ndarray], names: Sequence[str], remedy: str) -> None:
-    """Raise a UserError that names two images (c,H,W) of different size; `remedy` says what to type."""
+def require_same_size(images: Sequence[np.ndarray], names: Sequence[str], remedy: str) -> None:
+    """Raise a UserError unless all images (c,H,W) have the same size. The message ends with `remedy`."""
     for image, name in zip(images, names, strict=True):
         if image.shape != images[0].shape:
             found = [f"{n} is {a.shape[2]}x{a.shape[1]}" for n, a in ((names[0], images[0]), (name, image))]

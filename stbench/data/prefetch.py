@@ -1,4 +1,4 @@
-"""Reading ahead in one thread of this process: the next batch is read while the current one trains."""
+"""Read the next batch in a background thread while the current one is trained on."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 
 @final
 class Prefetch:
-    """Batches that were announced, being read or ready. What was not announced is simply not found."""
+    """Batches of rows that are being read, or have been read, in one background thread."""
 
     def __init__(self, load: Callable[[Tensor], Tensor]) -> None:
-        """`load(rows (B,))` reads a batch (B,...); it is only ever called in the thread."""
+        """Read batches with `load(rows (B,)) -> (B,...)`, which is only called in the thread."""
         self._load = load
         self._pool: ThreadPoolExecutor | None = None
         self._batches: list[tuple[Tensor, Future[Tensor]]] = []
 
-    def announce(self, batches: Sequence[Tensor]) -> None:
-        """Begin to read these batches of rows (B,), in this order; forget all others."""
-        if self._pool is None:  # a data set that never trains needs no thread
+    def schedule(self, batches: Sequence[Tensor]) -> None:
+        """Start to read these batches of rows (B,), in this order, and drop all others."""
+        if self._pool is None:  # started late: a data set that is only evaluated needs no thread
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="stbench-prefetch")
         known, self._batches = self._batches, []
         for rows in batches:
@@ -30,10 +30,14 @@ class Prefetch:
             self._batches.append((rows, future or self._pool.submit(self._load, rows)))
 
     def take(self, rows: Tensor) -> Tensor | None:
-        """Rows (B,) that are a stretch of an announced batch, waiting for them if need be; else None."""
+        """Return the data of `rows` (B,), or None unless they are a contiguous part of a scheduled batch.
+
+        A rank takes its slice of the global batch. Waits until the batch has been read.
+        """
         if not len(rows):
             return None
         for batch, future in self._batches:
+            # A row may occur several times in a batch, so every occurrence of the first one is tried.
             for start in torch.nonzero(batch == rows[0]).flatten().tolist():
                 if torch.equal(batch[start : start + len(rows)], rows):
                     return future.result()[start : start + len(rows)]

@@ -1,9 +1,9 @@
-"""Published training settings on ImageNet, by backbone, and the settings of sets that nobody published on.
+"""Training settings that backbones were published with on ImageNet, and defaults for other data sets.
 
 From the training scripts of facebookresearch/DiT, willisma/SiT and baofff/U-ViT. Recipes that build on SiT
-(REPA, SRA, Self-Transcendence) train as SiT does, but clip the gradient at norm 1 and do not mirror images:
-`--set train.clip=1.0 --set data.flip=false`. How often, and on how many samples, a run is evaluated is our
-choice, not theirs.
+(REPA, SRA, Self-Transcendence) train like SiT, except that they clip the gradient norm at 1 and do not mirror
+images: `--set train.clip=1.0 --set data.flip=false`. When, and on how many samples, a run is evaluated is our
+choice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IMAGENET = Preset(
     eval_steps=50,
     eval_guidance=(1.0,),
 )
-"""DiT and SiT: at 256 and at 512, and every size of them."""
+"""DiT and SiT of every size, at 256 and 512 pixels."""
 
 _UVIT: Mapping[str, Any] = dict(
     batch=1024, lr=2e-4, betas=(0.99, 0.99), weight_decay=0.03, warmup=5000, steps=500_000
@@ -44,10 +44,10 @@ IMAGENET256: Mapping[str, Mapping[str, Any]] = {
     "uvit": dict(_UVIT, size="h/2"),
     "uvit-l/2": dict(_UVIT_L, steps=300_000),
 }
-"""What U-ViT changes at 256; L/2 drops 15 % of the labels and stops after 300,000 steps."""
+"""U-ViT at 256 pixels. L/2 drops 15 % of the labels and trains for 300,000 steps."""
 
 IMAGENET512: Mapping[str, Mapping[str, Any]] = {"uvit": dict(_UVIT, size="h/4"), "uvit-l/4": _UVIT_L}
-"""What U-ViT changes at 512; L/4 drops 15 % of the labels, and trains as long as H/4."""
+"""U-ViT at 512 pixels. L/4 drops 15 % of the labels and trains as long as H/4."""
 
 CUSTOM = replace(
     IMAGENET,
@@ -63,7 +63,7 @@ CUSTOM = replace(
     eval_samples=5000,
     eval_labels="balanced",
 )
-"""For sets of the size of CIFAR-10: a plain start, published by nobody."""
+"""Defaults for data sets of about the size of CIFAR-10. Not published."""
 
 CUSTOM_SIZES: Mapping[str, Mapping[str, Any]] = {"uvit": dict(size="s/2-latent")}
-"""U-ViT's published s/2 is told no labels."""
+"""U-ViT's published S/2 is unconditional, so its latent variant is the default."""

@@ -1,8 +1,8 @@
-"""REPA's layout (sihyun-yu/REPA preprocessing): read as it is, and converted to a prepared data set.
+"""REPA's folder layout (sihyun-yu/REPA, preprocessing): read as it is, and converted to a prepared data set.
 
-images/**/*.png are the crops, vae-sd/**/*.npy hold (2C,h,w): the posterior's mean, then its standard
-deviation; vae-sd/dataset.json is {"labels": [[file name, label], ...]}. Images and moments belong together by
-their places among the sorted file names.
+images/**/*.png are the cropped images. vae-sd/**/*.npy are moments (2C,h,w): the mean of the posterior, then
+its standard deviation. vae-sd/dataset.json is {"labels": [[file name, label], ...]}. The image of a moment
+file is the one with the same position among the sorted file names.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from zipfile import BadZipFile
 import numpy as np
 
 from stbench.core.errors import UserError
-from stbench.data.crop import SUFFIXES, UNREADABLE, decode_image, reason, same_size
-from stbench.data.shard_writer import Rows, build, shard_bounds, split_of
-from stbench.data.shards import TRAIN, Manifest
+from stbench.data.crop import SUFFIXES, UNREADABLE, decode_image, reason, require_same_size
+from stbench.data.shard_writer import ShardRows, shard_bounds, write_shards
+from stbench.data.shards import Manifest
+from stbench.data.split import TRAIN, assign_split
 from stbench.models.autoencoder import PUBLISHED_SCALE, VAEInfo, find_vae, is_published
 
 FEATURES, IMAGES, LABELS = "vae-sd", "images", "dataset.json"
-DEFAULT_VAE = "sd-vae-ft-mse"
-"""The one REPA's preprocessing encodes with."""
-SAMPLED = 256
-"""Moment files whose content is in the fingerprint of a folder that is read as it is."""
 
-Second = Literal["std", "logvar"]
-"""What the second half of the channels holds."""
+DEFAULT_VAE = "sd-vae-ft-mse"
+"""The autoencoder of REPA's preprocessing."""
+
+SAMPLED = 256
+"""Number of moment files that are hashed for the fingerprint of a folder that is read as it is."""
+
+SecondHalf = Literal["std", "logvar"]
+"""What follows the mean in a moment file."""
 
 
 def is_repa(path: Path) -> bool:
@@ -40,17 +43,18 @@ def is_repa(path: Path) -> bool:
 
 
 @final
-class Repa:
-    """A folder in REPA's layout, listed. Raises UserError where names, labels and files do not fit."""
+class RepaFolder:
+    """The file names and labels of a folder in REPA's layout, and its moments and images by row."""
 
-    def __init__(self, path: Path, second: Second = "std") -> None:
+    def __init__(self, path: Path, second: SecondHalf = "std") -> None:
+        """List the folder. Raises UserError if files or labels are missing."""
         self.path, self._features, self._second = path, path / FEATURES, second
-        self.ids = _names(self._features, {".npy"})
+        self.ids = _relative_names(self._features, {".npy"})
         if not self.ids:
             raise UserError(
                 f"expected .npy files under {self._features}, found none; see REPA's preprocessing"
             )
-        self.labels = _labels(self._features / LABELS, self.ids)
+        self.labels = _read_labels(self._features / LABELS, self.ids)
         self.shape = self._load(0).shape
 
     @property
@@ -60,19 +64,20 @@ class Repa:
 
     @cached_property
     def image_names(self) -> list[str]:
-        """Sorted names under images/, one for each moment file."""
-        found = _names(self.path / IMAGES, SUFFIXES)
+        """Sorted names under images/, one per moment file."""
+        found = _relative_names(self.path / IMAGES, SUFFIXES)
         if len(found) != len(self.ids):
             raise UserError(
-                f"expected {len(self.ids)} images under {self.path / IMAGES}, one for each moment file, "
-                f"found {len(found)}; evaluation needs them: copy the whole folder"
+                f"expected {len(self.ids)} images under {self.path / IMAGES}, one per moment file, "
+                f"found {len(found)}; the evaluation requires them: copy the whole folder"
             )
         return found
 
     def fingerprint(self) -> str:
-        """Hash of names, labels and up to 256 evenly spaced moment files: all of a small set.
+        """Return a hash of names, labels and at most 256 evenly spaced moment files.
 
-        `stbench data import` hashes every file.
+        Reading all files of ImageNet would take too long at the start of a run. `stbench data import` hashes
+        every file.
         """
         digest = hashlib.sha256(json.dumps([self.ids, self.labels.tolist(), self._second]).encode())
         for index in np.linspace(0, len(self.ids) - 1, min(SAMPLED, len(self.ids))).astype(int):
@@ -84,10 +89,10 @@ class Repa:
         try:
             moments = np.load(path, allow_pickle=False)
             if not isinstance(moments, np.ndarray):
-                raise ValueError("an archive, no array")
+                raise ValueError("an archive instead of an array")
         except (OSError, ValueError, EOFError, BadZipFile) as error:
             raise UserError(
-                f"{path} is truncated or no .npy file ({reason(error)}); copy it again"
+                f"{path} is truncated or not an .npy file ({reason(error)}); copy it again"
             ) from error
         if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
             raise UserError(
@@ -96,16 +101,18 @@ class Repa:
         return moments
 
     def moments(self, index: int) -> np.ndarray:
-        """Mean and standard deviation (2C,h,w) of one image as fp16, as a prepared data set holds them.
+        """Return mean and standard deviation (2C,h,w) of an image, float16, as in a prepared data set.
 
-        Raises UserError for a file of another shape, one that is damaged, or standard deviations below 0.
+        Raises UserError for a file that is damaged or has another shape, and for negative standard
+        deviations.
         """
         found, path = self._load(index), self._features / self.ids[index]
         if found.shape != self.shape:
             raise UserError(
                 f"expected moments of one shape, found {self.shape} in {self.ids[0]} and {found.shape} in "
-                f"{self.ids[index]}; keep images of one size in a folder"
+                f"{self.ids[index]}; use one folder per image size"
             )
+        # To mean and standard deviation; the clamp is that of diffusers' DiagonalGaussianDistribution.
         mean, second = np.split(found.astype(np.float32), 2)
         if self._second == "logvar":
             second = np.exp(0.5 * second.clip(-30.0, 20.0))
@@ -114,38 +121,43 @@ class Repa:
                 f"{path}: a standard deviation is negative, so these are log-variances; "
                 f"convert the folder with `stbench data import --second logvar`"
             )
-        with np.errstate(over="ignore"):  # what overflows is told below
+        with np.errstate(over="ignore"):  # an overflow is reported below
             rounded = np.concatenate([mean, second]).astype(np.float16)
         if not np.isfinite(rounded).all():
             raise UserError(
-                f"{path} holds moments that are not finite or beyond fp16; encode the image again"
+                f"{path} contains moments that are not finite or overflow float16; encode the image again"
             )
         return rounded
 
-    def pictures(self, rows: Sequence[int], image_shape: tuple[int, int, int]) -> np.ndarray:
-        """Pixels uint8 (m,c,H,W) of some rows. Raises UserError if one cannot be read or has another size."""
-        images = [self._picture(row, image_shape[0]) for row in rows]
-        same_size(
+    def pixels(self, rows: Sequence[int], image_shape: tuple[int, int, int]) -> np.ndarray:
+        """Return pixels, uint8 (m,c,H,W), of some rows.
+
+        Raises UserError for an image that is unreadable or has another size.
+        """
+        images = [self._read_image(row, image_shape[0]) for row in rows]
+        require_same_size(
             [np.empty(image_shape, np.uint8), *images],
             ["a decoded latent", *(self.image_names[row] for row in rows)],
             "the images must be the crops that were encoded",
         )
         return np.stack(images) if images else np.empty((0, *image_shape), np.uint8)
 
-    def _picture(self, row: int, channels: int) -> np.ndarray:
+    def _read_image(self, row: int, channels: int) -> np.ndarray:
         path = self.path / IMAGES / self.image_names[row]
         try:
             return decode_image(path.read_bytes(), channels, None)
         except UNREADABLE as error:
-            raise UserError(f"{path} cannot be read ({reason(error)}); copy it again") from error
+            raise UserError(f"cannot read {path} ({reason(error)}); copy it again") from error
 
 
-def _names(folder: Path, suffixes: set[str] | frozenset[str]) -> list[str]:
+def _relative_names(folder: Path, suffixes: set[str] | frozenset[str]) -> list[str]:
+    """Return the sorted paths, relative to the folder, of all files with one of the suffixes."""
     files = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
     return sorted(file.relative_to(folder).as_posix() for file in files)
 
 
-def _labels(file: Path, ids: Sequence[str]) -> np.ndarray:
+def _read_labels(file: Path, ids: Sequence[str]) -> np.ndarray:
+    """Return the labels (N,) int64 of the moment files."""
     try:
         known = {str(name): int(label) for name, label in json.loads(file.read_bytes())["labels"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -157,25 +169,30 @@ def _labels(file: Path, ids: Sequence[str]) -> np.ndarray:
         raise UserError(f"{file} has no label for {missing[0]} ({len(missing)} missing); add it to the list")
     labels = np.array([known[name] for name in ids], np.int64)
     if labels.min() < 0:
-        raise UserError(f"{file}: labels want to be 0..K-1, found {labels.min()}; number them anew")
+        raise UserError(f"{file}: labels must be 0..K-1, found {labels.min()}; renumber them")
     return labels
 
 
+# --- The autoencoder that encoded the moments ---
+
+
 @dataclass(frozen=True)
-class Decoder:
-    """What is known of the autoencoder behind moments that were made elsewhere."""
+class DecoderInfo:
+    """What is known about the autoencoder of moments that another program encoded."""
 
     vae: str
     sha256: str
+    """"" if the files of a published autoencoder are not available."""
     scale: float
     shift: float
     image_shape: tuple[int, int, int]
 
 
-def decoder_of(repa: Repa, vae: str) -> Decoder:
-    """The autoencoder by name or folder. A published name need not be there: its scale is known.
+def find_decoder(folder: RepaFolder, vae: str) -> DecoderInfo:
+    """Return the autoencoder by published name or folder.
 
-    Raises UserError for one whose latents have another number of channels.
+    The files of a published autoencoder may be missing, because its normalisation is known. Raises UserError
+    for an autoencoder whose latents have another number of channels.
     """
     found: VAEInfo | None = None
     try:
@@ -183,69 +200,85 @@ def decoder_of(repa: Repa, vae: str) -> Decoder:
     except UserError:
         if not is_published(vae):
             raise
+    # Moments do not say which autoencoder encoded them; the number of channels is all there is to check.
     channels = found.latent_channels if found else 4
-    if channels != repa.latent_channels:
+    if channels != folder.latent_channels:
         raise UserError(
-            f"{repa.path} holds moments of {repa.latent_channels} channels, autoencoder {vae} has "
+            f"{folder.path} contains moments of {folder.latent_channels} channels, autoencoder {vae} has "
             f"{channels}; give the one that encoded them"
         )
-    if found is None:
-        return Decoder(vae, "", PUBLISHED_SCALE, 0.0, (3, 8 * repa.shape[1], 8 * repa.shape[2]))
-    size = found.factor * repa.shape[1]
-    return Decoder(found.name, found.sha256, found.scale, found.shift, (found.channels, size, size))
+    if found is None:  # the published autoencoders have 3 channels, factor 8 and this scale
+        return DecoderInfo(vae, "", PUBLISHED_SCALE, 0.0, (3, 8 * folder.shape[1], 8 * folder.shape[2]))
+    size = found.factor * folder.shape[1]
+    return DecoderInfo(found.name, found.sha256, found.scale, found.shift, (found.channels, size, size))
+
+
+# --- Conversion ---
 
 
 def convert(
-    repa: Repa,
+    folder: RepaFolder,
     target: Path,
-    decoder: Decoder,
+    decoder: DecoderInfo,
+    *,
     shards: int | None,
     references: int,
     advance: Callable[[int], None],
 ) -> tuple[Manifest, bool]:
-    """Write the prepared data set of a REPA folder; returns its manifest and whether anything was to do.
+    """Write a prepared data set; return its manifest and whether anything was missing.
 
-    Unlike `prepare`, it leaves nothing out: a damaged file is an error. Raises UserError as
-    `store_writer.build` does.
+    Unlike `prepare`, this leaves no image out: a damaged file is an error. Raises UserError as `write_shards`
+    does.
     """
-    split = split_of(repa.ids, references)
+    split = assign_split(folder.ids, references)
     draft = Manifest(
         kind="moments",
-        shape=repa.shape,
+        shape=folder.shape,
         views=1,
         flip=False,
         image_shape=decoder.image_shape,
-        classes=[str(label) for label in range(int(repa.labels.max()) + 1)],
+        classes=[str(label) for label in range(int(folder.labels.max()) + 1)],
         vae=decoder.vae,
         vae_sha256=decoder.sha256,
         scale=decoder.scale,
         shift=decoder.shift,
-        plan=_plan(repa, decoder, shards, references),
+        plan=_plan(folder, decoder, shards, references),
         shards=(),
     )
 
-    def make(start: int, stop: int) -> Rows:
-        data = np.empty((stop - start, 1, *repa.shape), np.float16)
+    def make(start: int, stop: int) -> ShardRows:
+        # Moments of all images; pixels of held-out and reference images.
+        data = np.empty((stop - start, 1, *folder.shape), np.float16)
         for row in range(start, stop):
-            data[row - start, 0] = repa.moments(row)
+            data[row - start, 0] = folder.moments(row)
             advance(1)
         kept = [row for row in range(start, stop) if split[row] != TRAIN]
-        images = repa.pictures(kept, decoder.image_shape)
-        return Rows(
-            repa.ids[start:stop], repa.labels[start:stop].tolist(), split[start:stop].tolist(), data, images
+        return ShardRows(
+            ids=folder.ids[start:stop],
+            labels=folder.labels[start:stop].tolist(),
+            split=split[start:stop].tolist(),
+            data=data,
+            images=folder.pixels(kept, decoder.image_shape),
         )
 
-    pixels = int((split != TRAIN).sum()) * int(np.prod(decoder.image_shape))
-    needed = len(repa.ids) * int(np.prod(repa.shape)) * 2 + pixels
-    return build(target, draft, shard_bounds(len(repa.ids), shards), needed, make, advance)
+    pixel_bytes = int((split != TRAIN).sum()) * int(np.prod(decoder.image_shape))
+    return write_shards(
+        target,
+        draft,
+        bounds=shard_bounds(len(folder.ids), shards),
+        total_bytes=len(folder.ids) * int(np.prod(folder.shape)) * 2 + pixel_bytes,
+        make=make,
+        advance=advance,
+    )
 
 
-def _plan(repa: Repa, decoder: Decoder, shards: int | None, references: int) -> dict[str, object]:
+def _plan(folder: RepaFolder, decoder: DecoderInfo, shards: int | None, references: int) -> dict[str, object]:
+    """Return what a rerun must have in common with the first command."""
     return {
-        "source": str(repa.path.resolve()),
+        "source": str(folder.path.resolve()),
         "layout": "repa",
-        "images": len(repa.ids),
-        "listing": repa.fingerprint(),
+        "images": len(folder.ids),
+        "listing": folder.fingerprint(),
         "autoencoder": [decoder.vae, decoder.sha256],
         "shards": shards,
         "references": references,

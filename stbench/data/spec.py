@@ -1,4 +1,4 @@
-"""`DataSpec`: where the data of a run lie and how they are read."""
+"""`DataSpec`: which data a run trains on and how they are read."""
 
 from __future__ import annotations
 
@@ -10,17 +10,50 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stbench.core.errors import UserError
 
+PIXELS = "none"
+"""The value of `--vae` and `data.vae` for training on pixels, without an autoencoder."""
+
 RESERVED = ("path", "fingerprint")
-"""Fields of `DataSpec` that --set may not touch."""
+"""Fields of `DataSpec` that `--set` cannot change."""
+
+
+class SpecModel(BaseModel):
+    """Base class of all specifications: immutable; rejects unknown fields, infinities and NaNs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataSpec(SpecModel):
+    """Where the data of a run are and how they are read.
+
+    Only `flip` and, for a folder of images, `vae` and `size` affect the trained weights. They enter the
+    hashes of a run through the fingerprint of the data set.
+    """
+
+    path: str
+    """Absolute path of a prepared data set, a folder in REPA's layout, or images."""
+    vae: str = ""
+    """Autoencoder: a published name, a folder, or "none" for pixels; "" for the one that made the data."""
+    size: int | None = Field(default=None, gt=0)
+    """Height and width in pixels to which images are cropped when they are encoded on the fly."""
+    flip: bool | None = None
+    """Whether images are mirrored at random; None for the setting the data were prepared with."""
+    resident: Literal["auto", "yes", "no"] = "auto"
+    """Whether all moments are kept in the memory of the device."""
+    extractor: str | None = None
+    """torch-fidelity feature extractor for the evaluation; None for the data set's default."""
+    fingerprint: str = ""
+    """Fingerprint of the data set when the run started; "" if it is not known yet."""
 
 
 def data_fields(path: str | None, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Fields of a `DataSpec`; None without a path. Raises UserError for options without one."""
+    """Return the fields of a `DataSpec` from `--data PATH` and the `data.*` options; None without a path.
+
+    Raises UserError for options without a path and for options that cannot be set.
+    """
     if path is None:
         if options:
-            raise UserError(
-                f"data.{next(iter(options))} wants --data PATH beside it; add it, or leave both out"
-            )
+            raise UserError(f"data.{next(iter(options))} requires --data PATH; add it, or drop the option")
         return None
     for name in RESERVED:
         if name in options:
@@ -29,42 +62,15 @@ def data_fields(path: str | None, options: Mapping[str, Any]) -> dict[str, Any] 
 
 
 def _vae(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A folder that is there by its absolute path; a published name stays, and None means "none"."""
+    """Return `vae` with an existing folder made absolute and None, which `--set` parses "none" to, undone."""
     if "vae" not in options:
         return {}
     vae = options["vae"]
-    if vae is None:  # what --set makes of none
-        return {"vae": "none"}
-    named = isinstance(vae, str) and vae and Path(vae).expanduser().is_dir()
-    return {"vae": _absolute(vae)} if named else {}
+    if vae is None:
+        return {"vae": PIXELS}
+    is_folder = isinstance(vae, str) and vae and Path(vae).expanduser().is_dir()
+    return {"vae": _absolute(vae)} if is_folder else {}
 
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
-
-
-class SpecModel(BaseModel):
-    """Base of all specifications: immutable, no unknown fields, no infinities or NaNs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class DataSpec(SpecModel):
-    """Where the data of a run lie and how they are read. Of these only `flip` and, for a folder of images,
-    `vae` and `size` change a weight, and they do so through the data set's fingerprint.
-    """
-
-    path: str
-    """Absolute: a prepared data set, REPA's layout, or images."""
-    vae: str = ""
-    """Autoencoder by published name or folder, "none" for pixels; "" for the one the data were made with."""
-    size: int | None = Field(default=None, gt=0)
-    """Pixels to crop images to that are encoded on the fly."""
-    flip: bool | None = None
-    """Whether images are mirrored at random; None for what the data were prepared with."""
-    resident: Literal["auto", "yes", "no"] = "auto"
-    """Whether all moments are kept on the device."""
-    extractor: str | None = None
-    """torch-fidelity extractor of the evaluation; None for the data set's own."""
-    fingerprint: str = ""
-    """Of the data set when the run began; "" for not yet known."""

@@ -1,4 +1,8 @@
-"""The corruption processes and their training losses: flows, improved DDPM, and U-ViT's noise predictions."""
+"""Diffusion processes: objectives (corruption and training loss), samplers and guidance.
+
+Re-exports the objectives and schedules; `stbench.diffusion.sample` contains samplers and guidance. Knows the
+interfaces of `stbench.core` only.
+"""
 
 from stbench.diffusion.flow import CosineFlow, Flow, LinearFlow
 from stbench.diffusion.noise_prediction import Discrete, ImprovedDdpm, VpContinuous, VpDiscrete

@@ -1,4 +1,4 @@
-"""Samplers that walk a subset of a discrete process's own steps: ancestral DDPM and DDIM."""
+"""Samplers that visit a subset of the steps of a discrete process: ancestral DDPM and DDIM."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from torch import Tensor
 
 from stbench.core.errors import UserError
 from stbench.core.registry import SAMPLERS
-from stbench.diffusion import Discrete, respaced_steps
 from stbench.diffusion.guidance import Denoiser
+from stbench.diffusion.noise_prediction import Discrete
 from stbench.diffusion.sampler import Noise, Sampler, draw
+from stbench.diffusion.schedule import respaced_steps
 
 Spacing = Literal["stride", "spread"]
-"""Every k-th step ("ddimN" in improved DDPM's code), or N steps from the first to the last ("N")."""
+"""How the N visited steps are chosen: every k-th step ("ddimN" in improved DDPM's code), or spread evenly
+from the first to the last ("N").
+"""
 
 
 @final
 @SAMPLERS.register_module(name="ddpm")
 @dataclass(frozen=True)
 class Ddpm(Sampler):
-    """Ancestral sampling, learned variance, respaced schedule, nothing clipped (improved DDPM, DiT)."""
+    """Ancestral sampling with learned variance on a respaced schedule, unclipped (improved DDPM, DiT)."""
 
     spacing: Spacing = "spread"
     name = "ddpm"
@@ -31,14 +34,14 @@ class Ddpm(Sampler):
 
     @property
     def stochastic(self) -> bool:
-        """True: one draw a step but the last."""
+        """True: one draw per step, none in the last."""
         return True
 
-    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
-        """Draw x_{s} from p(x_s | x_t) down the kept steps; the last step takes the mean."""
-        process = discrete(denoiser, self.name)
-        kept = keep(self.spacing, steps, process)
-        schedule, times = process.schedule.respaced(kept), process.time(kept).tolist()
+    def run(self, denoiser: Denoiser, x: Tensor, *, steps: int, noise: Noise | None) -> Tensor:
+        """Draw x_s from p(x_s | x_t) along the visited steps; the last step returns the mean."""
+        process = discrete_process(denoiser, self.name)
+        visited = visited_steps(self.spacing, steps, process)
+        schedule, times = process.schedule.respaced(visited), process.time(visited).tolist()
         for k in reversed(range(steps)):
             prediction = denoiser(x, times[k])
             mean, log_variance, _ = schedule.model_posterior(prediction, x, torch.tensor([k]))
@@ -50,7 +53,7 @@ class Ddpm(Sampler):
 @SAMPLERS.register_module(name="ddim")
 @dataclass(frozen=True)
 class Ddim(Sampler):
-    """DDIM on a subset of the steps; eta 0 is deterministic, eta 1 is ancestral (DDIM eq. 12, 16)."""
+    """DDIM on a subset of the steps; deterministic with eta 0, ancestral with eta 1 (DDIM eq. 12, 16)."""
 
     eta: float = 0.0
     spacing: Spacing = "stride"
@@ -59,14 +62,14 @@ class Ddim(Sampler):
 
     @property
     def stochastic(self) -> bool:
-        """Only with eta > 0: one draw a step but the last."""
+        """True if eta > 0: one draw per step, none in the last."""
         return self.eta > 0.0
 
-    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
-        """x_s = alpha_s x0 + sqrt(sigma_s^2 - spread^2) eps + spread z, and x0 at the end."""
-        process = discrete(denoiser, self.name)
-        kept = keep(self.spacing, steps, process)
-        times = process.time(kept).tolist()
+    def run(self, denoiser: Denoiser, x: Tensor, *, steps: int, noise: Noise | None) -> Tensor:
+        """Iterate x_s = alpha_s x0 + sqrt(sigma_s^2 - spread^2) eps + spread z; the last step returns x0."""
+        process = discrete_process(denoiser, self.name)
+        visited = visited_steps(self.spacing, steps, process)
+        times = process.time(visited).tolist()
         for k in reversed(range(steps)):
             x0, eps = denoiser.denoise(x, times[k])
             if k == 0:
@@ -80,14 +83,16 @@ class Ddim(Sampler):
         return x
 
 
-def discrete(denoiser: Denoiser, name: str) -> Discrete:
-    """The objective, which must have whole steps; UserError otherwise."""
+def discrete_process(denoiser: Denoiser, name: str) -> Discrete:
+    """Return the denoiser's objective. Raises UserError if it is not a discrete process."""
     if not isinstance(denoiser.objective, Discrete):
         found = type(denoiser.objective).__name__
-        raise UserError(f"sampler '{name}' needs an objective of whole steps, found {found}; choose iddpm")
+        raise UserError(
+            f"sampler '{name}' needs a discrete process, found objective {found}; use --objective iddpm"
+        )
     return denoiser.objective
 
 
-def keep(spacing: Spacing, steps: int, process: Discrete) -> Tensor:
-    """The steps of the process that a sampler of `steps` steps visits, ascending (steps,)."""
+def visited_steps(spacing: Spacing, steps: int, process: Discrete) -> Tensor:
+    """Return the steps of the process that a sampler with `steps` steps visits, ascending (steps,)."""
     return respaced_steps(f"ddim{steps}" if spacing == "stride" else str(steps), process.steps)

@@ -1,4 +1,4 @@
-"""DPM-Solver in the two forms that U-ViT uses: single-step, order 3, evaluations grouped "fast"."""
+"""DPM-Solver in the two forms that U-ViT uses: single-step, order 3, with "fast" grouping of evaluations."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import torch
 from torch import Tensor
 
 from stbench.core.registry import SAMPLERS
-from stbench.diffusion import Discrete
 from stbench.diffusion.guidance import Denoiser, host
+from stbench.diffusion.noise_prediction import Discrete
 from stbench.diffusion.sampler import Noise, Sampler
 
 _CONTINUOUS_END = 1e-4
-"""Last time of a continuous process; a discrete one ends at its first step (U-ViT)."""
+"""Last time of a continuous process (U-ViT); a discrete one ends at its first step."""
 
 
 @final
 @SAMPLERS.register_module(name="dpm-solver")
 @dataclass(frozen=True)
 class DpmSolver(Sampler):
-    """U-ViT's sampler; `steps` counts evaluations, in groups of up to three.
+    """DPM-Solver-fast as used by U-ViT; `steps` counts evaluations, taken in groups of up to three.
 
-    Discrete process: data prediction (DPM-Solver++), uniform in t, a group of order o spans o intervals (H).
-    Continuous process: noise prediction, groups of equal log-SNR with nodes at thirds (L).
+    On a discrete process (U-ViT-H): data prediction (DPM-Solver++), nodes uniform in t, and a group of order
+    o spans o intervals. On a continuous process (U-ViT-L): noise prediction, groups of equal length in
+    log-SNR, with nodes at equal parts of each.
     """
 
     name = "dpm-solver"
 
-    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
-        """One exponential-integrator step a group."""
+    def run(self, denoiser: Denoiser, x: Tensor, *, steps: int, noise: Noise | None) -> Tensor:
+        """Take one exponential-integrator step per group."""
         data = isinstance(denoiser.objective, Discrete)
         groups = _uniform_time_groups(denoiser, steps) if data else _uniform_snr_groups(denoiser, steps)
         for nodes in groups:
@@ -40,7 +41,7 @@ class DpmSolver(Sampler):
 
 
 def fast_orders(steps: int) -> list[int]:
-    """Orders of the groups, `steps` evaluations in all (Lu et al. 2022, DPM-Solver-fast)."""
+    """Return the order of each group, `steps` evaluations in total (DPM-Solver-fast, Lu et al. 2022)."""
     threes, rest = divmod(steps, 3)
     if rest:
         return [3] * threes + [rest]
@@ -48,6 +49,7 @@ def fast_orders(steps: int) -> list[int]:
 
 
 def _uniform_time_groups(denoiser: Denoiser, steps: int) -> list[list[float]]:
+    """Return the nodes of each group on a grid that is uniform in t."""
     end = denoiser.objective.snap(host(0.0)).item()
     grid = torch.linspace(1.0, end, steps + 1, dtype=torch.float64).tolist()
     groups, start = [], 0
@@ -58,12 +60,14 @@ def _uniform_time_groups(denoiser: Denoiser, steps: int) -> list[list[float]]:
 
 
 def _uniform_snr_groups(denoiser: Denoiser, steps: int) -> list[list[float]]:
+    """Return the nodes of each group, groups and nodes uniform in log-SNR."""
     orders = fast_orders(steps)
     ends = (_half_log_snr(denoiser, 1.0), _half_log_snr(denoiser, _CONTINUOUS_END))
     grid = torch.linspace(*ends, len(orders) + 1, dtype=torch.float64).tolist()
     groups = []
     for first, last, order in zip(grid, grid[1:], orders, strict=False):
         snr = torch.linspace(first, last, order + 1, dtype=torch.float64)
+        # tau = sigma/(alpha+sigma) is the sigmoid of log(sigma/alpha)
         groups.append(denoiser.objective.t_of_tau(torch.sigmoid(-snr)).tolist())
     return groups
 
@@ -74,9 +78,10 @@ def _half_log_snr(denoiser: Denoiser, t: float) -> float:
 
 
 def _step(denoiser: Denoiser, x: Tensor, nodes: list[float], *, data: bool) -> Tensor:
-    """From nodes[0] to nodes[-1], evaluating at all nodes but the last (DPM-Solver alg. 1-2; ++ alg. 1).
+    """Step x from nodes[0] to nodes[-1], with evaluations at all nodes but the last.
 
-    Both forms are one: the data form swaps alpha with sigma, and turns the sign of the log-SNR.
+    DPM-Solver algorithms 1 and 2, DPM-Solver++ algorithm 1. The data form is the noise form with alpha and
+    sigma swapped and the sign of the log-SNR flipped.
     """
     sign = -1.0 if data else 1.0
     start = _half_log_snr(denoiser, nodes[0])
@@ -84,9 +89,11 @@ def _step(denoiser: Denoiser, x: Tensor, nodes: list[float], *, data: bool) -> T
     carried, gained = zip(*(_swap(denoiser.coefficients(t), data) for t in nodes), strict=True)
     model = [_evaluate(denoiser, x, nodes[0], data)]
 
+    # The exponential integrator from nodes[0] to nodes[k], with what higher orders add to it
     def advance(k: int, correction: Tensor | float) -> Tensor:
         return carried[k] / carried[0] * x - gained[k] * (math.expm1(gaps[k - 1]) * model[0] + correction)
 
+    # Each evaluation at an intermediate node improves the correction for the next
     correction: Tensor | float = 0.0
     for k in range(1, len(nodes) - 1):
         model.append(_evaluate(denoiser, advance(k, correction), nodes[k], data))
@@ -96,7 +103,7 @@ def _step(denoiser: Denoiser, x: Tensor, nodes: list[float], *, data: bool) -> T
 
 
 def _correction(slope: Tensor, gap: float, *, midpoint: bool) -> Tensor:
-    """What a slope of the model along the log-SNR adds over `gap`; order 2 has it by the midpoint rule."""
+    """Contribution of the model's slope along the log-SNR over `gap`; order 2 uses the midpoint rule."""
     if midpoint:
         return 0.5 * gap * math.expm1(gap) * slope
     return (math.expm1(gap) - gap) * slope

@@ -1,4 +1,4 @@
-"""Samplers of the velocity flows, in REPA's form: t from 1 (noise) to 0 (data), state in float64."""
+"""Samplers for flows, in REPA's form: t runs from 1 (noise) to 0 (data), and the state is float64."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Euler(Sampler):
 
     name = "euler"
 
-    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
-        """x += v dt over `steps` equal intervals."""
+    def run(self, denoiser: Denoiser, x: Tensor, *, steps: int, noise: Noise | None) -> Tensor:
+        """Integrate x += v dt over `steps` equal intervals."""
         grid = uniform_grid(steps)
         for t, s in pairwise(grid):
             x = x + (s - t) * denoiser(x, t)
@@ -38,15 +38,15 @@ class Heun(Sampler):
     """Heun's method on the probability-flow ODE, uniform in t; `steps` counts intervals."""
 
     correct_last: bool = False
-    """Correct the last step too, as torchdiffeq's heun2 does; REPA does not."""
+    """Whether the last step is corrected too: torchdiffeq's heun2 does, REPA does not."""
     name = "heun"
 
     def nfe(self, steps: int) -> int:
-        """Two a step, one in an uncorrected last step."""
+        """Two evaluations per step, one for an uncorrected last step."""
         return 2 * steps - (not self.correct_last)
 
-    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
-        """Trapezoidal step from an Euler predictor; guidance is decided at the start of each step (REPA)."""
+    def run(self, denoiser: Denoiser, x: Tensor, *, steps: int, noise: Noise | None) -> Tensor:
+        """Take trapezoidal steps from an Euler predictor; each step is guided as at its start (REPA)."""
         grid = uniform_grid(steps)
         for t, s in pairwise(grid):
             guided = denoiser.active(t)
@@ -63,10 +63,11 @@ class Heun(Sampler):
 @SAMPLERS.register_module(name="euler-maruyama")
 @dataclass(frozen=True)
 class EulerMaruyama(Sampler):
-    """The reverse SDE with diffusion w(t) = 2t, uniform in t to `last_step`, then one step without noise.
+    """Euler-Maruyama on the reverse SDE with diffusion w(t) = 2t.
 
-    REPA's euler_maruyama_sampler; on the linear path also SiT's sample_sde with diffusion form "sigma" and
-    last step "Mean" (on the cosine path that form is 2 sin(pi t/2)).
+    Uniform in t from 1 to `last_step`, then one step without noise: REPA's euler_maruyama_sampler. On the
+    linear path it equals SiT's sample_sde with diffusion form "sigma" and last step "Mean". (On the cosine
+    path that form is 2 sin(pi t/2).)
     """
 
     last_step: float = 0.04
@@ -75,11 +76,11 @@ class EulerMaruyama(Sampler):
 
     @property
     def stochastic(self) -> bool:
-        """True: one draw a step but the last."""
+        """True: one draw per step, none in the last."""
         return True
 
-    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
-        """x += (v - w/2 score) dt + sqrt(w |dt|) z, with score = -eps/sigma."""
+    def run(self, denoiser: Denoiser, x: Tensor, *, steps: int, noise: Noise | None) -> Tensor:
+        """Integrate x += (v - w/2 score) dt + sqrt(w |dt|) z, with score = -eps/sigma."""
         grid = [*torch.linspace(1.0, self.last_step, steps, dtype=torch.float64).tolist(), 0.0]
         for i, (t, s) in enumerate(pairwise(grid)):
             v = denoiser(x, t)
@@ -93,5 +94,5 @@ class EulerMaruyama(Sampler):
 
 
 def uniform_grid(steps: int) -> list[float]:
-    """`steps` + 1 times from 1 to 0."""
+    """Return `steps` + 1 equidistant times from 1 to 0."""
     return torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64).tolist()

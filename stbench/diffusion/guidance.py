@@ -1,4 +1,4 @@
-"""What every sampler shares: guidance, the guided prediction at (x, t), and the sampler interface."""
+"""Classifier-free guidance, and the guided prediction of a network that every sampler calls."""
 
 from __future__ import annotations
 
@@ -15,33 +15,38 @@ from stbench.core.objective import Objective
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance. Scale 1 is none; U-ViT's s is scale - 1."""
+    """Settings of classifier-free guidance.
+
+    Scale 1 is no guidance. U-ViT's scale s corresponds to s + 1 here. Raises UserError for a bad interval or
+    number of channels.
+    """
 
     scale: float = 1.0
     low: float = 0.0
-    """Lowest flow-equivalent time at which it is on; the interval is closed."""
+    """Start of the closed interval of flow-equivalent times in which guidance is active."""
     high: float = 1.0
+    """End of that interval."""
     channels: int | None = None
-    """Leading latent channels that are guided; None is all of them, DiT and SiT published 3."""
+    """Number of leading latent channels that are guided (3 in DiT and SiT); None guides all."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.low <= self.high <= 1.0:
             raise UserError(
-                f"expected a guidance interval with 0 <= low <= high <= 1, found [{self.low}, {self.high}]; "
-                "set it to times such as 0.0 and 0.7"
+                f"the guidance interval must be [low,high] with 0 <= low <= high <= 1, "
+                f"got [{self.low}, {self.high}]; for example [0.0, 0.7]"
             )
         if self.channels is not None and self.channels < 1:
             raise UserError(
-                f"expected at least 1 guided channel, found {self.channels}; leave it out for all"
+                f"the number of guided channels must be at least 1, got {self.channels}; leave it out for all"
             )
 
     def active(self, tau: float) -> bool:
-        """Whether it changes anything at this flow-equivalent time."""
+        """Whether guidance changes the prediction at flow-equivalent time `tau`."""
         return self.scale != 1.0 and self.low <= tau <= self.high
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float, channels: int | None = None) -> Tensor:
-    """uncond + scale (cond - uncond) on the first `channels` channels (B,C,...), cond on the rest."""
+    """Return uncond + scale (cond - uncond) in the first `channels` channels (B,C,...), else cond."""
     if channels is None:
         return uncond + scale * (cond - uncond)
     guided = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
@@ -49,24 +54,28 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, channels: int | None = Non
 
 
 def host(t: float) -> Tensor:
-    """A time as a host tensor (1,) float64."""
+    """Return a time as a host tensor (1,), float64."""
     return torch.tensor([t], dtype=torch.float64)
 
 
 @final
 class Denoiser:
-    """The guided prediction of one network for one set of labels."""
+    """The guided prediction of one network for fixed labels y (B,).
+
+    Raises UserError if the guidance does not fit the network.
+    """
 
     def __init__(self, backbone: Backbone, objective: Objective, y: Tensor, guidance: Guidance) -> None:
         latent = backbone.info.channels
         if guidance.channels is not None and guidance.channels > latent:
             raise UserError(
-                f"expected at most {latent} guided channels, found {guidance.channels}; leave it out for all"
+                f"the number of guided channels must be at most {latent}, got {guidance.channels}; "
+                f"leave it out for all"
             )
         if guidance.scale != 1.0 and not backbone.info.null_label:
             raise UserError(
-                f"{backbone.info.name}-{backbone.info.size} was made without a null label, so it has no "
-                f"guidance: expected scale 1, found {guidance.scale}; leave it out"
+                f"{backbone.info.name}-{backbone.info.size} has no null label and cannot be guided: "
+                f"the guidance scale must be 1, got {guidance.scale}; leave it out"
             )
         self.backbone = backbone
         self.objective = objective
@@ -76,13 +85,14 @@ class Denoiser:
         self._channels = guidance.channels or latent
 
     def active(self, t: float) -> bool:
-        """Whether guidance is on at native time t."""
+        """Whether guidance is active at native time t."""
         return self.guidance.active(self.objective.tau(host(t)).item())
 
     def __call__(self, x: Tensor, t: float, *, guided: bool | None = None) -> Tensor:
-        """The prediction (B,C_out,H,W) float64 at x (B,C,H,W), native time t; the network sees float32.
+        """Return the prediction (B,C_out,H,W), float64, at x (B,C,H,W) and native time t.
 
-        Guidance doubles the batch, [cond; null], only where it is on; `guided` overrides the interval.
+        The network itself receives float32. Where guidance is active the batch is doubled to [cond; null];
+        `guided` overrides the interval.
         """
         x = x.float()
         if not (self.active(t) if guided is None else guided):
@@ -93,11 +103,11 @@ class Denoiser:
         return guide(cond, uncond, self.guidance.scale, self._channels)
 
     def denoise(self, x: Tensor, t: float, *, guided: bool | None = None) -> tuple[Tensor, Tensor]:
-        """The clean latent and the noise (x0, eps) float64 that the guided prediction implies."""
+        """Return the clean latent and the noise (x0, eps), float64, that the guided prediction implies."""
         return self.objective.denoise(self(x, t, guided=guided), x, host(t))
 
     def coefficients(self, t: float) -> tuple[float, float]:
-        """alpha and sigma at native time t."""
+        """Return alpha and sigma at native time t."""
         alpha, sigma = self.objective.alpha_sigma(host(t))
         return alpha.item(), sigma.item()
 

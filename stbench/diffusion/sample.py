@@ -1,4 +1,7 @@
-"""Samplers and guidance. `sample` is the front door: initial noise in, latents out."""
+"""Sampling: `sample` turns initial noise into latents with a registered sampler.
+
+Re-exports the samplers and guidance.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ __all__ = [
     "check_steps",
     "guide",
     "nfe",
-    "resolve",
+    "resolve_sampler",
     "sample",
 ]
 
@@ -48,28 +51,33 @@ def sample(
     guidance: Guidance = Guidance(),  # noqa: B008 - frozen
     noise: Noise | None = None,
 ) -> Tensor:
-    """Draw latents (B,C,H,W) float32 from initial noise z (B,C,H,W) and labels y (B,).
+    """Draw latents (B,C,H,W), float32, from initial noise z (B,C,H,W) and labels y (B,).
 
-    `name` is a registered name, or a sampler with its options set; `steps` is as published (function
-    evaluations; for Heun steps). `noise(i)` gives the i-th draw (B,C,H,W), so that a sample can be replayed.
-    Raises UserError if the sampler cannot invert the objective or run that many steps, ValueError if a
-    stochastic one has no noise.
+    `name` is a registered name, or a sampler with options. `steps` has its published meaning: function
+    evaluations, for Heun intervals. `noise(i)` returns the i-th draw (B,C,H,W), so that a sample can be
+    reproduced. Raises UserError if the sampler cannot invert the objective or take that many steps,
+    ValueError if a stochastic sampler has no `noise`.
     """
-    sampler = resolve(name, objective)
+    sampler = resolve_sampler(name, objective)
     if steps < sampler.min_steps:
         raise UserError(
-            f"sampler '{sampler.name}' takes at least {sampler.min_steps} steps, found {steps}; "
-            f"set its steps to {sampler.min_steps} or more"
+            f"sampler '{sampler.name}' needs at least {sampler.min_steps} steps, got {steps}; "
+            f"increase the number of steps"
         )
     if sampler.stochastic and noise is None:
         raise ValueError(
-            f"sampler '{sampler.name}' draws noise: pass noise=, a function of the draw's number"
+            f"sampler '{sampler.name}' draws noise: pass noise=, a function from the draw's index to noise"
         )
-    return sampler.run(Denoiser(backbone, objective, y, guidance), z.double(), steps, noise).float()
+    return sampler.run(
+        Denoiser(backbone, objective, y, guidance), z.double(), steps=steps, noise=noise
+    ).float()
 
 
-def resolve(name: str | Sampler, objective: Objective) -> Sampler:
-    """The sampler of that name with its default options; UserError if it cannot invert the objective."""
+def resolve_sampler(name: str | Sampler, objective: Objective) -> Sampler:
+    """Return the sampler registered under `name`, with default options.
+
+    Raises UserError if it cannot invert the objective.
+    """
     sampler: Sampler = lookup(SAMPLERS, name)() if isinstance(name, str) else name
     if sampler.name not in objective.samplers:
         known = {cls: label for label, cls in OBJECTIVES.module_dict.items()}
@@ -82,17 +90,20 @@ def resolve(name: str | Sampler, objective: Objective) -> Sampler:
 
 
 def nfe(name: str | Sampler, steps: int) -> int:
-    """Network evaluations per image of `steps` steps, guidance not counted."""
+    """Network evaluations per image for `steps` steps, not counting guidance."""
     sampler: Sampler = lookup(SAMPLERS, name)() if isinstance(name, str) else name
     return sampler.nfe(steps)
 
 
-class _Silent(Backbone):
-    """Predicts nothing, to let a sampler walk its grid."""
+class _ZeroBackbone(Backbone):
+    """A network that predicts zero, to run a sampler over its grid at no cost."""
 
     def __init__(self, out_channels: int) -> None:
         super().__init__()
-        self.info, self._out = BackboneInfo("silent", "", 1, 1, 1, 1, 1, 1, 1), out_channels
+        self.info = BackboneInfo(
+            name="zero", size="", depth=1, width=1, tokens=1, patch=1, channels=1, input_size=1, classes=1
+        )
+        self._out = out_channels
 
     def forward_intermediates(
         self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
@@ -101,9 +112,12 @@ class _Silent(Backbone):
 
 
 def check_steps(name: str, objective: Objective, steps: int) -> None:
-    """Walk the sampler's grid without a network: raises the UserError that sampling would end in."""
+    """Run a sampler on one pixel without a network; raises UserError if it cannot take that many steps.
+
+    Lets a command fail before training instead of at the first evaluation.
+    """
     pixel, label = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
-    network = _Silent(objective.out_channels(1))
+    network = _ZeroBackbone(objective.out_channels(1))
     try:
         sample(name, network, objective, pixel, label, steps=steps, noise=lambda draw: pixel)
     except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:

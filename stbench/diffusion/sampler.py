@@ -1,4 +1,4 @@
-"""The Sampler interface."""
+"""The Sampler interface: from initial noise to latents, given a denoiser."""
 
 from __future__ import annotations
 
@@ -11,30 +11,38 @@ from torch import Tensor
 from stbench.diffusion.guidance import Denoiser
 
 Noise = Callable[[int], Tensor]
-"""Number of the draw -> standard normal (B,C,H,W)."""
+"""Index of the draw -> standard normal noise (B,C,H,W)."""
 
 
 class Sampler(ABC):
-    """Turns initial noise into latents. A frozen dataclass whose fields are its options."""
+    """A numerical method that turns noise into latents.
+
+    Subclasses are frozen dataclasses whose fields are the sampler's options.
+    """
 
     name: ClassVar[str]
+    """The name it is registered under."""
     min_steps: ClassVar[int] = 1
+    """The smallest number of steps it can take."""
 
     @property
     def stochastic(self) -> bool:
-        """Whether it draws noise."""
+        """Whether it draws noise on the way."""
         return False
 
     def nfe(self, steps: int) -> int:
-        """Network evaluations per image, guidance not counted."""
+        """Network evaluations per image for `steps` steps, not counting guidance."""
         return steps
 
     @abstractmethod
-    def run(self, denoiser: Denoiser, x: Tensor, steps: int, noise: Noise | None) -> Tensor:
-        """From x (B,C,H,W) float64 at the noisiest time to the sample, float64."""
+    def run(self, denoiser: Denoiser, x: Tensor, *, steps: int, noise: Noise | None) -> Tensor:
+        """Return the sample (B,C,H,W), float64, from x (B,C,H,W), float64, at the noisiest time.
+
+        `noise` is None only if the sampler is not stochastic.
+        """
 
 
 def draw(noise: Noise | None, index: int, x: Tensor) -> Tensor:
-    """The index-th draw, like x (B,C,H,W)."""
+    """Return draw `index` with the device and dtype of x (B,C,H,W)."""
     assert noise is not None
     return noise(index).to(x.device, x.dtype, non_blocking=True)

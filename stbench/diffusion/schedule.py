@@ -1,4 +1,4 @@
-"""Discrete noise schedules: betas, what follows from them, and respacing. Index 0 is the least noisy step."""
+"""Discrete noise schedules: betas, derived quantities, and respacing. Step 0 is the least noisy."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from stbench.core.errors import UserError
 
 
 def linear_betas(steps: int = 1000) -> Tensor:
-    """Betas from 1e-4 to 0.02 at 1000 steps, scaled for another number (DDPM, DiT), float64 (steps,)."""
+    """Linear betas (steps,), float64: 1e-4 to 0.02 at 1000 steps, rescaled for other numbers (DDPM, DiT)."""
     scale = 1000 / steps
     return torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
 
 
 def scaled_linear_betas(steps: int = 1000) -> Tensor:
-    """Betas linear in their square root, 0.00085 to 0.012 (Stable Diffusion, U-ViT), float64 (steps,)."""
+    """Betas (steps,), float64, linear in their square root, 0.00085 to 0.012 (Stable Diffusion, U-ViT)."""
     return torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64).square()
 
 
 def like(coefficients: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-    """Coefficients (B,) or (1,) as factors (B,1,1,1) of x (B,C,H,W): its device and dtype."""
+    """Return coefficients (B,) or (1,) as factors (B,1,1,1) with the device and dtype of x (B,C,H,W)."""
     return [c.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1) for c in coefficients]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What follows from betas (T,), all float64 on the host (DDPM; improved DDPM)."""
+    """Betas (T,) and derived quantities, float64 on the host (DDPM; improved DDPM)."""
 
     betas: Tensor
 
@@ -42,7 +42,7 @@ class Schedule:
 
     @cached_property
     def alphas_cumprod_prev(self) -> Tensor:
-        """alpha-bar of the step below (T,); 1 below the first."""
+        """alpha-bar of the previous step (T,); 1 before the first."""
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
 
     @cached_property
@@ -52,7 +52,7 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance_clipped(self) -> Tensor:
-        """Its logarithm (T,); the first entry, log 0, is replaced by the second."""
+        """Logarithm of that variance (T,); the first entry, log 0, is replaced by the second."""
         return torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
 
     @cached_property
@@ -66,13 +66,13 @@ class Schedule:
         return (1.0 - self.alphas_cumprod_prev) * (1.0 - self.betas).sqrt() / (1.0 - self.alphas_cumprod)
 
     def respaced(self, kept: Tensor) -> Schedule:
-        """The schedule of the steps `kept` (ascending indices), with the same alpha-bars there."""
+        """Return the schedule of the steps `kept` (ascending indices), with unchanged alpha-bars."""
         kept_bars = self.alphas_cumprod[kept]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), kept_bars[:-1]])
         return Schedule(1.0 - kept_bars / previous)
 
     def posterior(self, x0: Tensor, x_t: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B,C,H,W) and log variance (B,1,1,1) of q(x_{t-1} | x_t, x_0) at host steps `index`."""
+        """Return mean (B,C,H,W) and log variance (B,1,1,1) of q(x_{t-1} | x_t, x_0) at host steps `index`."""
         tables = (self.posterior_mean_coef1, self.posterior_mean_coef2, self.posterior_log_variance_clipped)
         coef1, coef2, log_variance = like([table[index] for table in tables], x_t)
         return coef1 * x0 + coef2 * x_t, log_variance
@@ -80,10 +80,10 @@ class Schedule:
     def model_posterior(
         self, prediction: Tensor, x_t: Tensor, index: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean and log variance of p(x_{t-1} | x_t), and the clean latent it implies, each (B,C,H,W).
+        """Return the mean and log variance of p(x_{t-1} | x_t) and the implied clean latent, each (B,C,H,W).
 
-        `prediction` (B,2C,H,W) is the noise, then v in log var = f log beta + (1-f) log beta~, f = (v+1)/2
-        (improved DDPM eq. 15).
+        `prediction` (B,2C,H,W) contains the noise and v, where log var = f log beta + (1-f) log beta~ with
+        f = (v+1)/2 (improved DDPM eq. 15).
         """
         eps, v = prediction.chunk(2, dim=1)
         tables = (self.alphas_cumprod, self.betas.log())
@@ -96,31 +96,32 @@ class Schedule:
 
 
 def respaced_steps(spacing: str, steps: int = 1000) -> Tensor:
-    """The steps kept out of `steps`: "250" spreads them from first to last, "ddim50" takes every 20th (DiT).
+    """Return the steps kept of `steps`, ascending, int64 (DiT, improved DDPM).
 
-    Returns ascending indices, int64. Raises UserError for a count that the spacing cannot give.
+    "250" spreads 250 steps from the first to the last, "ddim50" takes every 20th of 1000. Raises UserError
+    for a count that is impossible.
     """
     integer_stride = spacing.startswith("ddim")
     count = int(spacing.removeprefix("ddim"))
     if not 2 <= count <= steps:
-        raise UserError(f"expected 2 to {steps} sampling steps, found {count}; set --steps within that range")
+        raise UserError(f"the number of sampling steps must be 2 to {steps}, got {count}")
     return _strided(count, steps) if integer_stride else _spread(count, steps)
 
 
 def _strided(count: int, steps: int) -> Tensor:
+    """Take every k-th step, starting with step 0."""
     stride = math.ceil(steps / count)
     kept = torch.arange(0, steps, stride)
     if len(kept) != count:
-        raise UserError(
-            f"expected a number of steps that a whole stride keeps of {steps}, found {count}; "
-            f"set the sampler's steps to {len(kept)}"
-        )
+        raise UserError(f"no whole stride takes {count} of {steps} sampling steps; use {len(kept)} steps")
     return kept
 
 
 def _spread(count: int, steps: int) -> Tensor:
+    """Spread the steps evenly from the first to the last."""
     stride, position, kept = (steps - 1) / (count - 1), 0.0, []
     for _ in range(count):
         kept.append(round(position))
-        position += stride  # accumulated, as the reference does: it decides the halves
+        # Accumulated as in the reference code: the rounding error decides where halves go.
+        position += stride
     return torch.tensor(kept)

@@ -20,8 +20,9 @@ from torch import Tensor
 from stbench.core.errors import UserError
 from stbench.data.crop import SUFFIXES, UNREADABLE, centre_crop
 from stbench.data.open import open_data
-from stbench.data.shards import MANIFEST, REFERENCE
+from stbench.data.shards import MANIFEST
 from stbench.data.spec import DataSpec
+from stbench.data.split import REFERENCE
 
 SETTINGS = "settings.json"
 """File that `stbench sample` writes next to its PNG files."""

@@ -1,59 +1,55 @@
-"""Going back to a run: its specification, its kept weights, and more evaluations. Trains nothing."""
+"""Open a finished or unfinished run folder: its specification, its plan and its stored weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stbench.config.build import build_backbone
-from stbench.config.plan import StageJob, prepare
-from stbench.config.spec import RunSpec, revalidate
-from stbench.core.backbone import Backbone
-from stbench.core.errors import UserError
+from stbench.config.plan import PlannedStage, PreparedRun, prepare
+from stbench.config.spec import stored_spec
+from stbench.core.backbone import Backbone, Weights
 from stbench.core.registry import load_plugins
-from stbench.data.dataset import Dataset
 from stbench.models.weights import load_weights
 from stbench.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
 class PastRun:
-    """A run folder, opened for reading."""
+    """A run folder that has been opened for reading."""
 
     folder: RunFolder
-    spec: RunSpec
-    dataset: Dataset
-    jobs: Sequence[StageJob]
+    prepared: PreparedRun
 
-    def weights_at(self, job: StageJob) -> dict[int, Path]:
-        """Step -> the EMA weights kept there."""
-        place = self.folder.path / "checkpoints" / f"{job.index}-{job.name}"
-        return {int(file.stem.rsplit("-", 1)[1]): file for file in sorted(place.glob("ema-*.safetensors"))}
+    @property
+    def last_stage(self) -> PlannedStage:
+        """The stage whose network is evaluated."""
+        return self.prepared.stages[-1]
 
-    def network(self, file: Path) -> Backbone:
-        """The run's network with the weights of a file, frozen and in eval mode, on the host."""
-        network = build_backbone(self.spec.backbone, self.spec.objective, self.dataset)
+    def weight_files(self, kind: Weights) -> dict[int, Path]:
+        """The stored weights of the last stage by step."""
+        stage = self.last_stage
+        return self.folder.stage(stage.index, stage.name).weight_files(kind)
+
+    def load(self, file: Path) -> Backbone:
+        """The run's network with the weights of a file: on the host, frozen and in eval mode."""
+        spec = self.prepared.spec
+        network = build_backbone(spec.backbone, spec.objective, self.prepared.dataset)
         network.load_state_dict(load_weights(file))
         return network.eval().requires_grad_(False)
 
 
 def open_run(path: Path) -> PastRun:
-    """Read a run folder. Raises UserError if it is none, is damaged, or needs a plug-in that is gone."""
+    """Open a run folder.
+
+    Raises:
+        UserError: If `path` is not a run folder, if it is damaged, or if a plug-in it needs is missing.
+    """
     folder = RunFolder(path)
-    if not folder.exists():
-        raise UserError(
-            f"{path} is no run folder (it has no spec.json); `stbench compare` lists those there are"
-        )
+    folder.require()
     stored = folder.spec()
     load_plugins([Path(file) for file in stored["plugins"] if file.endswith(".py")])
-    spec = revalidate({name: stored[name] for name in RunSpec.model_fields if name in stored}, path)
-    opened = spec
-    if spec.data is not None:  # nobody trains here, so the training set is not loaded onto the device
-        opened = spec.model_copy(update={"data": spec.data.model_copy(update={"resident": "no"})})
-    dataset, jobs, _ = prepare(opened)
-    return PastRun(folder, spec, dataset, jobs)
-
-
-def _cache(run: PastRun) -> Path:
-    return run.folder.path.parent / ".cache"
+    spec = stored_spec(stored, path)
+    if spec.data is not None:  # nothing is trained here, so the training set stays on disk
+        spec = spec.model_copy(update={"data": spec.data.model_copy(update={"resident": "no"})})
+    return PastRun(folder, prepare(spec))

@@ -1,38 +1,38 @@
-"""The evaluation protocol: what must agree before two numbers may stand in one table."""
+"""Evaluation points: the evaluation protocol, and the curve rows of a network at one step."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from stbench.config.build import build_objective
-from stbench.config.plan import StageJob
-from stbench.config.spec import EvalSpec, RunSpec
+from stbench.config.plan import PlannedStage, PreparedRun
+from stbench.config.spec import EvalSpec
 from stbench.core.backbone import Backbone
 from stbench.data.dataset import Dataset
-from stbench.diffusion.sample import Guidance
+from stbench.diffusion.guidance import Guidance
 from stbench.evaluate.extractors import extractor_hash, get_extractor, tensors_hash
 from stbench.evaluate.generate import generate, save_grid, validation_loss
 from stbench.evaluate.metrics import BASIC_METRICS, EXTRA_METRICS, compute_metrics
-from stbench.evaluate.past_run import PastRun, _cache
+from stbench.evaluate.past_run import PastRun
 from stbench.models.autoencoder import ROUNDING
-from stbench.runs.folder import RunFolder
+from stbench.runs.folder import OutputFolder, RunFolder
 from stbench.runs.records import CurvePoint
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Every choice that moves a metric and is not the network; guidance is a column of the tables instead."""
+    """Everything besides the network that changes a metric. Guidance is not part of it: it is a column."""
 
     reference: str
     """Main reference set: data set, name and hash of its images."""
     extractor: str
-    """Name and hash of its weights."""
+    """Name of the feature extractor and hash of its weights."""
     samples: int
     labels: str
     """ "balanced" or "random"."""
@@ -40,7 +40,7 @@ class Protocol:
     sampler: str
     steps: int
     channels: int | None
-    """Leading latent channels that guidance acts on; None for all."""
+    """Number of leading latent channels that are guided; None for all."""
     decoder: str
     """Hash of the decoder's weights."""
     rounding: str
@@ -53,112 +53,105 @@ class Protocol:
 
     @property
     def hash(self) -> str:
-        """8 hex digits over all fields."""
+        """Hash of all fields, 8 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def protocol_of(
-    dataset: Dataset,
-    *,
-    samples: int,
-    labels: str,
-    seed: int,
-    sampler: str,
-    steps: int,
-    channels: int | None = None,
-    weights: str = "ema",
-) -> Protocol:
-    """The protocol of these settings on a data set, with its reference, extractor and decoder filled in."""
+def protocol_of(dataset: Dataset, settings: EvalSpec, weights: str = "ema") -> Protocol:
+    """The protocol of evaluation settings on a data set."""
     images = dataset.references["train"]()
     return Protocol(
         reference=f"{dataset.name}/train {tensors_hash([images])[:16]}",
         extractor=f"{dataset.extractor} {extractor_hash(get_extractor(dataset.extractor))[:16]}",
-        samples=samples,
-        labels=labels,
-        seed=seed,
-        sampler=sampler,
-        steps=steps,
-        channels=channels,
-        decoder=dataset.decoder[:16],
+        samples=settings.samples,
+        labels=settings.labels,
+        seed=settings.seed,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        channels=settings.channels,
+        decoder=dataset.decoder,
         rounding=ROUNDING,
         weights=weights,
     )
 
 
-def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> list[CurvePoint]:
-    """Evaluate the last stage's kept weights under changed evaluation settings; returns the rows added."""
-    spec = run.spec.model_copy(update={"eval": settings})
-    job, known = run.jobs[-1], {(p.stage_index, p.step): p for p in run.folder.points()}
-    added = []
-    with run.folder.lock():
-        evaluation = Evaluation(job, spec, run.dataset.to(device), run.folder, _cache(run), device)
-        for step, file in run.weights_at(job).items():
-            before = known.get((job.index, step))
-            if before is not None:
-                added += evaluation.run(run.network(file).to(device), step, before.seconds, before.flops)
-    return added
-
-
-class Evaluation:
-    """Evaluates the EMA at a point of a stage and writes the rows that the curve does not hold yet."""
+class PointEvaluator:
+    """Evaluates the EMA network of a stage at its points and appends the missing rows to the curve."""
 
     def __init__(
         self,
-        job: StageJob,
-        spec: RunSpec,
-        dataset: Dataset,
+        prepared: PreparedRun,
+        stage: PlannedStage,
         folder: RunFolder,
-        cache: Path,
+        *,
+        dataset: Dataset,
         device: torch.device,
     ) -> None:
-        self._job, self._spec, self._dataset = job, spec, dataset
-        self._folder, self._cache, self._device = folder, cache, device
-        self._objective = build_objective(spec.objective)
-        settings = spec.eval
-        self.protocol = protocol_of(
-            dataset,
-            samples=settings.samples,
-            labels=settings.labels,
-            seed=settings.seed,
-            sampler=settings.sampler,
-            steps=settings.steps,
-            channels=settings.channels,
-        )
+        self._spec, self._stage, self._folder = prepared.spec, stage, folder
+        self._dataset, self._device = dataset, device
+        self._cache = OutputFolder(folder.path.parent).reference_statistics
+        self._objective = build_objective(prepared.spec.objective)
+        self.protocol = protocol_of(dataset, prepared.spec.eval)
 
-    def run(self, ema: Backbone, step: int, seconds: float, flops: float) -> list[CurvePoint]:
-        """Evaluate at every scale due here; returns the new rows, none if all were there."""
-        have = {
-            (p.stage_index, p.step, p.guidance, tuple(p.interval), p.protocol) for p in self._folder.points()
-        }
-        settings = self._spec.eval
-        last = self._job.last and step == self._job.steps
-        named = isinstance(settings.extras, list) and self._job.last and step in settings.extras
-        full = settings.extras == "all" or last or named
-        scales = settings.guidance if full else [1.0]
-        place = (self._job.index, step)
-        due = [s for s in scales if (*place, s, tuple(settings.interval), self.protocol.hash) not in have]
-        if not due:
+    def evaluate(self, ema: Backbone, step: int, *, seconds: float, flops: float) -> list[CurvePoint]:
+        """Evaluate at every guidance scale that is due at this step.
+
+        Args:
+            ema: The network, in eval mode on the device.
+            step: Optimiser steps of the stage.
+            seconds: Training seconds of the stage so far.
+            flops: Training FLOPs of the stage so far.
+
+        Returns:
+            The rows that were added to the curve; none if all were there already.
+        """
+        settings, extras = self._spec.eval, self._extras_due(step)
+        scales = settings.guidance if extras else [1.0]
+        missing = [scale for scale in scales if scale not in self._evaluated_scales(step)]
+        if not missing:
             return []
         val_loss = validation_loss(
             ema, self._objective, self._dataset, seed=settings.seed, device=self._device
         )
-        points = [self._point(ema, step, s, full, val_loss, seconds, flops) for s in due]
+        points = []
+        for scale in missing:
+            points.append(
+                CurvePoint(
+                    stage=self._stage.name,
+                    stage_index=self._stage.index,
+                    step=step,
+                    images=step * self._spec.train.batch,
+                    guidance=scale,
+                    interval=settings.interval,
+                    protocol=self.protocol.hash,
+                    metrics=self._measure(ema, step, scale, extras),
+                    val_loss=val_loss,
+                    seconds=seconds,
+                    flops=flops,
+                )
+            )
         self._folder.add_protocol(self.protocol.hash, self.protocol.fields())
         self._folder.append_points(points)
         return points
 
-    def _point(
-        self,
-        ema: Backbone,
-        step: int,
-        scale: float,
-        full: bool,
-        val_loss: list[float],
-        seconds: float,
-        flops: float,
-    ) -> CurvePoint:
+    def _extras_due(self, step: int) -> bool:
+        """Whether the guidance grid and the slow metrics are evaluated at this step."""
+        extras, is_last = self._spec.eval.extras, self._stage.is_last
+        named = isinstance(extras, list) and is_last and step in extras
+        return extras == "all" or named or (is_last and step == self._stage.steps)
+
+    def _evaluated_scales(self, step: int) -> set[float]:
+        """Guidance scales that the curve already contains for this step, interval and protocol."""
+        where = (self._stage.index, step, tuple(self._spec.eval.interval), self.protocol.hash)
+        return {
+            point.guidance
+            for point in self._folder.points()
+            if (point.stage_index, point.step, tuple(point.interval), point.protocol) == where
+        }
+
+    def _measure(self, ema: Backbone, step: int, scale: float, extras: bool) -> dict[str, float]:
+        """Generate images at one guidance scale, store a grid of them, and compute the metrics."""
         settings = self._spec.eval
-        guidance = Guidance(scale, *settings.interval, channels=settings.channels)
         images, labels = generate(
             ema,
             self._objective,
@@ -168,26 +161,30 @@ class Evaluation:
             seed=settings.seed,
             sampler=settings.sampler,
             steps=settings.steps,
-            guidance=guidance,
+            guidance=Guidance(scale, *settings.interval, channels=settings.channels),
             device=self._device,
         )
-        name = f"{self._job.index}-{self._job.name}-{step:08d}-g{scale:g}.png"
         columns = self._dataset.classes if settings.labels == "balanced" else 10
-        save_grid(images[: 10 * columns], self._folder.path / "samples" / name, columns)
-        names = BASIC_METRICS + (EXTRA_METRICS if full else ())
-        metrics = compute_metrics(
+        picture = self._folder.sample_file(self._stage.index, self._stage.name, step, scale)
+        save_grid(images[: 10 * columns], picture, columns)
+        names = BASIC_METRICS + (EXTRA_METRICS if extras else ())
+        return compute_metrics(
             images, self._dataset, names, cache_dir=self._cache, labels=labels, device=self._device
         )
-        return CurvePoint(
-            stage=self._job.name,
-            stage_index=self._job.index,
-            step=step,
-            images=step * self._spec.train.batch,
-            guidance=scale,
-            interval=settings.interval,
-            protocol=self.protocol.hash,
-            metrics=metrics,
-            val_loss=val_loss,
-            seconds=seconds,
-            flops=flops,
-        )
+
+
+def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> Sequence[CurvePoint]:
+    """Evaluate the stored weights of a run's last stage under other settings; returns the added rows."""
+    spec = run.prepared.spec.model_copy(update={"eval": settings})
+    prepared, stage = replace(run.prepared, spec=spec), run.last_stage
+    known = {(p.stage_index, p.step): p for p in run.folder.points()}
+    added: list[CurvePoint] = []
+    with run.folder.lock():
+        dataset = prepared.dataset.to(device)
+        evaluator = PointEvaluator(prepared, stage, run.folder, dataset=dataset, device=device)
+        for step, file in run.weight_files("ema").items():
+            before = known.get((stage.index, step))
+            if before is not None:  # only points that training has reached have a cost
+                network = run.load(file).to(device)
+                added += evaluator.evaluate(network, step, seconds=before.seconds, flops=before.flops)
+    return added

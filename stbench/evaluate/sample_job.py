@@ -14,8 +14,7 @@ import torch
 from stbench.core.errors import UserError
 from stbench.core.files import write_array
 from stbench.core.registry import suggest
-from stbench.diffusion.sample import Guidance, check_steps
-from stbench.diffusion.sample import resolve as resolve_sampler
+from stbench.diffusion.sample import Guidance, check_steps, resolve_sampler
 from stbench.evaluate.generate import draw_labels
 from stbench.evaluate.progress import ProgressBar, Report, ignore, no_progress
 from stbench.evaluate.sample_batch import BatchSampler, SampleSpec, rows_per_call

@@ -17,7 +17,7 @@ from stbench.core.objective import Objective
 from stbench.core.registry import load_builtins
 from stbench.data.dataset import Dataset
 from stbench.data.path_dataset import PathDataset
-from stbench.data.prepare import PIXELS
+from stbench.data.spec import PIXELS
 from stbench.evaluate.extractors import tensors_hash
 from stbench.evaluate.past_run import open_run
 from stbench.models.autoencoder import ROUNDING, VAEInfo, find_vae, to_uint8
@@ -87,14 +87,15 @@ def load_model(location: ModelLocation, device: torch.device | str = "cpu") -> S
 
 def _load_run(location: ModelLocation, device: torch.device | str) -> SamplingModel:
     run = open_run(location.path)
-    files = run.weights_at(run.jobs[-1])
+    files = run.weight_files("ema")
     if not files:
         raise UserError(f"{location.path} has no weights yet; finish it with `stbench run` first")
-    network, settings = run.network(files[max(files)]), run.spec.eval
-    dataset = _with_decoder(run.dataset, location.vae).to(device)
+    spec = run.prepared.spec
+    network, settings = run.load(files[max(files)]), spec.eval
+    dataset = _with_decoder(run.prepared.dataset, location.vae).to(device)
     return SamplingModel(
         backbone=network.to(device),
-        objective=build_objective(run.spec.objective),
+        objective=build_objective(spec.objective),
         decode=dataset.decode,
         weights_hash=tensors_hash(list(network.state_dict().values())),
         decoder_hash=dataset.decoder,

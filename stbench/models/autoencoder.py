@@ -1,4 +1,4 @@
-"""Autoencoders: images to latents and back, the one rounding to uint8, checked loading of weights."""
+"""Autoencoders: images to latents and back, rounding to uint8, and autoencoders on disk."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from stbench.core.files import hash_file
 from stbench.models.assets import asset_manifest, load_asset
 
 ROUNDING = "clamp, round half to even of (x+1)*127.5"
-"""How `to_uint8` rounds, as named in an evaluation protocol."""
-
+"""How `to_uint8` rounds; part of an evaluation protocol."""
 
 DIGITS_VAE: dict[str, Any] = {
     "in_channels": 1,
@@ -31,25 +30,25 @@ DIGITS_VAE: dict[str, Any] = {
     "norm_num_groups": 8,
     "sample_size": 32,
 }
-"""diffusers configuration of the shipped autoencoder: 1x32x32 images, 4x8x8 latents."""
+"""diffusers configuration of the shipped digits autoencoder: 1x32x32 images, 4x8x8 latents."""
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1,1] to uint8 of the same shape: clamp, then round (x+1)*127.5 half to even.
+    """Convert images in [-1,1] to uint8: clamp, then round (x+1)*127.5 half to even.
 
-    The one rounding of the program: every image that is measured, stored or shown went through it once.
+    Every image that is measured, stored or shown is rounded here, exactly once.
     """
     return ((images.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [-1,1]; `to_uint8` undoes it exactly."""
+    """Convert uint8 images to float32 in [-1,1]. `to_uint8` is the exact inverse."""
     return images.float() / 127.5 - 1.0
 
 
 @final
 class Autoencoder:
-    """A frozen diffusers AutoencoderKL in plain tensors: images to posterior moments, latents to images."""
+    """A frozen diffusers AutoencoderKL whose inputs and outputs are plain tensors."""
 
     def __init__(self, vae: nn.Module, fingerprint: str) -> None:
         self.vae = vae.eval().requires_grad_(False)
@@ -58,27 +57,27 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B,c,H,W) in [-1,1] to the posterior's mean and std, each (B,C,h,w)."""
+        """Encode images (B,c,H,W) in [-1,1] to mean and std of the posterior, (B,C,h,w) each."""
         posterior = self.vae.encode(images).latent_dist  # type: ignore[operator]
         return posterior.mean, posterior.std
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
-        """Images (B,c,H,W) in [-1,1] to the posterior's mean and, unclamped, log-variance, (B,2C,h,w)."""
+        """Encode images (B,c,H,W) in [-1,1] to mean and unclamped log-variance, (B,2C,h,w)."""
         return self.vae.encode(images).latent_dist.parameters  # type: ignore[operator]
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Latents (B,C,h,w) to images (B,c,H,W), nominally in [-1,1] and not yet clamped."""
+        """Decode latents (B,C,h,w) to images (B,c,H,W), nominally in [-1,1] but not clamped."""
         return self.vae.decode(z).sample  # type: ignore[operator]
 
     def to(self, device: torch.device | str) -> Autoencoder:
-        """A copy on `device`."""
+        """Return a copy on `device`."""
         return Autoencoder(copy.deepcopy(self.vae).to(device), self.fingerprint)
 
 
 def build_vae(config: dict[str, Any]) -> nn.Module:
-    """A diffusers AutoencoderKL from its configuration, initialised from torch's global random state."""
+    """Build a diffusers AutoencoderKL with random weights from torch's global random state."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL.from_config(config)  # type: ignore[no-untyped-call]
@@ -86,9 +85,9 @@ def build_vae(config: dict[str, Any]) -> nn.Module:
 
 @cache
 def digits_autoencoder() -> Autoencoder:
-    """The shipped autoencoder of the embedded digits, on the host."""
+    """Return the shipped autoencoder of the embedded digits, on the CPU."""
     weights = load_asset("digits_vae")
-    # On the meta device nothing is initialised, so loading leaves the global random state alone.
+    # The meta device initialises nothing, so that loading does not change the global random state.
     with torch.device("meta"):
         vae = build_vae(DIGITS_VAE)
     vae.load_state_dict(weights, assign=True)
@@ -96,9 +95,9 @@ def digits_autoencoder() -> Autoencoder:
 
 
 def read_vae(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """diffusers' AutoencoderKL from a local folder, its weights as `dtype`.
+    """Load diffusers' AutoencoderKL from a local folder, with weights of type `dtype`.
 
-    Raises UserError for one that does not load.
+    Raises UserError if it does not load.
     """
     from diffusers import AutoencoderKL
 
@@ -110,59 +109,56 @@ def read_vae(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
             use_safetensors=True,
             torch_dtype=dtype,
         )
-    except Exception as error:  # diffusers and safetensors raise whatever they find
+    except Exception as error:  # diffusers and safetensors may raise anything
         found = " ".join(str(error).split())[:300]
         raise UserError(
-            f"autoencoder in {folder} does not load ({type(error).__name__}: {found}); fetch it again"
+            f"cannot load the autoencoder in {folder} ({type(error).__name__}: {found}); download it again"
         ) from error
 
 
 PUBLISHED = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")}
-"""Names that need no path -> their repository."""
-
+"""Published name -> repository on the Hugging Face hub."""
 
 PUBLISHED_SCALE = 0.18215
-"""What the latents of the published ones are multiplied by."""
-
+"""Scale of the latents of the published autoencoders."""
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
 class VAEInfo:
-    """An autoencoder on disk: where it is, what it is, and how its latents are normalised."""
+    """An autoencoder on disk: files, shapes, and the normalisation (z - shift) * scale of its latents."""
 
     name: str
-    """As the user named it: a published name, or an absolute path."""
+    """Published name, or absolute path."""
     folder: Path
     sha256: str
-    """Of configuration and weights."""
+    """Hash of configuration and weights."""
     channels: int
-    """Of the images."""
+    """Channels of the images."""
     latent_channels: int
     factor: int
-    """Pixels a latent."""
+    """Height of the images / height of the latents."""
     scale: float
     shift: float
 
     def load(self, dtype: torch.dtype = torch.float32) -> Autoencoder:
-        """The network, frozen, on the host."""
+        """Load the network, frozen, on the CPU."""
         return Autoencoder(read_vae(self.folder, dtype), self.sha256)
 
 
 @cache
 def find_vae(name: str) -> VAEInfo:
-    """The autoencoder of a published name or in a folder, its files hashed.
+    """Find and hash the autoencoder with a published name, in the Hugging Face cache, or in a folder.
 
-    Raises UserError for a name that is not cached, a folder that is missing or holds no diffusers
-    AutoencoderKL.
+    Raises UserError if it is not in the cache, or if the folder does not contain diffusers' AutoencoderKL.
     """
     published = is_published(name)
     folder = _cached(name) if published else Path(name).expanduser().resolve()
     if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(
             f"expected an autoencoder (config.json and {WEIGHTS}) in {folder}, found none; "
-            f"for example: {download('sd-vae-ft-ema')} and give that folder"
+            f"for example type {download('sd-vae-ft-ema')} and give that folder"
         )
     config = _config(folder)
     return VAEInfo(
@@ -178,16 +174,17 @@ def find_vae(name: str) -> VAEInfo:
 
 
 def is_published(name: str) -> bool:
-    """Whether a name stands for a published autoencoder; a folder of that name goes before it."""
+    """Whether a name is that of a published autoencoder, and not of a folder."""
     return name in PUBLISHED and not Path(name).is_dir()
 
 
 def download(name: str) -> str:
-    """The command that fetches a published autoencoder to a folder."""
+    """Return the command that downloads a published autoencoder to a folder."""
     return f"`hf download {PUBLISHED[name]} --local-dir {name}`"
 
 
 def _cached(name: str) -> Path:
+    """Return the folder of a published autoencoder in the Hugging Face cache."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(PUBLISHED[name], "config.json")
@@ -201,11 +198,12 @@ def _cached(name: str) -> Path:
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    """Read the configuration of an AutoencoderKL."""
     try:
         config = json.loads((folder / "config.json").read_text())
         if config["_class_name"] != "AutoencoderKL" or int(config["in_channels"]) not in (1, 3):
             raise KeyError("_class_name")
-        return {**config, "latent_channels": config["latent_channels"]}
+        return {**config, "latent_channels": config["latent_channels"]}  # KeyError if it is missing
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder}/config.json: expected diffusers' AutoencoderKL for 1 or 3 channels, "

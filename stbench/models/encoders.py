@@ -1,6 +1,7 @@
-"""Frozen image encoders that teach from outside the model: timm networks, the digits' own, cached tokens.
+"""Frozen external image encoders: timm models, the shipped digits encoder, and cached tokens of either.
 
-Each gives one token for each patch of the latent. Nothing is downloaded or read before `open`.
+Each gives one token per patch of the latent. `find_encoder` identifies an encoder without loading it;
+`open_encoder` loads it.
 """
 
 from __future__ import annotations
@@ -25,40 +26,43 @@ from stbench.models.assets import asset_manifest, load_asset
 from stbench.models.autoencoder import to_float
 
 DIGITS = "digits"
-"""The shipped encoder of the embedded digits."""
+"""Name of the shipped encoder of the embedded digits."""
+
 DINOV2 = "vit_base_patch14_dinov2.lvd142m"
-"""timm's name of DINOv2-B/14, REPA's default."""
+"""timm's name of DINOv2 ViT-B/14, the default of REPA."""
 
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """Where tokens come from, as plain data: what identifies an encoder."""
+    """Identity of an encoder, and where its weights or cached tokens are."""
 
     kind: Literal["timm", "digits", "cached"]
     name: str
-    """timm model name, "digits", or the cache's own encoder name."""
+    """timm model name, "digits", or the name of the encoder that the cached tokens are from."""
     width: int
-    """Dz."""
+    """Token width Dz."""
     sha256: str
-    """Of the weights or of the cached tokens; "" for a hub model, which its name identifies."""
+    """Hash of the weights or of the cached tokens; "" for a model from the hub, identified by its name."""
     path: str = field(default="", compare=False)
-    """Local weights, or the cache; "" for none. Where a file lies is no part of what it is."""
+    """File of local weights or folder of cached tokens, "" for none; not part of the identity."""
 
     @property
     def needs(self) -> str:
-        """What a leaderboard row says of it."""
+        """What a leaderboard row says that the run needed."""
         cached = "cached tokens of " if self.kind == "cached" else ""
         return f"{cached}encoder {self.name}"
 
 
 def find_encoder(name: str, checkpoint: Path | None = None) -> EncoderSpec:
-    """What `name` means: "digits", a cache folder made by `cache_tokens`, or a timm model (optionally with
-    local weights). Raises UserError for what is missing or unknown.
+    """Identify an encoder: "digits", a folder written by `cache_tokens`, or a timm model.
+
+    `checkpoint` is a file with the weights of a timm model; without it they come from the hub. Raises
+    UserError if something is missing or unknown.
     """
     if checkpoint is not None and (name == DIGITS or (Path(name) / "tokens.json").is_file()):
         raise UserError(
-            f"recipe.checkpoint={checkpoint} has no meaning for encoder '{name}', which has its own; "
-            f"leave it out (null in a list)"
+            f"recipe.checkpoint={checkpoint} cannot be used with encoder '{name}', which has its own "
+            f"weights; leave it out (null in a list)"
         )
     if name == DIGITS:
         asset = asset_manifest()["assets"]["digits_encoder"]
@@ -74,7 +78,7 @@ def find_encoder(name: str, checkpoint: Path | None = None) -> EncoderSpec:
 
 
 def open_encoder(spec: EncoderSpec, tokens: int, device: torch.device) -> ImageEncoder | CachedTokens:
-    """The encoder on the device, frozen, giving `tokens` tokens an image. Raises UserError if it cannot."""
+    """Load an encoder, frozen, on a device. Raises UserError unless it gives `tokens` tokens per image."""
     if spec.kind == "cached":
         return CachedTokens(spec, tokens)
     if spec.kind == "digits":
@@ -84,9 +88,12 @@ def open_encoder(spec: EncoderSpec, tokens: int, device: torch.device) -> ImageE
     return ImageEncoder(network, spec, tokens).to(device).eval()
 
 
+# --- Encoders that run on the images ---
+
+
 @final
 class ImageEncoder(nn.Module):
-    """A frozen timm vision transformer on the clean images: REPA's preprocessing, or the digits' own."""
+    """A frozen timm vision transformer that is applied to the clean images."""
 
     def __init__(self, network: nn.Module, spec: EncoderSpec, tokens: int) -> None:
         super().__init__()
@@ -99,15 +106,20 @@ class ImageEncoder(nn.Module):
         def call(net: Any) -> object:
             return net.forward_features(torch.empty(shape, device="meta"))
 
+        # Counted on the meta device, so that a plan needs no weights.
         self.flops = float(forward_flops(network, call, ("encoder",)))
         if patches.num_patches != tokens:
             raise UserError(
                 f"encoder '{spec.name}' gives {patches.num_patches} tokens, the backbone has {tokens}; "
-                f"choose an encoder or a patch size that agree"
+                f"choose an encoder or a patch size that matches"
             )
 
     def tokens(self, images: Tensor) -> Tensor:
-        """Normalised patch tokens (B,N,Dz) of uint8 images (B,c,H,W); class and register tokens left out."""
+        """Return patch tokens (B,N,Dz), after the final norm, of uint8 images (B,c,H,W).
+
+        Class and register tokens are left out. Images are preprocessed as in REPA; the digits encoder takes
+        them in [-1,1].
+        """
         if self.spec.kind == "digits":
             prepared = to_float(images)
         else:
@@ -118,62 +130,64 @@ class ImageEncoder(nn.Module):
 
 
 def encoder_input(images: Tensor, size: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 images (B,c,H,W) to float (B,3,size,size): /255, the encoder's mean and std, bicubic (REPA).
+    """Preprocess uint8 images (B,c,H,W) to (B,3,size,size) as REPA does.
 
-    DINOv2's mean and std are ImageNet's. One channel is repeated to three.
+    Divides by 255, normalises with the encoder's mean and std (ImageNet's for DINOv2) and resizes with
+    bicubic interpolation. A single channel is repeated three times.
     """
     x = images.expand(-1, 3, -1, -1).float() / 255.0
     shift, scale = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (mean, std))
     return F.interpolate((x - shift) / scale, (size, size), mode="bicubic", align_corners=False)
 
 
+# --- Cached tokens ---
+
+
 @final
 class CachedTokens:
-    """Tokens on disk, one row for each training image, read by row number."""
+    """Tokens on disk, one row per training image, memory-mapped."""
 
     def __init__(self, spec: EncoderSpec, tokens: int) -> None:
         self._tokens = np.load(Path(spec.path) / "tokens.npy", mmap_mode="r")
         self.flops = float(_manifest(Path(spec.path))["flops"])
-        """Of one image when the cache was made."""
+        """FLOPs per image of the encoder that made them."""
         if self._tokens.shape[1] != tokens:
             raise UserError(
-                f"{spec.path} holds {self._tokens.shape[1]} tokens an image, the backbone has {tokens}; "
+                f"{spec.path} contains {self._tokens.shape[1]} tokens per image, the backbone has {tokens}; "
                 f"cache the tokens of another encoder or image size"
             )
 
     def rows(self, index: Tensor, dataset_size: int) -> Tensor:
-        """Tokens (B,N,Dz) float32 on the host. Raises UserError if they are not of these images."""
+        """Return tokens (B,N,Dz), float32 on the CPU. Raises UserError if they are not of these images."""
         if len(self._tokens) != dataset_size:
             raise UserError(
-                f"cached tokens are of {len(self._tokens)} images, the data set has {dataset_size}; "
-                f"cache its own tokens"
+                f"expected cached tokens of {dataset_size} images, found {len(self._tokens)}; "
+                f"cache the tokens of this data set"
             )
         if len(index) and int(index.max()) >= dataset_size:
-            raise UserError("cached tokens are of images, found mirror images; type --set data.flip=false")
+            raise UserError("there are no cached tokens of mirror images; type --set data.flip=false")
         return torch.from_numpy(self._tokens[index.numpy()].astype(np.float32))
 
 
 def cache_tokens(folder: Path, encoder: ImageEncoder, images: Iterable[Tensor], count: int) -> EncoderSpec:
-    """Write the tokens of the `count` training images, in row order and batches of uint8 (b,c,H,W), to
-    `folder`.
+    """Encode the `count` training images, given in row order as batches uint8 (b,c,H,W), and save the tokens.
 
-    tokens.npy is float16 (count,N,Dz), written batch by batch; tokens.json, which names the encoder, its
-    cost, and the file's size and sha256, appears when it is whole. Raises UserError for another number of
-    images.
+    tokens.npy is float16 (count,N,Dz), written batch by batch. tokens.json, with the encoder, its FLOPs, and
+    size and hash of tokens.npy, is written last. Raises UserError for another number of images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokens.json").unlink(missing_ok=True)
+    (folder / "tokens.json").unlink(missing_ok=True)  # tokens without it are not a cache
     device = next(encoder.network.parameters()).device
     shape = (count, encoder.network.patch_embed.num_patches, encoder.spec.width)
     tokens, done = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.float16, shape), 0
     for batch in images:
         if done + len(batch) > count:
-            raise UserError(f"expected {count} images to cache tokens of, found more; give their number")
+            raise UserError(f"expected {count} images, found more; pass the right count")
         with torch.no_grad():
             tokens[done : done + len(batch)] = encoder.tokens(batch.to(device)).half().cpu().numpy()
         done += len(batch)
     if done < count:
-        raise UserError(f"expected {count} images to cache tokens of, found {done}; give their number")
+        raise UserError(f"expected {count} images, found {done}; pass the right count")
     tokens.flush()
     file = folder / "tokens.npy"
     content = {
@@ -189,7 +203,7 @@ def cache_tokens(folder: Path, encoder: ImageEncoder, images: Iterable[Tensor], 
 
 
 def _cached_spec(folder: Path) -> EncoderSpec:
-    """What tokens.json says; of tokens.npy only the size is checked: reading it all can take minutes."""
+    """Identify cached tokens. Of tokens.npy only the size is checked, because hashing it takes minutes."""
     content = _manifest(folder)
     file = folder / "tokens.npy"
     if not file.is_file():
@@ -204,6 +218,7 @@ def _cached_spec(folder: Path) -> EncoderSpec:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    """Read tokens.json."""
     try:
         content = json.loads((folder / "tokens.json").read_text())
         if content["schema"] != 1:
@@ -213,8 +228,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/tokens.json is damaged ({error}); cache the tokens again") from error
 
 
+# --- Loading ---
+
+
 @cache
 def _width(name: str) -> int:
+    """Return the token width of a timm model."""
     import timm
 
     try:
@@ -222,17 +241,18 @@ def _width(name: str) -> int:
             network: Any = timm.create_model(name, pretrained=False, num_classes=0)
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"unknown encoder '{name}': expected 'digits', a folder of cached tokens or a timm model such as "
+            f"unknown encoder '{name}'; expected 'digits', a folder of cached tokens or a timm model such as "
             f"{DINOV2}"
         ) from error
     if not hasattr(network, "num_prefix_tokens") or not hasattr(network, "patch_embed"):
         raise UserError(
-            f"encoder '{name}' gives no patch tokens; expected a plain vision transformer such as {DINOV2}"
+            f"encoder '{name}' has no patch tokens; expected a plain vision transformer such as {DINOV2}"
         )
     return int(network.num_features)
 
 
 def _digits_network() -> nn.Module:
+    """Build the shipped digits encoder."""
     from timm.models.vision_transformer import VisionTransformer
 
     with torch.device("meta"):
@@ -242,24 +262,24 @@ def _digits_network() -> nn.Module:
 
 
 def _timm_network(spec: EncoderSpec, tokens: int, load: bool) -> nn.Module:
-    """The timm model at the image size whose patches are the latent's: 224 for DINOv2 and 256 tokens."""
+    """Build a timm model at the image size that gives `tokens` patches: 224 for DINOv2 and 256 tokens."""
     import timm
 
     with torch.device("meta"):
         plain: Any = timm.create_model(spec.name, pretrained=False, num_classes=0)
     patch: int = plain.patch_embed.patch_size[0]
     size = patch * math.isqrt(tokens)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # timm draws initial weights from the global random state
         try:
-            # through timm's own loading of pretrained weights, which fits the position table to the size
+            # As pretrained weights, because timm then resizes the position table to the image size.
             overlay = {"file": spec.path} if spec.path else None
             return timm.create_model(
                 spec.name, pretrained=load, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size
             )
-        except Exception as error:  # the hub, the file system and timm raise what they like
+        except Exception as error:  # the hub, the file system and timm may raise anything
             reason = " ".join(str(error).split())[:160]
             raise UserError(
-                f"encoder '{spec.name}' cannot be loaded ({reason}); {_download(spec.name)}"
+                f"cannot load encoder '{spec.name}' ({reason}); {_download(spec.name)}"
             ) from error
 
 

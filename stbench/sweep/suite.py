@@ -11,11 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from stbench.config import plan
 from stbench.config.overrides import OPTIONS, checked_options, read_file
-from stbench.config.plan import stage_fingerprints
-from stbench.config.resolve import specify
-from stbench.config.spec import RunSpec
+from stbench.config.plan import PreparedRun, prepare
+from stbench.config.resolve import resolve_options
 from stbench.core.errors import UserError
 from stbench.core.registry import suggest
 from stbench.runs.journal import JournalEntry
@@ -42,9 +40,12 @@ class Expanded:
 
     wanted: Wanted
     entry: JournalEntry
-    stages: tuple[str, ...]
-    """Fingerprints of its stages, in order."""
-    spec: RunSpec
+    prepared: PreparedRun
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Fingerprints of its stages, in order."""
+        return tuple(stage.fingerprint for stage in self.prepared.stages)
 
 
 def find_suite(name: str, shipped: Path = SHIPPED) -> Path:
@@ -110,25 +111,23 @@ def expand(wanted: Iterable[Wanted]) -> list[Expanded]:
 
 
 def _expand(run: Wanted) -> Expanded:
-    spec = specify(run.values, run.overrides)
-    dataset, jobs, hashed = plan.prepare(spec)
-    entry = _entry(spec, plan.run_id(spec, hashed.train), hashed.setting, hashed.row)
-    return Expanded(run, entry, tuple(stage_fingerprints(jobs, spec, dataset.fingerprint)), spec)
+    prepared = prepare(resolve_options(run.values, run.overrides))
+    return Expanded(run, _entry(prepared), prepared)
 
 
-def _entry(spec: RunSpec, run_id: str, setting_hash: str, row_hash: str) -> JournalEntry:
-    plain = spec.model_dump(mode="json")
+def _entry(prepared: PreparedRun) -> JournalEntry:
+    spec = prepared.spec
     return JournalEntry(
-        run_id=run_id,
+        run_id=prepared.run_id,
         dataset=spec.dataset,
         backbone=f"{spec.backbone.name}-{spec.backbone.size}",
         objective=spec.objective,
         recipe=spec.recipe.name,
-        options=plain["recipe"]["options"],
+        options=spec.model_dump(mode="json")["recipe"]["options"],
         seed=spec.seed,
         steps=spec.train.steps,
-        setting_hash=setting_hash,
-        row_hash=row_hash,
+        setting_hash=prepared.hashes.setting,
+        row_hash=prepared.hashes.row,
     )
 
 

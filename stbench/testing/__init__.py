@@ -1,4 +1,9 @@
-"""The public conformance suite: golden numbers, and checks for backbones and recipes."""
+"""Conformance checks for authors of plug-ins, and the golden checks against published implementations.
+
+from stbench.testing import check_backbone, check_recipe
+check_backbone("my-backbone")
+check_recipe("my-recipe")
+"""
 
 from stbench.testing.check_backbone import check_backbone
 from stbench.testing.check_recipe import check_recipe

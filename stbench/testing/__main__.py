@@ -1,4 +1,4 @@
-"""`python -m stbench.testing golden DIR`: check a folder of golden files."""
+"""`python -m stbench.testing golden DIR`: compare stbench with the golden files in a folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stbench.testing.golden.run import run
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse and run; returns the exit code: 0 all passed, 1 a check failed, 2 a wrong call."""
+    """Run the command; returns exit code 0 if all checks pass, 1 if one fails, 2 for a usage error."""
     parser = argparse.ArgumentParser(prog="python -m stbench.testing", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    golden = commands.add_parser("golden", help="compare this code with golden numbers")
+    golden = commands.add_parser("golden", help="compare stbench with golden files")
     golden.add_argument("folder", type=Path, metavar="DIR", help="folder of NAME.safetensors and NAME.json")
     try:
         return run(parser.parse_args(argv).folder)

@@ -1,4 +1,7 @@
-"""What every backbone must do, built-in or plug-in: each broken promise is one AssertionError line."""
+"""`check_backbone`: the conformance check of backbones, built-in or plug-in.
+
+Every violation of the `Backbone` interface raises an AssertionError with a one-line message.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stbench.config.build import build_backbone, build_objective
-from stbench.config.resolve import Request, resolve
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import Backbone, BackboneInfo
 from stbench.core.registry import DATASETS, load_builtins, lookup
 from stbench.core.rng import generator
@@ -20,41 +23,47 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 """x_t (B,C,H,W), t (B,) and labels (B,)."""
 
 
-def require(holds: bool, broken: str) -> None:
-    """Raise AssertionError with the line `broken` unless it holds."""
-    if not holds:
-        raise AssertionError(broken)
+def require(condition: bool, message: str) -> None:
+    """Raise AssertionError with `message` unless `condition` is true."""
+    if not condition:
+        raise AssertionError(message)
 
 
 def check_backbone(network: str | Factory, *, objective: str | None = None) -> None:
-    """Check a backbone, by name ("sit", "sit-b/2") or factory, on latents of the embedded digits' shape.
+    """Check that a backbone conforms to the `Backbone` interface.
 
-    `objective` decides how many channels it predicts; default: the one the name was published with, and
-    "linear" for a factory. Raises AssertionError for the first promise of `Backbone` that is broken,
-    UserError for an unknown name.
+    `network` is a registered name ("sit", "sit-b/2") or a factory; it is built for latents with the shape of
+    the embedded digits. `objective` determines the number of predicted channels; it defaults to the one the
+    backbone was published with, and to "linear" for a factory.
+
+    Checked are construction (from the seed alone, also on the meta device), `info`, the shape of the
+    prediction, features and `stop_early`, purity in (x, t, y), the effect of label and time, state dict round
+    trips, FLOPs, and gradients. Raises AssertionError for the first violation, UserError for an unknown name.
     """
     load_builtins()
+    # What to build: the shape of the data, and the channels that the objective needs
     digits = lookup(DATASETS, "digits")
-    spec = None if callable(network) else resolve(Request(network, "vanilla", objective=objective))
+    spec = None if callable(network) else resolve(RunRequest(network, "vanilla", objective=objective))
     chosen = spec.objective if spec else objective or "linear"
-    facts = {"channels": digits.channels, "input_size": digits.input_size, "classes": digits.classes}
+    shape = {"channels": digits.channels, "input_size": digits.input_size, "classes": digits.classes}
     out_channels = build_objective(chosen).out_channels(digits.channels)
 
     def build(seed: int) -> Backbone:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if callable(network):
-                return network(**facts, out_channels=out_channels)
+                return network(**shape, out_channels=out_channels)
             assert spec is not None
             return build_backbone(spec.backbone, spec.objective, digits, str(torch.get_default_device()))
 
+    # The checks, from construction to gradients
     _check_construction(build)
     net = _perturbed(build(0))
-    _check_info(net.info, facts)
+    _check_info(net.info, shape)
     inputs = _inputs(net.info)
     with torch.no_grad():
         _check_prediction(net, inputs, out_channels)
-        _check_taps(net, inputs)
+        _check_features(net, inputs)
         _check_purity(net, inputs)
         _check_conditioning(net, inputs)
         _check_round_trip(net, build(1).eval(), inputs)
@@ -63,7 +72,7 @@ def check_backbone(network: str | Factory, *, objective: str | None = None) -> N
 
 
 def _perturbed(net: Backbone) -> Backbone:
-    """In eval mode, every trained parameter moved a little, so that nothing starts at zero."""
+    """Add noise to every trained parameter, so that no layer is zero; returns the network in eval mode."""
     noise = generator(0, "conformance")
     with torch.no_grad():
         for parameter in net.parameters():
@@ -73,13 +82,14 @@ def _perturbed(net: Backbone) -> Backbone:
 
 
 def _inputs(info: BackboneInfo) -> Inputs:
-    """x_t (B,C,H,W), t (B,) float64 and labels (B,) of every class and of none."""
+    """Random x_t (64,C,H,W), t (64,) float64, and labels (64,) with every class and the null label."""
     noise = generator(1, "conformance")
     x = torch.randn(64, info.channels, info.input_size, info.input_size, generator=noise)
     return x, torch.rand(64, generator=noise, dtype=torch.float64), torch.arange(64) % (info.classes + 1)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    """Whether a equals b up to float32 rounding, relative to the largest value of b."""
     return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
@@ -87,20 +97,20 @@ def _check_construction(build: Callable[[int], Backbone]) -> None:
     first, again = build(0).state_dict(), build(0).state_dict()
     require(
         all(torch.equal(first[name], again[name]) for name in first),
-        "two networks built at one seed differ: initialise from torch's global generator only",
+        "two networks built from the same seed differ: initialise from torch's global generator only",
     )
     with torch.device("meta"):
-        metas = {p.is_meta for p in build(0).parameters()}
-    require(metas == {True}, "it cannot be built on the meta device: some parameters are made elsewhere")
+        on_meta = {p.is_meta for p in build(0).parameters()}
+    require(on_meta == {True}, "the network cannot be built on the meta device: some parameters ignore it")
 
 
-def _check_info(info: BackboneInfo, facts: Mapping[str, int]) -> None:
-    for name, value in facts.items():
+def _check_info(info: BackboneInfo, shape: Mapping[str, int]) -> None:
+    for name, expected in shape.items():
         found = getattr(info, name)
-        require(found == value, f"info.{name} is {found}, the network was built for {value}")
-    require(info.depth >= 1, f"info.depth is {info.depth}")
+        require(found == expected, f"info.{name} is {found}, but the network was built for {expected}")
+    require(info.depth >= 1, f"info.depth is {info.depth}, expected at least 1")
     tokens = (info.input_size // info.patch) ** 2
-    require(info.tokens == tokens, f"info.tokens is {info.tokens}, patch {info.patch} makes {tokens}")
+    require(info.tokens == tokens, f"info.tokens is {info.tokens}, but patch {info.patch} gives {tokens}")
 
 
 def _check_prediction(net: Backbone, inputs: Inputs, out_channels: int) -> None:
@@ -109,63 +119,88 @@ def _check_prediction(net: Backbone, inputs: Inputs, out_channels: int) -> None:
     require(found == expected, f"the prediction has shape {found}, expected {expected}")
 
 
-def _check_taps(net: Backbone, inputs: Inputs) -> None:
-    every = range(net.info.depth)
-    prediction, full = net.forward_intermediates(*inputs, indices=tuple(every))
-    require(prediction is not None and _close(prediction, net(*inputs)), "taps change the prediction")
-    require(sorted(full) == list(every), f"blocks {list(every)} asked, {sorted(full)} returned")
+def _check_features(net: Backbone, inputs: Inputs) -> None:
+    # All blocks at once: the prediction is unchanged and every block is returned
+    blocks = range(net.info.depth)
+    prediction, full = net.forward_intermediates(*inputs, indices=tuple(blocks))
+    require(
+        prediction is not None and _close(prediction, net(*inputs)),
+        "the prediction depends on indices: reading features must not change it",
+    )
+    require(sorted(full) == list(blocks), f"expected features of blocks {list(blocks)}, got {sorted(full)}")
+    # Each block alone, with stop_early: the same features and no prediction
     expected = (len(inputs[0]), net.info.tokens, net.info.width)
     for k, tokens in full.items():
         found = tuple(tokens.shape)
-        require(found == expected, f"block {k} gives {found}, expected image tokens only, {expected}")
+        require(
+            found == expected, f"features of block {k} are {found}, expected image tokens only, {expected}"
+        )
         early, alone = net.forward_intermediates(*inputs, indices=(k,), stop_early=True)
-        require(early is None, "with stop_early the prediction must be None")
-        require(list(alone) == [k], f"block {k} asked alone, {sorted(alone)} returned")
-        require(_close(alone[k], tokens), f"block {k} differs when stopped early")
-    backwards = net.features(*inputs, indices=tuple(reversed(every)))
-    same = backwards.keys() == full.keys() and all(_close(backwards[k], full[k]) for k in full)
+        require(early is None, "the prediction must be None with stop_early")
+        require(list(alone) == [k], f"expected features of block {k} alone, got {sorted(alone)}")
+        require(_close(alone[k], tokens), f"features of block {k} differ with stop_early")
+    # Any order of indices
+    reversed_ = net.features(*inputs, indices=tuple(reversed(blocks)))
+    same = reversed_.keys() == full.keys() and all(_close(reversed_[k], full[k]) for k in full)
     require(same, "the order of indices changes the features")
 
 
 def _check_purity(net: Backbone, inputs: Inputs) -> None:
+    """The output depends on (x, t, y) only: not on the mode, random numbers or other samples."""
     expected, before, random = net(*inputs), [x.clone() for x in inputs], torch.get_rng_state()
     net.train()
     first, second = net(*inputs), net(*inputs)
     net.eval()
-    require(torch.equal(torch.get_rng_state(), random), "it draws random numbers: no dropout of any kind")
-    require(_close(first, second), "two equal calls in train mode differ")
-    require(_close(first, expected), "train mode differs from eval mode: labels are dropped by the engine")
-    require(all(map(torch.equal, inputs, before)), "it changes its inputs in place")
+    require(
+        torch.equal(torch.get_rng_state(), random), "the network draws random numbers: remove any dropout"
+    )
+    require(_close(first, second), "two equal calls in train mode give different predictions")
+    require(
+        _close(first, expected),
+        "train and eval mode give different predictions: the engine drops labels, not the network",
+    )
+    require(all(map(torch.equal, inputs, before)), "the network changes its inputs in place")
     x, t, y = inputs
-    require(_close(net(x[:1], t[:1], y[:1]), expected[:1]), "a sample depends on the others of its batch")
+    require(
+        _close(net(x[:1], t[:1], y[:1]), expected[:1]), "a prediction depends on other samples of the batch"
+    )
 
 
 def _check_conditioning(net: Backbone, inputs: Inputs) -> None:
     x, t, y = inputs
     null = net(x, t, torch.full_like(y, net.info.classes))
-    require(not _close(null, net(x, t, torch.zeros_like(y))), "the null label predicts what class 0 does")
-    require(not _close(net(x, torch.zeros_like(t), y), net(x, torch.ones_like(t), y)), "time changes nothing")
+    require(
+        not _close(null, net(x, t, torch.zeros_like(y))),
+        "the null label and class 0 give the same prediction",
+    )
+    require(
+        not _close(net(x, torch.zeros_like(t), y), net(x, torch.ones_like(t), y)),
+        "the prediction does not depend on time",
+    )
 
 
 def _check_gradients(net: Backbone, inputs: Inputs) -> None:
     prediction = net.train()(*inputs)
     (prediction * torch.randn(prediction.shape, generator=generator(2, "conformance"))).sum().backward()
-    dead = [n for n, p in net.named_parameters() if p.requires_grad and not _moved(p)]
+    dead = [name for name, p in net.named_parameters() if p.requires_grad and not _has_gradient(p)]
     require(not dead, f"no gradient reaches {', '.join(dead)}")
 
 
-def _moved(parameter: nn.Parameter) -> bool:
+def _has_gradient(parameter: nn.Parameter) -> bool:
     grad = parameter.grad
     return grad is not None and bool(grad.isfinite().all()) and bool(grad.any())
 
 
 def _check_round_trip(net: Backbone, other: Backbone, inputs: Inputs) -> None:
     other.load_state_dict(net.state_dict())
-    require(_close(other(*inputs), net(*inputs)), "a second network with the same state dict differs")
+    require(
+        _close(other(*inputs), net(*inputs)),
+        "a network loaded from the state dict differs: some state is not in it",
+    )
 
 
 def _check_flops(net: Backbone) -> None:
     first, last, whole = net.flops(0), net.flops(net.info.depth - 1), net.flops()
-    require(0 < last <= whole, f"flops() is {whole}, and {last} up to the last block")
-    early = first < last or net.info.depth == 1
-    require(early, "stop_early saves nothing: no block after max(indices) may run")
+    require(0 < last <= whole, f"flops() is {whole}, but {last} up to the last block")
+    saves = first < last or net.info.depth == 1
+    require(saves, "stop_early saves nothing: no block after max(indices) may run")

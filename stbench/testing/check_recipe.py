@@ -1,4 +1,7 @@
-"""What every recipe must do, built-in or plug-in: its stages are trained for a few steps and watched."""
+"""`check_recipe`: the conformance check of recipes, built-in or plug-in.
+
+Trains every stage for a few steps and raises an AssertionError with a one-line message for a violation.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from stbench.config.build import build_backbone, build_objective
-from stbench.config.plan import StageJob, plan, planned_recipes, stage_fingerprint
-from stbench.config.resolve import Request, resolve
+from stbench.config.plan import PlannedStage, PreparedRun, prepare
+from stbench.config.resolve import RunRequest, resolve
 from stbench.config.spec import RunSpec
 from stbench.core.backbone import Backbone, BackboneInfo, Weights
+from stbench.core.objective import Batch
 from stbench.core.recipe import Artifact, Step, Supervision, Term
 from stbench.core.registry import DATASETS, load_builtins, lookup
 from stbench.core.rng import Rng, key
 from stbench.testing.check_backbone import require
-from stbench.train.cost import meta_loader, rehearse
-from stbench.train.step import StageModule, make_batch, make_optimizer, update_ema
+from stbench.train.cost import expected_cost
+from stbench.train.step import StageModel, make_batch, make_optimizer, update_ema
 
 BATCH, STEPS = 16, 3
 
@@ -33,165 +37,209 @@ def check_recipe(
     objective: str | None = None,
     options: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Check a registered recipe by training each of its stages for a few steps on random latents.
+    """Check that a registered recipe conforms, by training each of its stages for a few steps.
 
-    Later stages are built on what the earlier ones leave, as in a run. `objective`: the backbone's published
-    one unless named. `options`: the recipe's, by name. Raises AssertionError for the first
-    promise of `Recipe` that is broken, UserError for an unknown name or an option that does not fit.
+    The data are random latents with the shape of the embedded digits. As in a run, later stages receive the
+    artifacts of earlier ones. `objective` defaults to the one the backbone was published with; `options` are
+    the recipe's options by name.
+
+    Checked are planning (fields that identify a stage, costs), terms (shape, dtype, finite values), gradients
+    of heads, teachers (frozen, unchanged, counted), random numbers, and that training twice gives the same
+    weights. Raises AssertionError for the first violation, UserError for an unknown name or a bad option.
     """
     load_builtins()
     overrides: dict[str, Any] = {"train.batch": BATCH, "train.precision": "fp32"}
     overrides |= {f"recipe.{option}": value for option, value in options.items()}
-    spec = resolve(Request(backbone, name, objective=objective, steps=STEPS, overrides=overrides))
-    digits = lookup(DATASETS, spec.dataset)
-    jobs = plan(spec, build_backbone(spec.backbone, spec.objective, digits, "meta").info)
-    _check_plan(jobs, spec, digits)
-    for job, one, two in zip(jobs, _train_all(jobs, spec), _train_all(jobs, spec), strict=True):
-        same = one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
-        require(same, f"stage '{job.name}' differs when trained twice: draw from step.batch.rng only")
+    spec = resolve(RunRequest(backbone, name, objective=objective, steps=STEPS, overrides=overrides))
+    prepared = _prepare(spec)
+    runs = zip(prepared.stages, _train_all(prepared), _train_all(prepared), strict=True)
+    for stage, first, second in runs:
+        same = first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+        require(same, f"stage '{stage.name}' differs when trained twice: draw from step.batch.rng only")
 
 
-def _check_plan(jobs: Sequence[StageJob], spec: RunSpec, digits: Any) -> None:
-    """The recipes can be built, identified and costed before anything is trained."""
-    for job, recipe in zip(jobs, planned_recipes(list(jobs), meta_loader(spec, digits)), strict=True):
-        try:
-            stage_fingerprint(job, recipe, spec, "", None)
-        except TypeError as error:
-            raise AssertionError(f"a field of {type(recipe).__name__} is no plain data: {error}") from error
-        cost = rehearse(job, recipe, spec, digits, draws=1)
-        require(cost.student > 0.0, f"stage '{job.name}' costs nothing")
+def _prepare(spec: RunSpec) -> PreparedRun:
+    """Check that every stage can be identified and costed before anything is trained."""
+    try:
+        prepared = prepare(spec)
+    except TypeError as error:
+        raise AssertionError(
+            f"the fields of a supervision of '{spec.recipe.name}' must be plain data or dataclasses: {error}"
+        ) from error
+    for stage in prepared.stages:
+        cost = expected_cost(prepared, stage, draws=1)
+        require(cost.student > 0.0, f"stage '{stage.name}' costs nothing")
+    return prepared
+
+
+# Training with checks
 
 
 @dataclasses.dataclass
-class _Watched(Supervision):
-    """A recipe whose terms are looked at on their way to the loss."""
+class _CheckedSupervision(Supervision):
+    """Delegates to a supervision and checks its terms on their way to the loss."""
 
     inner: Supervision
 
     @property
     def taps(self) -> Sequence[int]:
-        """The recipe's."""
+        """See `Supervision`."""
         return self.inner.taps
 
     @property
     def images(self) -> bool:
-        """The recipe's."""
+        """See `Supervision`."""
         return self.inner.images
 
     def setup(self, device: torch.device) -> None:
-        """The recipe's."""
+        """See `Supervision`."""
         self.inner.setup(device)
 
     def heads(self, info: BackboneInfo) -> nn.ModuleDict:
-        """The recipe's."""
+        """See `Supervision`."""
         return self.inner.heads(info)
 
     def terms(self, step: Step) -> Mapping[str, Term]:
-        """The recipe's, each checked to be (B,) finite float32."""
+        """Return the inner terms, after checking that each is finite float32 (B,)."""
         terms = self.inner.terms(step)
         for name, term in terms.items():
-            shape = tuple(term.value.shape)
-            require(shape == (BATCH,), f"term '{name}' is {shape}, expected a value a sample, ({BATCH},)")
+            shape, dtype = tuple(term.value.shape), term.value.dtype
             require(
-                term.value.dtype == torch.float32, f"term '{name}' is {term.value.dtype}, expected float32"
+                shape == (BATCH,),
+                f"term '{name}' has shape {shape}, expected one value per sample, ({BATCH},)",
             )
+            require(dtype == torch.float32, f"term '{name}' is {dtype}, expected torch.float32")
             require(bool(term.value.isfinite().all()), f"term '{name}' is not finite")
         return terms
 
 
-class _Left:
-    """What a finished stage leaves, and every network that a recipe loads from it."""
+class _FinishedStage:
+    """A trained stage: its artifact, and the networks that later supervisions load from it."""
 
-    def __init__(self, job: StageJob, fingerprint: str, module: StageModule) -> None:
-        self.networks: list[Backbone] = []
-        self._kept = {"raw": copy.deepcopy(module.student), "ema": copy.deepcopy(module.ema)}
-        images, flops = job.images, module.cost.total
-        self.artifact = Artifact(job.name, fingerprint, "", {}, job.steps, images, 0.0, flops, self._load)
+    def __init__(self, stage: PlannedStage, module: StageModel) -> None:
+        self.loaded: list[Backbone] = []
+        self._trained = {"raw": copy.deepcopy(module.student), "ema": copy.deepcopy(module.ema)}
+        self.artifact = Artifact(
+            name=stage.name,
+            fingerprint=stage.fingerprint,
+            checkpoint="",
+            sha256={},
+            steps=stage.steps,
+            images_seen=stage.images,
+            seconds=0.0,
+            flops=module.cost.total,
+            loader=self._load,
+        )
 
     def _load(self, weights: Weights) -> Backbone:
-        self.networks.append(copy.deepcopy(self._kept[weights]))
-        return self.networks[-1]
+        self.loaded.append(copy.deepcopy(self._trained[weights]))
+        return self.loaded[-1]
 
 
-def _train_all(jobs: Sequence[StageJob], spec: RunSpec) -> Iterator[dict[str, Tensor]]:
+def _train_all(prepared: PreparedRun) -> Iterator[dict[str, Tensor]]:
     """Train the stages in order; yields the final weights of each, heads included."""
-    left: list[_Left] = []
-    for job in jobs:
-        recipe = job.stage.supervision({item.artifact.name: item.artifact for item in left})
-        module = _module(job, recipe, spec, left[-1].artifact if left else None)
-        teachers = [network for item in left for network in item.networks] + _held(recipe)
+    finished: list[_FinishedStage] = []
+    for stage in prepared.stages:
+        # Build the stage on the artifacts of the earlier ones
+        previous = finished[-1].artifact if finished else None
+        artifacts = {earlier.artifact.name: earlier.artifact for earlier in finished}
+        supervision = stage.definition.supervision(artifacts)
+        module = _build_module(stage, supervision, prepared.spec, previous)
+        # Teachers: networks loaded from artifacts, and those that the supervision stores itself
+        loaded = [network for earlier in finished for network in earlier.loaded]
+        teachers = loaded + _stored_networks(supervision)
         before = copy.deepcopy([teacher.state_dict() for teacher in teachers])
-        _train(job, module, spec)
-        _check_teachers(job, module, teachers, before)
-        for item in left:
-            item.networks.clear()
-        previous = left[-1].artifact if left else None
-        left.append(_Left(job, stage_fingerprint(job, recipe, spec, "", previous), module))
+        # Train, check, and keep the result for later stages
+        _train(stage, module, prepared.spec)
+        _check_teachers(stage, module, teachers, before)
+        for earlier in finished:
+            earlier.loaded.clear()
+        finished.append(_FinishedStage(stage, module))
         yield module.state_dict()
 
 
-def _held(recipe: Supervision) -> list[nn.Module]:
-    """Networks a recipe keeps as attributes, or in lists of its own."""
-    values = [v for value in vars(recipe).values() for v in (value if isinstance(value, list) else [value])]
-    return [value for value in values if isinstance(value, nn.Module)]
+def _stored_networks(supervision: Supervision) -> list[nn.Module]:
+    """Networks that a supervision stores as attributes, directly or in a list."""
+    values = vars(supervision).values()
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return [item for item in items if isinstance(item, nn.Module)]
 
 
-def _module(job: StageJob, recipe: Supervision, spec: RunSpec, previous: Artifact | None) -> StageModule:
+def _build_module(
+    stage: PlannedStage, supervision: Supervision, spec: RunSpec, previous: Artifact | None
+) -> StageModel:
+    """Build the student and heads of a stage as the engine does, with checked terms."""
     digits = lookup(DATASETS, spec.dataset)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(spec.seed, "backbone"))
         student = build_backbone(spec.backbone, spec.objective, digits)
-    if job.stage.init == "previous" and previous is not None:
+    if stage.definition.init == "previous" and previous is not None:
         student.load_state_dict(previous.load("ema").state_dict())
-    for block in recipe.taps:
-        require(
-            0 <= block < student.info.depth, f"stage '{job.name}' taps block {block} of {student.info.depth}"
-        )
-    module = StageModule(student, _Watched(recipe), build_objective(spec.objective), spec.seed, digits.size)
+    depth = student.info.depth
+    for block in supervision.taps:
+        require(0 <= block < depth, f"stage '{stage.name}' taps block {block}, but there are {depth} blocks")
+    objective = build_objective(spec.objective)
+    module = StageModel(
+        student,
+        _CheckedSupervision(supervision),
+        objective,
+        seed=spec.seed,
+        dataset_size=digits.size,
+    )
     module.prepare(torch.device("cpu"))
     return module
 
 
-def _train(job: StageJob, module: StageModule, spec: RunSpec) -> None:
-    """A few optimiser steps: finite losses, gradients in the heads, heads that cost, no global randomness."""
-    digits, random = lookup(DATASETS, spec.dataset), torch.get_rng_state()
-    optimizer = make_optimizer(module.trained(), spec.train, torch.device("cpu"))
+def _train(stage: PlannedStage, module: StageModel, spec: RunSpec) -> None:
+    """Take a few optimiser steps; check losses, gradients and cost of heads, and random numbers."""
+    random_state = torch.get_rng_state()
+    optimizer = make_optimizer(module.trained_parameters(), spec.train, torch.device("cpu"))
     dead = dict(module.heads.named_parameters())
     for step in range(STEPS):
-        rng = Rng(spec.seed, step * BATCH, BATCH)
-        x0 = rng.normal("conformance", (digits.channels, digits.input_size, digits.input_size))
-        labels = rng.integers("conformance-labels", digits.classes)
-        index = torch.arange(BATCH)
-        shape = (BATCH, *digits.image_shape)
-        images = torch.randint(256, shape, generator=rng.generator("conformance-images"), dtype=torch.uint8)
-        batch = make_batch(x0, labels, index, rng, spec.train.label_drop, digits.classes, {"images": images})
-        losses = module(batch)
-        require(bool(losses.total.isfinite()), f"stage '{job.name}': loss not finite at step {step + 1}")
+        losses = module(_random_batch(step, spec))
+        require(
+            bool(losses.total.isfinite()), f"stage '{stage.name}': the loss is not finite at step {step + 1}"
+        )
         optimizer.zero_grad()
         losses.total.backward()
         dead = {name: p for name, p in dead.items() if p.grad is None or not p.grad.any()}
         optimizer.step()
         update_ema(module.ema, module.student, 0.5)
-    require(not dead, f"stage '{job.name}': no gradient reaches {', '.join(dead)}")
-    untouched = torch.equal(torch.get_rng_state(), random)
-    require(untouched, f"stage '{job.name}' draws from torch's global generator: use step.batch.rng")
-    paid = module.cost.heads > 0.0 or not len(module.heads)
-    require(paid, f"stage '{job.name}': its heads cost nothing; run them by step.project")
+    require(not dead, f"stage '{stage.name}': no gradient reaches {', '.join(dead)}")
+    untouched = torch.equal(torch.get_rng_state(), random_state)
+    require(untouched, f"stage '{stage.name}' draws from torch's global generator: use step.batch.rng")
+    counted = module.cost.heads > 0.0 or not len(module.heads)
+    require(counted, f"stage '{stage.name}': the FLOPs of its heads are not counted: use step.project")
+
+
+def _random_batch(step: int, spec: RunSpec) -> Batch:
+    """Random latents, labels and images for one step, with labels dropped as in a run."""
+    digits = lookup(DATASETS, spec.dataset)
+    rng = Rng(spec.seed, step * BATCH, BATCH)
+    x0 = rng.normal("conformance", (digits.channels, digits.input_size, digits.input_size))
+    labels = rng.integers("conformance-labels", digits.classes)
+    shape = (BATCH, *digits.image_shape)
+    images = torch.randint(256, shape, generator=rng.generator("conformance-images"), dtype=torch.uint8)
+    index = torch.arange(BATCH)
+    return make_batch(x0, labels, index, rng, spec.train.label_drop, digits.classes, {"images": images})
 
 
 def _check_teachers(
-    job: StageJob, module: StageModule, teachers: Sequence[nn.Module], before: Sequence[Mapping[str, Tensor]]
+    stage: PlannedStage,
+    module: StageModel,
+    teachers: Sequence[nn.Module],
+    before: Sequence[Mapping[str, Tensor]],
 ) -> None:
-    """Teachers and the EMA are frozen and in eval mode; teachers are unchanged and nobody's parameters."""
+    """Check that teachers and EMA are frozen and in eval mode, and teachers unchanged and counted."""
     trained = {id(p) for p in module.parameters()}
     for network in (*teachers, module.ema):
-        require(not network.training, f"stage '{job.name}': a teacher is in train mode")
+        require(not network.training, f"stage '{stage.name}': a teacher is in train mode")
         frozen = not any(p.requires_grad for p in network.parameters())
-        require(frozen, f"stage '{job.name}': a teacher is not frozen")
+        require(frozen, f"stage '{stage.name}': a teacher is not frozen")
         apart = trained.isdisjoint(id(p) for p in network.parameters())
-        require(apart, f"stage '{job.name}': a teacher is among the trained parameters")
+        require(apart, f"stage '{stage.name}': a teacher is among the trained parameters")
     for network, state in zip(teachers, before, strict=True):
         same = all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
-        require(same, f"stage '{job.name}' changes its teacher")
-    paid = module.cost.teachers > 0.0 or not teachers
-    require(paid, f"stage '{job.name}': its teacher costs nothing; run it by step.teach")
+        require(same, f"stage '{stage.name}' changes the weights of its teacher")
+    counted = module.cost.teachers > 0.0 or not teachers
+    require(counted, f"stage '{stage.name}': the FLOPs of its teacher are not counted: use step.teach")

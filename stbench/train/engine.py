@@ -1,4 +1,4 @@
-"""A run from its folder to its record: open or resume it, run its stages in order. Names no recipe."""
+"""A run from its folder to its record: create or resume the folder, train the stages in order."""
 
 from __future__ import annotations
 
@@ -8,40 +8,55 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from stbench.config.hashes import Hashes
-from stbench.config.plan import StageJob, describe, planned_recipes, prepare, run_id
+from stbench.config.plan import PreparedRun
 from stbench.config.spec import RunSpec
 from stbench.core.errors import UserError
 from stbench.core.recipe import Artifact
-from stbench.runs.folder import RunFolder
+from stbench.runs.folder import OutputFolder, RunFolder
 from stbench.runs.records import RunRecord
 from stbench.train.environment import environment
 from stbench.train.interrupt import Interrupt
-from stbench.train.loop import Interrupted, Options, StageRun
+from stbench.train.loop import Interrupted, Keep, RunOptions, StageTrainer
 from stbench.train.progress import Hook
 
+__all__ = ["Interrupted", "Keep", "RunOptions", "check_evaluation", "run"]
 
-def run(spec: RunSpec, options: Options, hooks: Sequence[Hook] = ()) -> tuple[RunRecord, bool]:
-    """Train and evaluate one run, or what is left of it; returns its record and whether anything was done.
 
-    Raises UserError for bad input or a folder in use, Interrupted after Ctrl-C with everything saved.
+def run(prepared: PreparedRun, options: RunOptions, hooks: Sequence[Hook] = ()) -> tuple[RunRecord, bool]:
+    """Train and evaluate a run, or what is left of it.
+
+    Returns:
+        The record of the run, and whether anything was done.
+
+    Raises:
+        UserError: If the folder is in use or was created with other settings, or if training diverges.
+        Interrupted: After Ctrl-C or SIGTERM, with everything saved.
     """
-    dataset, jobs, hashed = prepare(spec)
-    folder = RunFolder(options.output / run_id(spec, hashed.train))
+    folder = OutputFolder(options.output).run(prepared.run_id)
     with folder.lock():
-        if not _open(folder, spec, jobs, hashed, options):
+        if not open_folder(folder, prepared, options):
             return folder.record(), False
         with _status(folder), Interrupt() as interrupt:
-            dataset = dataset.to(options.device)
-            earlier: dict[str, Artifact] = {}
-            for job in jobs:
-                runner = StageRun(job, spec, dataset, folder, options, hooks, interrupt, earlier)
-                earlier[job.name] = runner.execute()
+            dataset = prepared.dataset.to(options.device)
+            artifacts: dict[str, Artifact] = {}
+            for stage in prepared.stages:
+                trainer = StageTrainer(
+                    prepared,
+                    stage,
+                    dataset=dataset,
+                    folder=folder,
+                    options=options,
+                    hooks=hooks,
+                    interrupt=interrupt,
+                    earlier=artifacts,
+                )
+                artifacts[stage.name] = trainer.execute()
         return folder.record(), True
 
 
 @contextlib.contextmanager
 def _status(folder: RunFolder) -> Iterator[None]:
+    """Keep status.json up to date while the run is trained."""
     folder.write_status("running", pid=os.getpid())
     try:
         yield
@@ -54,54 +69,58 @@ def _status(folder: RunFolder) -> Iterator[None]:
     folder.write_status("finished")
 
 
-def _open(folder: RunFolder, spec: RunSpec, jobs: list[StageJob], hashed: Hashes, options: Options) -> bool:
-    """Create the folder, or check that it can be gone on with; False if there is nothing left to do."""
-    content = _spec_file(folder.path.name, spec, jobs, hashed, options)
+def open_folder(folder: RunFolder, prepared: PreparedRun, options: RunOptions) -> bool:
+    """Create the run folder, or check that this run may continue in it; False if nothing is left to do.
+
+    Raises:
+        UserError: If the folder was created with more steps or with other evaluation settings.
+    """
+    content = _spec_content(folder.path.name, prepared, options)
     if not folder.exists():
         folder.create(content, asdict(environment(options.device, options.plugins)))
         return True
-    known = folder.spec()
-    done, asked = int(known["train"]["steps"]), spec.train.steps
+    done, steps = int(folder.spec()["train"]["steps"]), prepared.spec.train.steps
     finished = folder.status().get("state") == "finished"
-    check_evaluation(folder, spec)
-    if finished and asked <= done:
+    check_evaluation(folder, prepared.spec)
+    if finished and steps <= done:
         return False
-    if asked < done:
+    if steps < done:
         raise UserError(
-            f"run {folder.path} was begun with --steps {done}, found --steps {asked}; "
-            f"type --steps {done} to finish it"
+            f"run {folder.path} was started with --steps {done}, got --steps {steps}; "
+            f"use --steps {done} to finish it"
         )
-    folder.write_status(
-        "running", pid=os.getpid()
-    )  # before the longer --steps, or a kill here would look finished
+    # The status comes before the larger --steps: after a crash in between, the run must not look finished.
+    folder.write_status("running", pid=os.getpid())
     folder.create(content, asdict(environment(options.device, options.plugins)))
     return True
 
 
 def check_evaluation(folder: RunFolder, spec: RunSpec) -> None:
-    """UserError if the run in `folder` was begun under other evaluation settings than `spec` asks for.
+    """Check that the run in `folder` was started with the evaluation settings of `spec`.
 
-    Its points may differ: a continued run has more of them, and what a point measures is the rest.
+    Evaluation points may differ, because a continued run has more of them.
+
+    Raises:
+        UserError: If any other setting differs.
     """
-    where = {"points", "extras"}
-    begun = {k: v for k, v in folder.spec().get("eval", {}).items() if k not in where}
-    if begun != spec.eval.model_dump(mode="json", exclude=where):
+    points = {"points", "extras"}
+    before = {name: value for name, value in folder.spec().get("eval", {}).items() if name not in points}
+    if before != spec.eval.model_dump(mode="json", exclude=points):
         raise UserError(
-            f"run {folder.path} was begun under other evaluation settings; use the same ones, choose another "
-            f"--output, or evaluate it again with `stbench evaluate` once it is finished"
+            f"run {folder.path} was started with other evaluation settings; use the same ones, choose "
+            f"another --output, or change them with `stbench evaluate` after it has finished"
         )
 
 
-def _spec_file(
-    name: str, spec: RunSpec, jobs: list[StageJob], hashed: Hashes, options: Options
-) -> dict[str, Any]:
-    content: dict[str, Any] = spec.model_dump(mode="json")
+def _spec_content(name: str, prepared: PreparedRun, options: RunOptions) -> dict[str, Any]:
+    """The content of spec.json."""
+    content: dict[str, Any] = prepared.spec.model_dump(mode="json")
     return content | {
         "run_id": name,
-        "stage_count": len(jobs),
-        "stages": describe(jobs, planned_recipes(jobs)),
-        "train_hash": hashed.train,
-        "row_hash": hashed.row,
-        "setting_hash": hashed.setting,
+        "stage_count": len(prepared.stages),
+        "stages": prepared.description(),
+        "train_hash": prepared.hashes.train,
+        "row_hash": prepared.hashes.row,
+        "setting_hash": prepared.hashes.setting,
         "plugins": dict(options.plugins),
     }

@@ -1,12 +1,14 @@
-"""What training leaves on disk: the state of a stage under way, and the artifact of a finished one.
+"""The training state of an unfinished stage, and the artifacts of finished ones.
 
-A state is a safetensors file and a small JSON that names it with its sha256; the JSON is replaced only when
-the file is whole, and the file it named before is deleted only after that. Nothing here is pickled.
+A state is a safetensors file and a small JSON file that names it with its sha256. The JSON file is replaced
+only when the tensors are on disk, and the previous tensors are deleted only after that. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,44 +21,53 @@ from stbench.core.files import atomic_write
 from stbench.core.recipe import Cost
 from stbench.models.weights import load_weights, save_weights
 from stbench.runs import schema
+from stbench.runs.folder import OutputFolder, StageFolder
 from stbench.runs.records import SCHEMA, StageRecord
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """How far a stage is; the tensors lie in the file beside it."""
+    """The counters of a stage that is being trained; its tensors are in a separate file."""
 
     step: int = 0
     seconds: float = 0.0
     warmup_seconds: float = 0.0
+    """The part of `seconds` that the first step took (compilation, allocation)."""
     cost: Mapping[str, float] = field(default_factory=lambda: asdict(Cost()))
 
 
 def save_state(
-    place: Path, state: TrainingState, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+    folder: StageFolder,
+    state: TrainingState,
+    networks: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write the networks by name, the optimiser and the counters; the previous state stays until this one is
-    whole.
-    """
+    """Save networks, optimiser and counters. The previous state stays valid until this one is complete."""
     tensors = {
-        f"{name}.{key}": value for name, net in networks.items() for key, value in net.state_dict().items()
+        f"{name}.{key}": value
+        for name, network in networks.items()
+        for key, value in network.state_dict().items()
     }
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    file = place / f"state-{state.step:08d}.safetensors"
+    file = folder.state(state.step)
     digest = save_weights(tensors, file)
     content = {"schema": SCHEMA, "file": file.name, "sha256": digest, **asdict(state)}
-    atomic_write(place / "state.json", json.dumps(content, indent=1) + "\n")
-    for old in place.glob("state-*.safetensors"):
+    atomic_write(folder.state_index, json.dumps(content, indent=1) + "\n")
+    for old in folder.states():
         if old != file:
             old.unlink()
 
 
 def load_state(
-    place: Path, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+    folder: StageFolder, networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> TrainingState | None:
-    """Restore what `save_state` wrote; None if nothing was. Raises UserError for a damaged state."""
-    index = place / "state.json"
+    """Restore what `save_state` wrote; None if there is no state.
+
+    Raises:
+        UserError: If the state is damaged.
+    """
+    index = folder.state_index
     if not index.is_file():
         return None
     row = schema.parse(index.read_bytes(), index)
@@ -64,33 +75,81 @@ def load_state(
     fields |= {"warmup_seconds": float, "cost": schema.mapping}
     values = schema.convert(row, fields, index)
     try:
-        tensors = load_weights(place / values.pop("file"), values.pop("sha256"))
+        tensors = load_weights(folder.path / values.pop("file"), values.pop("sha256"))
     except UserError as error:
-        raise UserError(
-            f"{str(error).rsplit(';', 1)[0]}; delete {place} to train this stage again"
-        ) from error
-    for name, net in networks.items():
-        net.load_state_dict(_under(tensors, f"{name}."))
+        reason = str(error).rsplit(";", 1)[0]
+        raise UserError(f"{reason}; delete {folder.path} to train this stage again") from error
+
+    for name, network in networks.items():
+        network.load_state_dict(_with_prefix(tensors, f"{name}."))
     moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in _under(tensors, "optimizer.").items():
+    for key, value in _with_prefix(tensors, "optimizer.").items():
         number, name = key.split(".", 1)
         moments.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return TrainingState(**values)
 
 
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
 
+def publish_artifact(output: OutputFolder, folder: StageFolder, record: StageRecord) -> None:
+    """Offer a finished stage to later runs under the same output folder; it appears atomically."""
+    target = output.artifact(record.fingerprint)
+    if target.is_dir():
+        return
+    output.artifacts.mkdir(exist_ok=True)
+    shutil.rmtree(folder.draft, ignore_errors=True)
+    folder.draft.mkdir()
+    for kind in ("raw", "ema"):
+        link(folder.weights(kind, record.steps), folder.draft / f"{kind}.safetensors")
+    write_artifact(folder.draft, record)
+    try:
+        folder.draft.rename(target)
+    except OSError:  # another process has published the same stage; its bits are the same
+        shutil.rmtree(folder.draft, ignore_errors=True)
+
+
+def reuse_artifact(output: OutputFolder, folder: StageFolder, fingerprint: str) -> StageRecord | None:
+    """Link the weights of an equal finished stage into `folder`; returns its record, or None without one.
+
+    Raises:
+        UserError: If the artifact is damaged.
+    """
+    source = output.artifact(fingerprint)
+    if not source.is_dir():
+        return None
+    record = read_artifact(source)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    for kind in ("raw", "ema"):
+        file = source / f"{kind}.safetensors"
+        load_weights(file, record.sha256[kind])  # raises if the file is damaged
+        link(file, folder.weights(kind, record.steps))
+    return record
+
+
 def write_artifact(folder: Path, record: StageRecord) -> None:
-    """The record of a finished stage beside its raw.safetensors and ema.safetensors."""
+    """Write the record of a finished stage next to its raw.safetensors and ema.safetensors."""
     atomic_write(folder / "artifact.json", json.dumps({"schema": SCHEMA, **asdict(record)}, indent=1) + "\n")
 
 
 def read_artifact(folder: Path) -> StageRecord:
-    """Read it back. Raises UserError for a damaged or foreign file."""
+    """Read the record of a finished stage.
+
+    Raises:
+        UserError: If it is missing, damaged or of another version.
+    """
     file = folder / "artifact.json"
     if not file.is_file():
-        raise UserError(f"{folder} holds no artifact.json; delete the folder and run again")
+        raise UserError(f"{folder} contains no artifact.json; delete the folder and run the command again")
     return StageRecord(**schema.convert(schema.parse(file.read_bytes(), file), schema.STAGE, file))
+
+
+def link(source: Path, target: Path) -> None:
+    """Create a hard link, or a copy if the file system has none. An existing target is replaced."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,11 +1,9 @@
-"""One stage's networks behind one training step: student, trained heads, EMA, optimiser. Knows no recipe by
-name.
-"""
+"""One training step, in execution order: draw, corrupt, forward, losses, backward, clip, optimiser, EMA."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -14,67 +12,82 @@ from torch import Tensor, nn
 
 from stbench.config.spec import TrainSpec
 from stbench.core.backbone import Backbone
+from stbench.core.device import autocast, tf32
 from stbench.core.objective import Batch, Objective
 from stbench.core.recipe import Cost, Step, Supervision
 from stbench.core.rng import Rng, key
+from stbench.data.dataset import Dataset
 
 
 @dataclass(frozen=True)
 class Losses:
-    """One step's scalars, still on the device."""
+    """The losses of one (micro-)batch: scalars on the device."""
 
     total: Tensor
     parts: dict[str, Tensor]
-    """Unweighted means: "denoise" and one a term."""
+    """Unweighted means by name: "denoise" and one for each term."""
 
 
-class StageModule(nn.Module):
-    """Student and heads as one module, so that DDP, the optimiser and the state dict see these and nothing
-    else.
+class StageModel(nn.Module):
+    """The networks of one stage.
 
-    The EMA and the recipe (with its teachers) are kept out of the module tree on purpose.
+    Student and heads are submodules, so DDP, the optimiser and the state dict see exactly these. The EMA
+    network and the supervision, with its teachers, are deliberately not registered.
     """
 
+    ema: Backbone
+    supervision: Supervision
+
     def __init__(
-        self, student: Backbone, recipe: Supervision, objective: Objective, seed: int, dataset_size: int
+        self,
+        student: Backbone,
+        supervision: Supervision,
+        objective: Objective,
+        *,
+        seed: int,
+        dataset_size: int,
     ) -> None:
         super().__init__()
         self.student = student
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "heads"))
-            self.heads = recipe.heads(student.info)
-        ema = copy.deepcopy(student).eval().requires_grad_(False)
-        self._unregistered: tuple[Backbone, Supervision] = (ema, recipe)
+            self.heads = supervision.heads(student.info)
+        # object.__setattr__ keeps these out of nn.Module's registry.
+        object.__setattr__(self, "ema", copy.deepcopy(student).eval().requires_grad_(False))
+        object.__setattr__(self, "supervision", supervision)
         self.objective, self.dataset_size = objective, dataset_size
         self.cost = Cost()
         self._student_flops = float(student.flops())
 
-    @property
-    def ema(self) -> Backbone:
-        """The averaged student, frozen and in eval mode."""
-        return self._unregistered[0]
-
-    @property
-    def recipe(self) -> Supervision:
-        """What the stage adds to plain denoising."""
-        return self._unregistered[1]
-
     def prepare(self, device: torch.device, compile_student: bool = False) -> None:
-        """Move everything to the device and load the recipe's teachers."""
+        """Move all networks to the device and load the teachers."""
         self.to(device)
         self.ema.to(device)
-        self.recipe.setup(device)
+        self.supervision.setup(device)
         if compile_student:
             self.student.forward_intermediates = torch.compile(self.student.forward_intermediates)  # type: ignore[method-assign]
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters of student and heads, without fixed position embeddings."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
     def forward(self, batch: Batch) -> Losses:
-        """The loss of one (micro-)batch: mean denoising loss plus weighted means of the recipe's terms."""
+        """The mean denoising loss plus the weighted mean of each auxiliary term."""
+        # Corrupt: draw times and noise.
         noised = self.objective.draw(batch)
+
+        # Forward: prediction and the tapped blocks.
         prediction, features = self.student.forward_intermediates(
-            noised.x_t, noised.t, batch.y, indices=tuple(self.recipe.taps)
+            noised.x_t, noised.t, batch.y, indices=tuple(self.supervision.taps)
         )
         assert prediction is not None
-        self.cost.student += 3.0 * self._student_flops * len(batch.y)
+        self.cost.student += 3.0 * self._student_flops * len(batch.y)  # backward costs twice the forward
+
+        # Denoising loss.
+        total = denoise = self.objective.loss(prediction, noised).mean()
+        parts = {"denoise": denoise.detach()}
+
+        # Auxiliary terms.
         step = Step(
             batch=batch,
             noised=noised,
@@ -89,17 +102,85 @@ class StageModule(nn.Module):
             global_batch=batch.rng.global_batch,
             cost=self.cost,
         )
-        total = denoise = self.objective.loss(prediction, noised).mean()
-        parts = {"denoise": denoise.detach()}
-        for name, term in self.recipe.terms(step).items():
+        for name, term in self.supervision.terms(step).items():
             mean = term.value.mean()
             total = total + term.weight * mean
             parts[name] = mean.detach()
         return Losses(total, parts)
 
-    def trained(self) -> list[nn.Parameter]:
-        """Parameters the optimiser owns: student and heads, fixed position tables left out."""
-        return [p for p in self.parameters() if p.requires_grad]
+
+def training_step(
+    model: StageModel,
+    optimizer: torch.optim.Optimizer,
+    dataset: Dataset,
+    train: TrainSpec,
+    *,
+    seed: int,
+    step: int,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Run one optimiser step over the global batch.
+
+    Args:
+        model: The networks of the stage, on `device`.
+        optimizer: The optimiser of `model.trained_parameters()`.
+        dataset: The training data, on `device`.
+        train: Training settings.
+        seed: Seed of the run.
+        step: Number of finished steps of this stage.
+        device: Where to compute.
+
+    Returns:
+        The unweighted mean of each loss over the global batch, still on the device.
+    """
+    losses: dict[str, Tensor] = {}
+    optimizer.zero_grad(set_to_none=True)
+    with tf32(train.precision == "tf32"):
+        for batch in draw_batches(dataset, train, model.supervision, seed=seed, step=step):
+            # Corrupt, forward, denoising loss and terms. Autocast must not cover the backward pass, which
+            # runs in the types that the forward pass chose.
+            with autocast(train.precision, device):
+                found = model(batch)
+
+            # Backward: each micro-batch counts by its share of the global batch.
+            share = len(batch.y) / train.batch
+            (found.total * share).backward()
+            for name, value in found.parts.items():
+                losses[name] = losses.get(name, torch.zeros_like(value)) + value * share
+
+    # Clip.
+    if train.clip is not None:
+        torch.nn.utils.clip_grad_norm_(model.trained_parameters(), train.clip)
+
+    # Optimiser.
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(train, step)
+    optimizer.step()
+
+    # EMA.
+    update_ema(model.ema, model.student, ema_decay(train, step))
+    return losses
+
+
+def draw_batches(
+    dataset: Dataset, train: TrainSpec, supervision: Supervision, *, seed: int, step: int
+) -> Iterator[Batch]:
+    """Draw the micro-batches of one step: rows, posterior noise and dropped labels.
+
+    All random numbers are those of the global batch, so they do not depend on how it is split.
+    """
+    seen = step * train.batch
+    index = dataset.order(seed, seen, train.batch)
+    shape = (dataset.channels, dataset.input_size, dataset.input_size)
+    size = train.batch // train.accumulate
+    for part in range(train.accumulate):
+        is_last = part == train.accumulate - 1  # the last micro-batch takes the remainder
+        start, stop = part * size, train.batch if is_last else (part + 1) * size
+        rng = Rng(seed, seen, train.batch, start, stop)
+        rows = index[start:stop]
+        latents = dataset.latents(rows, rng.normal("posterior", shape))
+        extras = {"images": dataset.images(rows)} if supervision.images else {}
+        yield make_batch(latents, dataset.labels(rows), rows, rng, train.label_drop, dataset.classes, extras)
 
 
 def make_batch(
@@ -111,7 +192,10 @@ def make_batch(
     null: int,
     extras: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Batch:
-    """Drop labels once, for everyone: with probability `label_drop` per sample y becomes the null label."""
+    """Build a batch, replacing each label by the null label with probability `label_drop`.
+
+    Labels are dropped here and nowhere else, so student and teachers see the same ones.
+    """
     dropped = (rng.uniform("label-drop") < label_drop).to(y_true.device, non_blocking=True)
     return Batch(x0, torch.where(dropped, null, y_true), y_true, index, rng, extras)
 
@@ -119,7 +203,7 @@ def make_batch(
 def make_optimizer(
     parameters: Iterable[nn.Parameter], train: TrainSpec, device: torch.device
 ) -> torch.optim.AdamW:
-    """Fused AdamW with the spec's constants."""
+    """AdamW with the constants of the specification, fused where torch supports it."""
     return torch.optim.AdamW(
         list(parameters),
         lr=train.lr,
@@ -131,17 +215,17 @@ def make_optimizer(
 
 
 def learning_rate(train: TrainSpec, step: int) -> float:
-    """Constant after a linear warm-up; `step` counts finished steps."""
+    """The learning rate of the step after `step` finished ones: linear warm-up, then constant."""
     return train.lr * min(1.0, (step + 1) / train.warmup) if train.warmup else train.lr
 
 
 def ema_decay(train: TrainSpec, step: int) -> float:
-    """Decay of update n, n = finished steps: constant, or min(decay, (1+n)/(10+n)) while warming up."""
+    """The EMA decay after `step` finished steps: constant, or min(decay, (1+n)/(10+n)) while warming up."""
     return min(train.ema_decay, (1 + step) / (10 + step)) if train.ema_warmup else train.ema_decay
 
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, student: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * student, over every parameter."""
-    averaged = [p.data for p in ema.parameters()]
-    torch._foreach_lerp_(averaged, [p.data for p in student.parameters()], 1.0 - decay)
+    """Update every parameter: ema <- decay * ema + (1 - decay) * student."""
+    averaged = [parameter.data for parameter in ema.parameters()]
+    torch._foreach_lerp_(averaged, [parameter.data for parameter in student.parameters()], 1.0 - decay)

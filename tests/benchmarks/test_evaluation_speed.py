@@ -9,12 +9,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from stbench.config.build import build_backbone, build_objective
-from stbench.config.resolve import Request, resolve
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.registry import OBJECTIVES, load_builtins, lookup, names
 from stbench.core.rng import Rng
 from stbench.data.dataset import get_dataset
-from stbench.diffusion.sample import Guidance, nfe, sample
-from stbench.diffusion.sample import resolve as resolve_sampler
+from stbench.diffusion.sample import Guidance, nfe, resolve_sampler, sample
 from stbench.evaluate.metrics import BASIC_METRICS, EXTRA_METRICS, compute_metrics
 
 load_builtins()
@@ -26,7 +25,7 @@ PAIRS = [(o, s, 1.0) for o in sorted(names(OBJECTIVES)) for s in lookup(OBJECTIV
 @pytest.mark.parametrize(("objective", "sampler", "guidance"), [*PAIRS, ("linear", "euler", 1.5)])
 def test_sampler(benchmark: BenchmarkFixture, objective: str, sampler: str, guidance: float) -> None:
     digits, process = get_dataset("digits"), build_objective(objective)
-    spec = resolve(Request("sit", "vanilla", objective=objective))
+    spec = resolve(RunRequest("sit", "vanilla", objective=objective))
     network = build_backbone(spec.backbone, objective, digits).eval()
     shape = (IMAGES, digits.channels, digits.input_size, digits.input_size)
     noise, labels = torch.randn(shape), torch.arange(IMAGES) % digits.classes

@@ -5,6 +5,7 @@ Both are measured in turn, so that a machine that slows down slows both; the rat
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from statistics import median
@@ -14,15 +15,12 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from stbench.config.build import build_backbone, build_objective
-from stbench.config.plan import plan
-from stbench.config.resolve import Request, resolve
-from stbench.config.spec import RunSpec
+from stbench.config.plan import PreparedRun, prepare
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import Backbone, Weights
 from stbench.core.recipe import Artifact
 from stbench.core.registry import BACKBONES, RECIPES, load_builtins, names
-from stbench.core.rng import Rng
-from stbench.data.dataset import get_dataset
-from stbench.train.step import StageModule, make_batch, make_optimizer, update_ema
+from stbench.train.step import StageModel, make_optimizer, training_step
 
 load_builtins()
 pytestmark = pytest.mark.benchmark
@@ -31,43 +29,44 @@ WARMUP, ROUNDS = 3, 15
 Step = Callable[[], None]
 
 
-def last_stage(spec: RunSpec) -> StageModule:
-    """The stage that is evaluated, ready to train, with untrained networks for its teachers."""
-    dataset = get_dataset(spec.dataset)
-    student = build_backbone(spec.backbone, spec.objective, dataset)
+def last_stage(prepared: PreparedRun) -> StageModel:
+    """The stage that is evaluated, ready to train, with untrained networks as teachers."""
+    spec, dataset, stage = prepared.spec, prepared.dataset, prepared.stages[-1]
 
     def load(weights: Weights) -> Backbone:
         return build_backbone(spec.backbone, spec.objective, dataset)
 
-    jobs = plan(spec, student.info)
-    earlier = {j.name: Artifact(j.name, "", "", {}, j.steps, j.images, 0.0, 0.0, load) for j in jobs[:-1]}
-    recipe = jobs[-1].stage.supervision(earlier)
-    module = StageModule(student, recipe, build_objective(spec.objective), spec.seed, dataset.size)
-    module.prepare(torch.device("cpu"))
-    return module
+    earlier = {
+        s.name: Artifact(s.name, "", "", {}, s.steps, s.images, 0.0, 0.0, load) for s in prepared.stages[:-1]
+    }
+    model = StageModel(
+        build_backbone(spec.backbone, spec.objective, dataset),
+        stage.definition.supervision(earlier),
+        build_objective(spec.objective),
+        seed=spec.seed,
+        dataset_size=dataset.size,
+    )
+    model.prepare(torch.device("cpu"))
+    return model
 
 
-def training_step(backbone: str, recipe: str) -> Step:
+def one_step(backbone: str, recipe: str) -> Step:
     """One optimiser step of the preset's batch, data and EMA included, as a call without arguments."""
-    spec = resolve(Request(backbone, recipe))
-    train, dataset, module = spec.train, get_dataset(spec.dataset), last_stage(spec)
-    optimizer = make_optimizer(module.trained(), train, torch.device("cpu"))
-    shape = (dataset.channels, dataset.input_size, dataset.input_size)
-    seen = 0
+    prepared = prepare(resolve(RunRequest(backbone, recipe)))
+    spec, model = prepared.spec, last_stage(prepared)
+    optimizer = make_optimizer(model.trained_parameters(), spec.train, torch.device("cpu"))
+    steps = itertools.count()
 
     def step() -> None:
-        nonlocal seen
-        rng = Rng(spec.seed, seen, train.batch)
-        index = dataset.order(spec.seed, seen, train.batch)
-        latents = dataset.latents(index, rng.normal("posterior", shape))
-        extras = {"images": dataset.images(index)} if module.recipe.images else {}
-        labels = dataset.labels(index)
-        batch = make_batch(latents, labels, index, rng, train.label_drop, dataset.classes, extras)
-        optimizer.zero_grad(set_to_none=True)
-        module(batch).total.backward()
-        optimizer.step()
-        update_ema(module.ema, module.student, train.ema_decay)
-        seen += train.batch
+        training_step(
+            model,
+            optimizer,
+            prepared.dataset,
+            spec.train,
+            seed=spec.seed,
+            step=next(steps),
+            device=torch.device("cpu"),
+        )
 
     for _ in range(WARMUP):
         step()
@@ -83,7 +82,7 @@ def seconds(step: Step) -> float:
 @pytest.mark.parametrize("recipe", names(RECIPES))
 @pytest.mark.parametrize("backbone", names(BACKBONES))
 def test_training_step(benchmark: BenchmarkFixture, backbone: str, recipe: str) -> None:
-    vanilla, step = training_step(backbone, "vanilla"), training_step(backbone, recipe)
+    vanilla, step = one_step(backbone, "vanilla"), one_step(backbone, recipe)
     pairs = [(seconds(vanilla), seconds(step)) for _ in range(ROUNDS)]
     ratio = median(own / plain for plain, own in pairs)
     benchmark.group = f"training step, {backbone}"

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stbench.config import plan
-from stbench.config.init_from import note
-from stbench.config.resolve import specify
+from stbench.config.init_from import describe_start
+from stbench.config.plan import prepare
+from stbench.config.resolve import resolve_options
 from stbench.config.spec import RunSpec
 from stbench.core.errors import UserError
 from stbench.models.official import from_state
@@ -40,22 +40,16 @@ def file(tmp_path: Path) -> File:
     return write
 
 
-@pytest.fixture(autouse=True)
-def _no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these runs are measured by is tested elsewhere, and takes most of their time."""
-    monkeypatch.setattr("stbench.evaluate.points.Evaluation.run", lambda *_: [])
-
-
 def asked(path: Path, backbone: str = "sit", recipe: str = "vanilla", **more: Any) -> RunSpec:
     fields = {k: more.pop(k) for k in ("original", "objective", "init_weights", "seed") if k in more}
     overrides = {**QUICK, "backbone.heads": 4, **{k.replace("__", "."): v for k, v in more.items()}}
     values = {"backbone": backbone, "recipe": recipe, "steps": 2, "init_from": str(path), **fields}
-    return specify(values, overrides)
+    return resolve_options(values, overrides)
 
 
 def first_step(spec: RunSpec, output: Path) -> tuple[dict[str, Tensor], str]:
     """The trained weights of a run, and its folder."""
-    record, _ = engine.run(spec, engine.Options(output))
+    record, _ = engine.run(prepare(spec), engine.RunOptions(output))
     (raw,) = Path(record.path).glob("checkpoints/0-*/raw-*.safetensors")
     return load_file(raw), record.path
 
@@ -75,11 +69,11 @@ def test_the_student_starts_from_the_file_and_the_file_decides_its_shape(file: F
 def test_the_tensors_and_not_the_name_of_the_file_are_in_the_hash(file: File, tmp_path: Path) -> None:
     path = file()
     spec = asked(path)
-    first = plan.prepare(spec)[2]
+    first = prepare(spec).hashes
     moved = path.rename(tmp_path / "moved.pt")
-    assert plan.prepare(asked(moved))[2] == first
-    assert plan.prepare(asked(moved, init_weights="raw"))[2].setting != first.setting
-    fresh = plan.prepare(spec.model_copy(update={"init": None}))[2]
+    assert prepare(asked(moved)).hashes == first
+    assert prepare(asked(moved, init_weights="raw")).hashes.setting != first.setting
+    fresh = prepare(spec.model_copy(update={"init": None})).hashes
     assert fresh.setting != first.setting and fresh.train != first.train
 
 
@@ -87,7 +81,7 @@ def test_a_run_resumes_and_continues_with_its_file(file: File, tmp_path: Path) -
     path = file()
     short, _ = first_step(asked(path), tmp_path / "a")
     longer = asked(path).model_copy()
-    again, trained = engine.run(longer, engine.Options(tmp_path / "a"))
+    again, trained = engine.run(prepare(longer), engine.RunOptions(tmp_path / "a"))
     assert not trained and again.steps == 2
     other, _ = first_step(asked(path), tmp_path / "b")
     assert all(torch.equal(short[key], other[key]) for key in short)
@@ -95,9 +89,8 @@ def test_a_run_resumes_and_continues_with_its_file(file: File, tmp_path: Path) -
 
 def test_only_the_first_stage_starts_from_the_file(file: File, tmp_path: Path) -> None:
     blocks = {"recipe__teacher_block": 1, "recipe__student_block": 0, "train__lr": 1e-9}
-    record, _ = engine.run(
-        asked(file(), recipe="self-transcendence", **blocks), engine.Options(tmp_path / "r")
-    )
+    spec = asked(file(), recipe="self-transcendence", **blocks)
+    record, _ = engine.run(prepare(spec), engine.RunOptions(tmp_path / "r"))
     first, second = (load_file(next(Path(record.path).glob(f"checkpoints/{k}-*/raw-*"))) for k in (0, 1))
     assert first["blocks.0.attn.qkv.bias"].abs().max() > 0.01
     assert second["blocks.0.attn.qkv.bias"].abs().max() < 0.001
@@ -107,7 +100,10 @@ def test_another_number_of_classes_keeps_the_null_row_and_says_so(file: File, tm
     path = file(classes=3)
     spec = asked(path, train__lr=1e-9)
     assert spec.init is not None
-    assert "3 classes there, 10 here: label rows start fresh" in note(spec.init, 10)
+    assert (
+        "it has 3 classes and the data set has 10, so the label embedding is initialised anew"
+        in describe_start(spec.init, 10)
+    )
     weights, _ = first_step(spec, tmp_path / "runs")
     table, key = weights["y_embedder.embedding_table.weight"], "y_embedder.embedding_table.weight"
     held = torch.load(path, weights_only=False)["ema"][key]
@@ -125,9 +121,9 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_type(file: File, tmp_pa
         UserError, match="8 predicted channels for objective 'iddpm', found 4.*--objective linear"
     ):
         asked(path, objective="iddpm")
-    with pytest.raises(UserError, match="--original says how to read a checkpoint: expected --init-from"):
-        specify({"backbone": "sit", "recipe": "vanilla", "original": "repa"}, QUICK)
-    with pytest.raises(UserError, match="--init-weights wants raw or ema, got 'best'"):
+    with pytest.raises(UserError, match="--original is only used with --init-from FILE"):
+        resolve_options({"backbone": "sit", "recipe": "vanilla", "original": "repa"}, QUICK)
+    with pytest.raises(UserError, match="--init-weights must be raw or ema, got 'best'"):
         asked(path, init_weights="best")
     large = file(pos_embed=torch.zeros(1, 64, 24))
     with pytest.raises(UserError, match="weights for 4x8x8 latents of data set 'digits', found 4x16x16"):
@@ -136,12 +132,12 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_type(file: File, tmp_pa
 
 def test_a_published_size_is_taken_from_the_file(tmp_path: Path) -> None:
     torch.save(key_table(96, 6, out=4, heads=3), tmp_path / "ti.pt")
-    spec = specify(
+    spec = resolve_options(
         {"backbone": "sit", "recipe": "vanilla", "steps": 2, "init_from": str(tmp_path / "ti.pt")}, QUICK
     )
     assert (spec.backbone.size, spec.backbone.options) == ("ti/2", {})
     with pytest.raises(
-        UserError, match="expected a sit-b/2 in .*, found a sit-ti/2; type --backbone sit-ti/2"
+        UserError, match="expected a sit-b/2 in .*, found a sit-ti/2; use --backbone sit-ti/2"
     ):
         asked(tmp_path / "ti.pt", "sit-b/2", backbone__heads=3)
 
@@ -149,8 +145,8 @@ def test_a_published_size_is_taken_from_the_file(tmp_path: Path) -> None:
 def test_a_file_that_changes_before_training_is_refused(file: File, tmp_path: Path) -> None:
     spec = asked(file())
     file(pos_embed=torch.ones(1, 16, 24))  # other weights under the same name
-    with pytest.raises(UserError, match="has changed: expected tensors of sha256"):
-        engine.run(spec, engine.Options(tmp_path / "runs"))
+    with pytest.raises(UserError, match="has changed: expected tensors with sha256"):
+        engine.run(prepare(spec), engine.RunOptions(tmp_path / "runs"))
 
 
 def test_the_command_says_what_it_starts_from(stbench: Command, file: File, tmp_path: Path) -> None:

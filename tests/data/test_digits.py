@@ -1,22 +1,18 @@
-"""The shipped weights, the digits, their split, their latents and their order."""
+"""The embedded digits: images, split, latents, order and decoder."""
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from stbench.core.errors import UserError
-from stbench.data.dataset import Dataset, get_dataset, stratified_split
-from stbench.data.digits import HELD_OUT, digits_images
-from stbench.models.assets import asset_folder, asset_manifest, load_asset
-from stbench.models.autoencoder import digits_autoencoder, to_float, to_uint8
-
-ASSETS = ("digits_vae", "digits_classifier", "digits_encoder")
+from stbench.data.dataset import Dataset, get_dataset
+from stbench.data.digits import HELD_OUT, digits_images, stratified_split
+from stbench.models.assets import asset_manifest, load_asset
+from stbench.models.autoencoder import digits_autoencoder, to_float
 
 
 @pytest.fixture(scope="module")
@@ -28,50 +24,7 @@ def sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
 
 
-def copy_assets(folder: Path) -> Path:
-    for name in ("digits.json", *(f"{asset}.safetensors" for asset in ASSETS)):
-        shutil.copy(asset_folder() / name, folder / name)
-    return folder
-
-
-@pytest.mark.parametrize("name", ASSETS)
-def test_asset_with_one_changed_byte_is_refused(name: str, tmp_path: Path) -> None:
-    path = copy_assets(tmp_path) / f"{name}.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-7] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(
-        UserError, match=rf"asset {name}\.safetensors is damaged: expected sha256 [0-9a-f]{{64}}, found"
-    ):
-        load_asset(name, tmp_path)
-
-
-def test_missing_asset_and_unreadable_manifest_are_told_in_one_line(tmp_path: Path) -> None:
-    copy_assets(tmp_path)
-    (tmp_path / "digits_vae.safetensors").unlink()
-    with pytest.raises(UserError, match=r"digits_vae\.safetensors is missing"):
-        load_asset("digits_vae", tmp_path)
-    (tmp_path / "digits.json").write_text("{")
-    with pytest.raises(UserError, match=r"digits\.json is missing or damaged"):
-        load_asset("digits_vae", tmp_path)
-
-
-def test_assets_load_as_float32_and_stay_small() -> None:
-    assert all(tensor.dtype == torch.float32 for name in ASSETS for tensor in load_asset(name).values())
-    assert sum((asset_folder() / f"{name}.safetensors").stat().st_size for name in ASSETS) < 1.5e6
-
-
-def test_rounding_clamps_and_rounds_to_the_nearest_level() -> None:
-    levels = torch.tensor([-9.0, 0.4, 0.6, 1.4, 1.6, 127.4, 127.5, 254.4, 254.6, 300.0]) / 127.5 - 1.0
-    assert to_uint8(levels).tolist() == [0, 0, 1, 1, 2, 127, 128, 254, 255, 255]
-
-
-def test_rounding_undoes_the_conversion_of_every_level() -> None:
-    levels = torch.arange(256).to(torch.uint8)
-    assert torch.equal(to_uint8(to_float(levels)), levels)
-
-
-def test_digits_are_the_pinned_bytes() -> None:
+def test_images_and_labels_are_the_same_on_every_machine() -> None:
     images, labels = digits_images()
     assert (images.shape, images.dtype, labels.dtype) == ((1797, 1, 32, 32), torch.uint8, torch.int64)
     assert (sha256(images), sha256(labels)) == ("18262877db6d822e", "a3c91c262eddcf7b")
@@ -84,14 +37,14 @@ def test_split_is_fixed_disjoint_and_complete() -> None:
     assert (sha256(train), sha256(heldout)) == ("9423bc2ff489f0ab", "e5e86cca7538482a")
 
 
-def test_split_is_stratified_within_one_image() -> None:
+def test_split_is_stratified_to_within_one_image() -> None:
     labels = digits_images()[1]
     heldout = stratified_split(labels, HELD_OUT)[1]
     quota = labels.bincount() * HELD_OUT / len(labels)
     assert (labels[heldout].bincount() - quota).abs().max() <= 1.0
 
 
-def test_reconstructions_of_heldout_digits_reach_the_stated_psnr(digits: Dataset) -> None:
+def test_reconstructions_of_held_out_digits_have_the_recorded_psnr(digits: Dataset) -> None:
     decoded = digits.decode(digits.heldout()[0])
     error = (decoded.double() - digits.heldout_images().double()).square().mean()
     psnr = float(10 * torch.log10(255**2 / error))
@@ -107,7 +60,7 @@ def test_latents_are_normalised_per_channel(digits: Dataset) -> None:
     assert (z.std((0, 2, 3)) - 1).abs().max() < 0.01
 
 
-def test_latents_are_the_mean_plus_the_noise_times_the_spread(digits: Dataset) -> None:
+def test_latents_are_the_mean_plus_noise_times_std(digits: Dataset) -> None:
     rows, ones = torch.tensor([3, 3, 1499]), torch.ones(3, 4, 8, 8)
     mean, one, three = (digits.latents(rows, k * ones) for k in (0.0, 1.0, 3.0))
     assert (one > mean).all()
@@ -126,7 +79,7 @@ def test_rows_of_latents_labels_and_images_agree(digits: Dataset) -> None:
     assert torch.equal(digits.train_images()[rows], images[train[rows]])
 
 
-def test_heldout_latents_are_those_of_the_heldout_images(digits: Dataset) -> None:
+def test_held_out_latents_decode_to_the_held_out_images(digits: Dataset) -> None:
     z, y = digits.heldout()
     assert (z.shape, y.shape) == ((297, 4, 8, 8), (297,))
     distance = torch.cdist(digits.decode(z).flatten(1).float(), digits.heldout_images().flatten(1).float())
@@ -140,7 +93,7 @@ def test_references_are_the_training_images_and_all_images(digits: Dataset) -> N
     assert torch.equal(digits.references["all"](), digits_images()[0])
 
 
-def test_order_is_keyed_by_seed_and_images_seen_alone(digits: Dataset) -> None:
+def test_order_depends_on_seed_and_images_seen_only(digits: Dataset) -> None:
     late = digits.order(1, 64_000_000, 64)
     digits.order(1, 0, 64)
     assert torch.equal(digits.order(1, 64_000_000, 64), late)
@@ -154,7 +107,7 @@ def test_order_draws_every_row_with_replacement(digits: Dataset) -> None:
     assert rows.bincount().float().std() == pytest.approx(20**0.5, rel=0.15)
 
 
-def test_a_copy_on_another_device_leaves_the_original(digits: Dataset) -> None:
+def test_a_copy_on_another_device_does_not_move_the_original(digits: Dataset) -> None:
     moved = digits.to("meta")
     rows, noise = torch.tensor([1]), torch.zeros(1, 4, 8, 8)
     assert moved.latents(rows, noise).device.type == moved.labels(rows).device.type == "meta"
@@ -163,7 +116,7 @@ def test_a_copy_on_another_device_leaves_the_original(digits: Dataset) -> None:
     assert digits.latents(rows, noise).device.type == digits.decode(noise).device.type == "cpu"
 
 
-def test_building_leaves_the_global_random_state_alone(digits: Dataset) -> None:
+def test_building_does_not_change_the_global_random_state(digits: Dataset) -> None:
     before = torch.get_rng_state()
     digits_autoencoder.__wrapped__()
     rebuilt = type(digits)()
@@ -177,15 +130,15 @@ def test_unknown_data_set_is_a_user_error() -> None:
         get_dataset("digit")
 
 
-def test_shipped_encoder_gives_a_token_for_each_latent_patch_and_its_accuracy(digits: Dataset) -> None:
+def test_the_shipped_encoder_has_one_token_per_patch_and_the_recorded_accuracy(digits: Dataset) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
-    figures = asset_manifest()["assets"]["digits_encoder"]
-    encoder = VisionTransformer(**figures["config"]).eval()
+    recorded = asset_manifest()["assets"]["digits_encoder"]
+    encoder = VisionTransformer(**recorded["config"]).eval()
     encoder.load_state_dict(load_asset("digits_encoder"))
     images, labels = to_float(digits.heldout_images()), digits.heldout()[1]
     with torch.no_grad():
         assert encoder.forward_features(images[:2]).shape == (2, 16, 96)
         accuracy = float((encoder(images).argmax(1) == labels).double().mean())
-    assert accuracy == pytest.approx(figures["heldout_accuracy"], abs=0.004)
+    assert accuracy == pytest.approx(recorded["heldout_accuracy"], abs=0.004)
     assert accuracy > 0.95

@@ -1,4 +1,4 @@
-"""REPA's layout: read as it is, converted, refused where it does not fit together."""
+"""REPA's layout: reading, converting, and refusing folders that are damaged or inconsistent."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ import pytest
 
 from stbench.cli import data as data_commands
 from stbench.core.errors import UserError
-from stbench.data.repa_layout import Repa, decoder_of, is_repa
-from stbench.data.shards import TRAIN, read_manifest, verify
-from tests.datafiles import make_images, make_repa, make_vae, picture
+from stbench.data.repa_layout import RepaFolder, find_decoder, is_repa
+from stbench.data.shards import read_manifest, verify
+from stbench.data.split import TRAIN
+from tests.datafiles import column, make_images, make_repa, picture
 
 COUNT = 45
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_vae(tmp_path_factory.mktemp("vae")))
 
 
 @pytest.fixture()
@@ -28,24 +24,20 @@ def folder(tmp_path: Path) -> Path:
     return make_repa(tmp_path / "repa", COUNT)
 
 
-def column(folder: Path, array: str) -> np.ndarray:
-    return np.concatenate([np.load(file) for file in sorted(folder.glob(f"*-{array}.npy"))])
-
-
-def test_order_is_that_of_the_sorted_names_whatever_the_list_says(folder: Path) -> None:
-    repa = Repa(folder)
+def test_rows_are_in_the_order_of_the_sorted_names(folder: Path) -> None:
+    repa = RepaFolder(folder)
     assert repa.ids == sorted(repa.ids)
     assert repa.labels.tolist() == [k % 10 for k in range(COUNT)]
     stored = np.load(folder / "vae-sd" / repa.ids[7])
     assert np.array_equal(repa.moments(7), stored.astype(np.float16))
 
 
-def test_import_writes_the_same_moments_labels_and_pixels(folder: Path, vae: str, tmp_path: Path) -> None:
-    data_commands.import_repa(folder, tmp_path / "set", vae, "std", 4, 20)
-    manifest, repa = read_manifest(tmp_path / "set"), Repa(folder)
+def test_import_writes_the_same_moments_labels_and_pixels(folder: Path, vae: Path, tmp_path: Path) -> None:
+    data_commands.import_repa(folder, tmp_path / "set", str(vae), second="std", shards=4, references=20)
+    manifest, repa = read_manifest(tmp_path / "set"), RepaFolder(folder)
     assert verify(tmp_path / "set")[1] == []
     assert (manifest.count, manifest.views, manifest.flip, len(manifest.shards)) == (COUNT, 1, False, 4)
-    assert (manifest.scale, len(manifest.classes), manifest.vae) == (0.18215, 10, vae)
+    assert (manifest.scale, len(manifest.classes), manifest.vae) == (0.18215, 10, str(vae))
     assert np.array_equal(column(tmp_path / "set", "moments")[:, 0], [repa.moments(k) for k in range(COUNT)])
     assert column(tmp_path / "set", "labels").tolist() == repa.labels.tolist()
     split = column(tmp_path / "set", "split")
@@ -53,26 +45,28 @@ def test_import_writes_the_same_moments_labels_and_pixels(folder: Path, vae: str
     assert np.array_equal(column(tmp_path / "set", "images"), expected)
 
 
-def test_a_published_autoencoder_need_not_be_there_to_convert(folder: Path, tmp_path: Path) -> None:
-    decoder = decoder_of(Repa(folder), "sd-vae-ft-mse")
+def test_a_published_autoencoder_may_be_missing(folder: Path, tmp_path: Path) -> None:
+    decoder = find_decoder(RepaFolder(folder), "sd-vae-ft-mse")
     assert (decoder.scale, decoder.shift, decoder.image_shape) == (0.18215, 0.0, (3, 64, 64))
 
 
-def test_log_variances_are_noticed_and_converted(folder: Path, vae: str, tmp_path: Path) -> None:
+def test_log_variances_are_detected_and_converted(folder: Path, vae: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "logvar")
     for file in (tmp_path / "logvar" / "vae-sd").rglob("*.npy"):
         mean, std = np.split(np.load(file), 2)
         np.save(file, np.concatenate([mean, 2 * np.log(std)]))
     with pytest.raises(UserError, match="these are log-variances; convert .* --second logvar"):
-        Repa(tmp_path / "logvar").moments(0)
-    data_commands.import_repa(tmp_path / "logvar", tmp_path / "set", vae, "logvar", 1, 5)
-    expected = np.stack([Repa(folder).moments(k) for k in range(COUNT)])
+        RepaFolder(tmp_path / "logvar").moments(0)
+    data_commands.import_repa(
+        tmp_path / "logvar", tmp_path / "set", str(vae), second="logvar", shards=1, references=5
+    )
+    expected = np.stack([RepaFolder(folder).moments(k) for k in range(COUNT)])
     found = column(tmp_path / "set", "moments")[:, 0]
     assert np.allclose(found.astype(float), expected.astype(float), rtol=2e-3, atol=1e-6)
 
 
 def spoil(folder: Path, how: str) -> None:
-    """Break a REPA folder in one way."""
+    """Damage a folder in REPA's layout in one way."""
     first = folder / "vae-sd/00000/img-mean-std-00000000.npy"
     second = folder / "vae-sd/00000/img-mean-std-00000001.npy"
     labels = folder / "vae-sd/dataset.json"
@@ -103,39 +97,41 @@ def spoil(folder: Path, how: str) -> None:
     ("how", "message"),
     [
         ("mixed sizes", r"expected moments of one shape, found \(8, 8, 8\) in .* and \(8, 16, 16\) in"),
-        ("cut off", r"img-mean-std-00000001.npy is truncated or no .npy file"),
+        ("cut off", r"img-mean-std-00000001.npy is truncated or not an .npy file"),
         ("no moments", r"expected moments \(2C,h,h\), found \(3, 64, 64\)"),
-        ("infinite", "not finite or beyond fp16"),
+        ("infinite", "not finite or overflow float16"),
         ("no label", r"has no label for 00000/img-mean-std-00000000.npy \(1 missing\)"),
         ("no list", 'expected {"labels"'),
         ("other image", r"expected images of one size, found a decoded latent is 64x64, .* is 32x32"),
-        ("unreadable image", "cannot be read .*; copy it again"),
-        ("missing image", "expected 45 images under .*, one for each moment file, found 44"),
+        ("unreadable image", "cannot read .*; copy it again"),
+        ("missing image", "expected 45 images under .*, one per moment file, found 44"),
     ],
 )
-def test_what_does_not_fit_is_one_line_and_makes_no_set(
-    folder: Path, vae: str, how: str, message: str, tmp_path: Path
+def test_damaged_folders_are_refused_in_one_line(
+    folder: Path, vae: Path, how: str, message: str, tmp_path: Path
 ) -> None:
     spoil(folder, how)
     with pytest.raises(UserError, match=message) as caught:
-        data_commands.import_repa(folder, tmp_path / "set", vae, "std", 2, 10)
+        data_commands.import_repa(folder, tmp_path / "set", str(vae), second="std", shards=2, references=10)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "set" / "manifest.json").exists()
 
 
-def test_other_folders_are_not_taken_for_it(tmp_path: Path, vae: str) -> None:
+def test_other_folders_are_not_imported(tmp_path: Path, vae: Path) -> None:
     images = make_images(tmp_path / "images", 10)
     assert not is_repa(images)
-    with pytest.raises(UserError, match="expected REPA's layout .*encoded with `stbench data prepare`"):
-        data_commands.import_repa(images, tmp_path / "set", vae, "std", None, 10)
+    with pytest.raises(UserError, match="expected REPA's layout .*encode images with `stbench data"):
+        data_commands.import_repa(
+            images, tmp_path / "set", str(vae), second="std", shards=None, references=10
+        )
 
 
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_zip_under_the_name_of_an_array_is_told(folder: Path, cut: bool) -> None:
-    repa = Repa(folder)
+def test_an_archive_named_npy_is_refused(folder: Path, cut: bool) -> None:
+    repa = RepaFolder(folder)
     path = folder / "vae-sd" / repa.ids[3]
     np.savez(path.with_suffix(".npz"), a=np.zeros(3))
     path.write_bytes(path.with_suffix(".npz").read_bytes()[: 50 if cut else None])
-    with pytest.raises(UserError, match="is truncated or no .npy file") as caught:
+    with pytest.raises(UserError, match="is truncated or not an .npy file") as caught:
         repa.moments(3)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The objectives: corruption, targets, losses and flow-equivalent time."""
+"""Objectives: corruption, targets, losses and flow-equivalent time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def name(objective: Objective) -> str:
 
 
 def pair(batch: int = 5) -> tuple[Tensor, Tensor]:
-    """A clean latent and a noise, float64 so that identities hold tightly."""
+    """Clean latents and noise, float64 for tight tolerances."""
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, batch, 3, 4, 4, generator=g, dtype=torch.float64)
     return x0, eps
@@ -146,7 +146,7 @@ def test_continuous_training_times_are_the_uniform_draws(objective: Objective) -
     assert torch.equal(objective.sample_t(rng), rng.uniform("t"))
 
 
-def test_draw_uses_the_steps_own_noise_and_times() -> None:
+def test_draw_uses_the_noise_and_times_of_the_step() -> None:
     rng, x0 = Rng(1, 64, 6, 2, 5), pair(3)[0].float()
     noised = LinearFlow().draw(Batch(x0, torch.zeros(3), torch.zeros(3), torch.arange(3), rng))
     assert torch.equal(noised.noise, rng.normal("noise", (3, 4, 4)))
@@ -220,7 +220,7 @@ def test_the_discretised_likelihood_sums_to_one_over_the_bins() -> None:
         assert total.item() == pytest.approx(1.0, abs=1e-4)
 
 
-def test_the_bound_teaches_the_variance_only() -> None:
+def test_the_bound_trains_the_variance_only() -> None:
     objective = ImprovedDdpm()
     x0, eps = (v.float() for v in pair(3))
     noised = objective.at(x0, eps, torch.tensor([0, 10, 900]) / 999)
@@ -259,9 +259,17 @@ def test_ddim_spacing_has_a_whole_stride() -> None:
     assert respaced_steps("ddim334").tolist() == list(range(0, 1000, 3))
 
 
-@pytest.mark.parametrize("spacing", ["ddim300", "1", "1001", "ddim0"])
-def test_impossible_spacings_are_user_errors(spacing: str) -> None:
-    with pytest.raises(UserError, match="expected"):
+@pytest.mark.parametrize(
+    ("spacing", "message"),
+    [
+        ("ddim300", "no whole stride takes 300 of 1000 sampling steps; use 250 steps"),
+        ("1", "the number of sampling steps must be 2 to 1000, got 1"),
+        ("1001", "must be 2 to 1000, got 1001"),
+        ("ddim0", "must be 2 to 1000, got 0"),
+    ],
+)
+def test_impossible_spacings_are_user_errors(spacing: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         respaced_steps(spacing)
 
 

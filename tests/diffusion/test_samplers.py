@@ -1,4 +1,4 @@
-"""The samplers, where the answer is known: data is Gaussian, with a mean that depends on the label."""
+"""Samplers on Gaussian data with label-dependent mean, for which the exact answer is known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stbench.diffusion import (
     VpDiscrete,
     respaced_steps,
 )
-from stbench.diffusion.ddpm_samplers import keep
+from stbench.diffusion.ddpm_samplers import visited_steps
 from stbench.diffusion.dpm_solver import fast_orders
 from stbench.diffusion.sample import Ddim, Ddpm, EulerMaruyama, Guidance, Heun, Sampler, guide, nfe, sample
 
@@ -40,7 +40,7 @@ MEANS = torch.tensor([0.5, -0.25, 0.1], dtype=torch.float64)
 
 
 class Gaussian(Backbone):
-    """The exact network for x0 ~ N(mean of the label, spread^2) under an objective; records its calls."""
+    """The exact network for x0 ~ N(mean of the label, spread^2) under an objective; it records its calls."""
 
     def __init__(self, objective: Objective, spread: float = 0.0) -> None:
         super().__init__()
@@ -123,12 +123,12 @@ def error(name: str | Sampler, objective: Objective, steps: int, end: float = 0.
 
 
 @pytest.mark.parametrize("objective", FLOWS, ids=ids)
-def test_halving_the_step_halves_eulers_error(objective: Flow) -> None:
+def test_halving_the_step_halves_the_error_of_euler(objective: Flow) -> None:
     assert error("euler", objective, 40) / error("euler", objective, 80) == pytest.approx(2.0, abs=0.2)
 
 
 @pytest.mark.parametrize("objective", FLOWS, ids=ids)
-def test_halving_the_step_quarters_heuns_error(objective: Flow) -> None:
+def test_halving_the_step_quarters_the_error_of_heun(objective: Flow) -> None:
     corrected = Heun(correct_last=True)
     assert error(corrected, objective, 20) / error(corrected, objective, 40) == pytest.approx(4.0, abs=0.6)
 
@@ -137,7 +137,7 @@ def test_an_uncorrected_last_step_costs_accuracy() -> None:
     assert error("heun", LinearFlow(), 40) > 3 * error(Heun(correct_last=True), LinearFlow(), 40)
 
 
-def test_halving_the_step_halves_ddims_error() -> None:
+def test_halving_the_step_halves_the_error_of_ddim() -> None:
     end = 0.0  # the last step goes to the clean latent
     ratio = error("ddim", VpDiscrete(), 50, end) / error("ddim", VpDiscrete(), 100, end)
     assert ratio == pytest.approx(2.0, abs=0.4)
@@ -201,7 +201,7 @@ def test_guidance_shifts_the_mean_by_the_scale(name: str, objective: Objective) 
 
 
 @pytest.mark.parametrize(("name", "objective"), CASES, ids=ids)
-def test_the_null_label_is_not_asked_outside_the_interval(name: str, objective: Objective) -> None:
+def test_the_null_label_is_used_inside_the_interval_only(name: str, objective: Objective) -> None:
     net, interval = Gaussian(objective, 0.5), Guidance(2.0, 0.3, 0.6)
     run(name, net, 20, guidance=interval)
     sizes = [len(y) for y in net.labels]
@@ -217,13 +217,13 @@ def test_guidance_is_on_at_both_ends_of_the_interval() -> None:
     assert [len(y) for y in net.labels] == [4, 4, 8, 8, 8, 8, 8, 4]
 
 
-def test_heun_decides_on_guidance_at_the_start_of_a_step() -> None:
+def test_heun_is_guided_as_at_the_start_of_each_step() -> None:
     net = Gaussian(LinearFlow(), 0.5)
     run("heun", net, 4, guidance=Guidance(2.0, 0.0, 0.5))
     assert [len(y) for y in net.labels] == [4, 4, 4, 4, 8, 8, 8]
 
 
-def test_scale_one_is_no_guidance() -> None:
+def test_scale_one_does_not_guide() -> None:
     net = Gaussian(LinearFlow(), 0.5)
     run("euler", net, 4, guidance=Guidance(1.0))
     assert {len(y) for y in net.labels} == {4}
@@ -258,7 +258,7 @@ def test_the_learned_variance_is_never_guided() -> None:
     assert torch.equal(quiet, loud)
 
 
-def test_a_draw_is_replayed_and_other_noise_changes_it() -> None:
+def test_equal_noise_gives_equal_samples() -> None:
     net = Gaussian(LinearFlow(), 0.5)
     assert torch.equal(run("euler-maruyama", net, 8), run("euler-maruyama", net, 8))
     other = sample(
@@ -295,7 +295,7 @@ def test_the_last_step_of_the_sde_has_no_noise() -> None:
     assert drawn == [0, 1, 2, 3, 4]
 
 
-def test_a_sampler_that_cannot_invert_an_objective_names_those_that_can() -> None:
+def test_a_sampler_that_cannot_invert_the_objective_lists_those_that_can() -> None:
     with pytest.raises(UserError, match="'ddpm' cannot invert objective 'linear'; use one of: euler, heun"):
         run("ddpm", Gaussian(LinearFlow()), 10)
 
@@ -315,7 +315,7 @@ def test_too_few_steps_are_a_user_error(name: str, objective: Objective, steps: 
 
 @pytest.mark.parametrize(("low", "high"), [(0.7, 0.4), (-0.1, 0.5), (0.2, 1.5)])
 def test_a_wrong_guidance_interval_is_a_user_error(low: float, high: float) -> None:
-    with pytest.raises(UserError, match="expected a guidance interval"):
+    with pytest.raises(UserError, match="the guidance interval must be"):
         Guidance(2.0, low, high)
 
 
@@ -338,9 +338,9 @@ def test_every_objective_lists_registered_samplers() -> None:
         assert set(objective.samplers) <= set(names(SAMPLERS))
 
 
-def test_the_spacing_of_ddpm_and_ddim_is_theirs_to_choose() -> None:
-    assert keep("spread", 10, ImprovedDdpm()).tolist() == respaced_steps("10").tolist()
-    assert keep("stride", 10, ImprovedDdpm()).tolist() == list(range(0, 1000, 100))
+def test_ddpm_and_ddim_take_either_spacing() -> None:
+    assert visited_steps("spread", 10, ImprovedDdpm()).tolist() == respaced_steps("10").tolist()
+    assert visited_steps("stride", 10, ImprovedDdpm()).tolist() == list(range(0, 1000, 100))
     net = Gaussian(ImprovedDdpm(), 0.5)
     seen = [run(Ddpm(spacing), net, 10) for spacing in ("spread", "stride")]
     assert not torch.equal(*seen)

@@ -1,4 +1,4 @@
-"""Distances, heads and masks that recipes share, against values computed by hand."""
+"""Distances, heads and masks shared by recipes, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_cosine_is_taken_over_channels() -> None:
     assert torch.allclose(align.cosine(A, B), torch.tensor([(R + 1) / 2, -0.5]))
 
 
-def test_cosine_has_one_value_a_token() -> None:
+def test_token_cosine_has_one_value_per_token() -> None:
     assert align.token_cosine(torch.randn(2, 5, 7), torch.randn(2, 5, 7)).shape == (2, 5)
 
 
@@ -88,7 +88,7 @@ def test_the_interval_is_in_flow_equivalent_time_unless_native(objective: VpCont
     assert torch.equal(align.in_interval(objective, t, (0.4, 0.7), native=True), (t >= 0.4) & (t <= 0.7))
 
 
-def test_masked_places_losses_and_divides_by_the_full_batch() -> None:
+def test_masked_scatters_losses_and_divides_by_the_full_batch() -> None:
     loss = torch.tensor([3.0, 5.0], requires_grad=True)
     found = align.masked(loss, torch.tensor([3, 0]), 4)
     assert found.tolist() == [5.0, 0.0, 0.0, 3.0]
@@ -100,7 +100,7 @@ def test_masked_without_rows_is_zero() -> None:
     assert align.masked(torch.zeros(0), torch.zeros(0, dtype=torch.long), 3).tolist() == [0.0, 0.0, 0.0]
 
 
-def test_released_mask_is_the_broadcast_of_the_released_code() -> None:
+def test_released_mask_equals_the_broadcast_of_the_released_code() -> None:
     loss, inside = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([True, False, False])
     broadcast = inside.float().view(3, 1, 1, 1) * loss
     assert align.released_mask(loss, inside).mean().item() == pytest.approx(broadcast.mean().item())

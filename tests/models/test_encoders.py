@@ -57,7 +57,9 @@ def test_the_path_of_weights_is_no_part_of_a_source(vit: Path) -> None:
 
 def test_weights_that_are_not_here_name_the_download() -> None:
     missing = encoders.find_encoder("vit_tiny_patch16_224.augreg_in21k")
-    with pytest.raises(UserError, match=r"cannot be loaded.*hf download timm/vit_tiny_patch16_224\.augreg"):
+    with pytest.raises(
+        UserError, match=r"cannot load encoder .*hf download timm/vit_tiny_patch16_224\.augreg"
+    ):
         encoders.open_encoder(missing, 16, CPU)
 
 
@@ -71,7 +73,7 @@ def test_a_cache_of_another_number_of_images_is_not_made(tmp_path: Path) -> None
     assert isinstance(encoder, encoders.ImageEncoder)
     images = get_dataset("digits").train_images()[:6]
     for count in (5, 7):
-        with pytest.raises(UserError, match=f"expected {count} images to cache tokens of"):
+        with pytest.raises(UserError, match=f"expected {count} images, found"):
             encoders.cache_tokens(tmp_path, encoder, torch.split(images, 4), count)
         assert not (tmp_path / "tokens.json").exists()
 
@@ -79,7 +81,7 @@ def test_a_cache_of_another_number_of_images_is_not_made(tmp_path: Path) -> None
 def test_damaged_caches_are_refused(tmp_path: Path) -> None:
     folder = cache_digits(tmp_path / "tokens")
     spec = encoders.find_encoder(str(folder))
-    with pytest.raises(UserError, match=r"holds 16 tokens an image, the backbone has 64"):
+    with pytest.raises(UserError, match=r"contains 16 tokens per image, the backbone has 64"):
         encoders.open_encoder(spec, 64, CPU)
     tokens = np.load(folder / "tokens.npy")
     np.save(folder / "tokens.npy", tokens[:-1])

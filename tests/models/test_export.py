@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from stbench.cli.export import export_run, final_network
-from stbench.config import plan
 from stbench.config.build import build_backbone
+from stbench.config.plan import prepare
 from stbench.core.errors import UserError
 from stbench.evaluate.past_run import open_run
 from stbench.models.export import official_state
@@ -34,15 +34,15 @@ def past(tmp_path: Path) -> Callable[..., Path]:
 
     def make(**more: Any) -> Path:
         spec = tiny_spec(steps=2, **more)
-        dataset, jobs, hashed = plan.prepare(spec)
-        options = engine.Options(tmp_path / "runs")
-        folder = RunFolder(options.output / plan.run_id(spec, hashed.train))
+        prepared = prepare(spec)
+        options = engine.RunOptions(tmp_path / "runs")
+        folder = RunFolder(options.output / prepared.run_id)
         with folder.lock():
-            engine._open(folder, spec, jobs, hashed, options)
-        place = folder.path / "checkpoints" / f"0-{jobs[0].name}"
+            engine.open_folder(folder, prepared, options)
+        place = folder.stage(0, prepared.stages[0].name).path
         place.mkdir(parents=True)
         for weights in ("raw", "ema"):
-            net = build_backbone(spec.backbone, spec.objective, dataset)
+            net = build_backbone(spec.backbone, spec.objective, prepared.dataset)
             for name, parameter in net.named_parameters():
                 if name != "pos_embed" or spec.backbone.name == "uvit":
                     torch.nn.init.normal_(parameter, std=0.1)
@@ -153,7 +153,7 @@ def test_the_command_writes_a_file_and_overwrites_none(
     assert code == 2 and "ends in .pt" in err
     assert [f.name for f in tmp_path.glob("*w.*")] == ["w.pt"]
     code, _, err = stbench("export", tmp_path, "--output", tmp_path / "v.pt")
-    assert code == 2 and "no run folder" in err
+    assert code == 2 and "is not a run folder" in err
 
 
 def test_the_configuration_names_the_class(past: Callable[..., Path], tmp_path: Path) -> None:

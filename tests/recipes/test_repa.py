@@ -9,14 +9,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from stbench.config import plan
-from stbench.config.resolve import Request, resolve
+from stbench.config.plan import prepare
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.errors import UserError
-from stbench.data.dataset import get_dataset
 from stbench.diffusion import LinearFlow
 from stbench.models import align, encoders
 from stbench.recipes.repa import Repa, repa
-from stbench.train.cost import rehearse
+from stbench.train.cost import expected_cost
 from tests.steps import BATCH, info, network, only, step_of, value
 from tests.weights import cache_digits, random_vit
 
@@ -89,8 +88,8 @@ def test_cached_tokens_teach_as_the_encoder_does_and_are_paid_once(cache: Path) 
         ({"encoder": "no/such/folder"}, "no cached tokens at no/such/folder"),
         ({"encoder": "vit_tiny_patch16_224", "checkpoint": "none.safetensors"}, "hf download timm/vit_tiny"),
         ({"encoder": ["digits", "digits"], "checkpoint": "x"}, "one file for each of 2 encoders, got 1"),
-        ({"checkpoint": "x"}, "has no meaning for encoder 'digits', which has its own; leave it out"),
-        ({"encoder": "resnet18"}, "encoder 'resnet18' gives no patch tokens"),
+        ({"checkpoint": "x"}, "cannot be used with encoder 'digits', which has its own weights; leave it"),
+        ({"encoder": "resnet18"}, "encoder 'resnet18' has no patch tokens"),
     ],
 )
 def test_repa_errors_say_what_to_type(options: dict[str, Any], message: str) -> None:
@@ -101,7 +100,7 @@ def test_repa_errors_say_what_to_type(options: dict[str, Any], message: str) -> 
 def test_a_moved_file_is_the_same_run_and_another_file_another(vit: Path, tmp_path: Path) -> None:
     def train_hash(file: Path) -> str:
         options = {"recipe.encoder": "vit_tiny_patch16_224", "recipe.checkpoint": str(file)}
-        return plan.prepare(resolve(Request("sit", "repa", overrides=options)))[2].train
+        return prepare(resolve(RunRequest("sit", "repa", overrides=options))).hashes.train
 
     moved, other = tmp_path / "moved.safetensors", tmp_path / "other.safetensors"
     moved.write_bytes(vit.read_bytes())
@@ -110,18 +109,17 @@ def test_a_moved_file_is_the_same_run_and_another_file_another(vit: Path, tmp_pa
 
 
 def test_a_dry_run_needs_no_weights() -> None:
-    digits = get_dataset("digits")
-    supervision = only(repa(info("sit", "ti/2", 6), encoder="vit_tiny_patch16_224.augreg_in21k"))
-    job = plan.prepare(resolve(Request("sit", "repa")))[1][0]
-    assert rehearse(job, supervision, resolve(Request("sit", "repa")), digits, draws=1).teachers > 0
+    options = {"recipe.encoder": "vit_tiny_patch16_224.augreg_in21k"}
+    prepared = prepare(resolve(RunRequest("sit", "repa", overrides=options)))
+    assert expected_cost(prepared, prepared.stages[0], draws=1).teachers > 0
 
 
 def test_caches_of_other_images_are_refused(cache: Path) -> None:
     net = network()
     supervision = cast(Repa, only(repa(net.info, encoder=str(cache))))
     step = step_of(supervision, net, LinearFlow())
-    with pytest.raises(UserError, match=r"cached tokens are of 1500 images, the data set has 1281167"):
+    with pytest.raises(UserError, match=r"expected cached tokens of 1281167 images, found 1500"):
         supervision.terms(dataclasses.replace(step, dataset_size=1281167))
     mirrored = dataclasses.replace(step.batch, index=step.batch.index + 1500)
-    with pytest.raises(UserError, match=r"found mirror images; type --set data\.flip=false"):
+    with pytest.raises(UserError, match=r"no cached tokens of mirror images; type --set data\.flip=false"):
         supervision.terms(dataclasses.replace(step, batch=mirrored))

@@ -1,4 +1,4 @@
-"""The golden runner: our numbers are the published ones, and a changed number does not pass."""
+"""The golden runner: our numbers equal the published ones, and a changed number fails."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def test_a_changed_weight_loss_or_noise_fails(
     assert all(line.startswith(file) for line in failures(lines)) and failures(lines)
 
 
-def test_a_value_that_is_no_number_fails(tmp_path: Path) -> None:
+def test_nan_fails(tmp_path: Path) -> None:
     copy(tmp_path, "embeddings")
     change(tmp_path / "embeddings.safetensors", "time/dit_256", lambda value: value * float("nan"))
     assert check(tmp_path)[0] == 1
 
 
-def test_other_initialisation_statistics_fail(tmp_path: Path) -> None:
+def test_different_initialisation_statistics_fail(tmp_path: Path) -> None:
     copy(tmp_path, "init_statistics")
     file = tmp_path / "init_statistics.json"
     meta = json.loads(file.read_text())
@@ -88,7 +88,7 @@ def test_other_initialisation_statistics_fail(tmp_path: Path) -> None:
     assert len(failures(lines)) == 3
 
 
-def test_missing_tensors_and_corrupt_files_fail_by_name(tmp_path: Path) -> None:
+def test_missing_tensors_and_corrupt_files_are_named(tmp_path: Path) -> None:
     copy(tmp_path, "embeddings", "backbone_dit")
     tensors = load_file(tmp_path / "embeddings.safetensors")
     del tensors["time/dit_256"]
@@ -108,7 +108,7 @@ def test_missing_weights_fail(tmp_path: Path) -> None:
     assert "backbone_sit_upstream" in failures(lines)[0]
 
 
-def test_files_without_a_check_are_named(tmp_path: Path) -> None:
+def test_files_without_a_checker_are_listed(tmp_path: Path) -> None:
     copy(tmp_path, "embeddings")
     (tmp_path / "mystery.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("")
@@ -134,8 +134,8 @@ def test_the_command_reports_by_exit_code(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("name", ["dit_256", "uvit_72"])
-def test_time_embeddings_are_the_published_bits_on_every_machine(name: str) -> None:
-    """Far below the golden tolerance: one unit in the last place of a frequency would be 3e-5 at t=999."""
+def test_time_embeddings_equal_the_published_bits(name: str) -> None:
+    """Stricter than the golden tolerance: one unit in the last place of a frequency is 3e-5 at t=999."""
     golden = load_file(FOLDER / "embeddings.safetensors")
     actual = timestep_sinusoid(golden["time/t"], int(name.rsplit("_", 1)[1]))
     assert torch.allclose(actual, golden[f"time/{name}"], rtol=0, atol=1e-7)

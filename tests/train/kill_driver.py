@@ -26,7 +26,8 @@ from stbench.train import engine
 
 torch.set_num_threads(1)
 
-from stbench.config.resolve import Request, resolve  # noqa: E402
+from stbench.config.plan import prepare  # noqa: E402
+from stbench.config.resolve import RunRequest, resolve  # noqa: E402
 from stbench.core.registry import load_builtins  # noqa: E402
 from stbench.data.dataset import get_dataset  # noqa: E402
 
@@ -48,8 +49,8 @@ PACKAGE = str(Path(engine.__file__).parents[1])
 
 def train(output: Path) -> None:
     """The run under test: Self-Transcendence, 6 steps a stage, evaluated twice."""
-    spec = resolve(Request("sit", "self-transcendence", steps=6, overrides=OVERRIDES))
-    engine.run(spec, engine.Options(output, keep="all"))
+    spec = resolve(RunRequest("sit", "self-transcendence", steps=6, overrides=OVERRIDES))
+    engine.run(prepare(spec), engine.RunOptions(output, keep="all"))
 
 
 def profile(event: str, tell: int) -> Any:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stbench.config.plan import StageJob
+from stbench.config.plan import PlannedStage, prepare
 from stbench.core.errors import UserError
 from stbench.core.registry import BACKBONES, RECIPES, load_builtins, lookup, names
 from stbench.runs.folder import RunFolder
@@ -71,7 +71,7 @@ def test_both_stages_start_from_the_same_weights(tiny: Runner) -> None:
 def test_a_finished_run_is_left_alone(tiny: Runner, tmp_path: Path) -> None:
     record = tiny()
     before = {p: p.stat().st_mtime_ns for p in Path(record.path).rglob("*.safetensors")}
-    again, trained = engine.run(tiny_spec(), engine.Options(tmp_path / "runs"))
+    again, trained = engine.run(prepare(tiny_spec()), engine.RunOptions(tmp_path / "runs"))
     assert not trained and again.curve == record.curve
     assert before == {p: p.stat().st_mtime_ns for p in Path(record.path).rglob("*.safetensors")}
 
@@ -110,7 +110,7 @@ class StopAt(Hook):
     def __init__(self, step: int) -> None:
         self._step = step
 
-    def on_step(self, job: StageJob, step: int, losses: Mapping[str, float]) -> None:
+    def on_step(self, stage: PlannedStage, step: int, losses: Mapping[str, float]) -> None:
         if step == self._step:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -254,8 +254,8 @@ def test_a_truncated_checkpoint_is_one_line(tiny: Runner, tmp_path: Path) -> Non
 
 def test_a_truncated_state_file_is_one_line(tiny: Runner, tmp_path: Path) -> None:
     place = _damaged(tiny, tmp_path)
-    (place / "state.json").write_text('{"schema": 1, "fi')
-    with pytest.raises(UserError, match="state.json is not whole JSON"):
+    (place / "state.json").write_text('{"schema": 2, "fi')
+    with pytest.raises(UserError, match="state.json is not complete JSON"):
         tiny()
 
 

@@ -1,4 +1,4 @@
-"""The shipped weights of the digits networks, loaded with a checksum."""
+"""The shipped weights of the digits networks, checked against their hashes when they are loaded."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from stbench.core.errors import UserError
 
 
 def asset_folder() -> Path:
-    """Where the shipped weights lie."""
+    """Return the folder of the shipped weights."""
     return Path(str(files("stbench.models.assets")))
 
 
 def asset_manifest(folder: Path | None = None) -> dict[str, Any]:
-    """digits.json: the sha256 of every shipped file, its settings and its figures."""
+    """Read digits.json: hash, training settings and measured quality of every shipped network."""
     path = (folder or asset_folder()) / "digits.json"
     try:
         return json.loads(path.read_text())
@@ -28,9 +28,9 @@ def asset_manifest(folder: Path | None = None) -> dict[str, Any]:
 
 
 def load_asset(name: str, folder: Path | None = None) -> dict[str, Tensor]:
-    """Weights of a shipped network as float32, after its sha256 has been compared with the manifest.
+    """Load the weights of a shipped network as float32.
 
-    Raises UserError if the file is missing or a byte of it has changed.
+    Raises UserError if the file is missing, or if its sha256 is not the one in digits.json.
     """
     from safetensors.torch import load
 

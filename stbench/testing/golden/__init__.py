@@ -1,1 +1,1 @@
-"""Checks against numbers made by the published implementations."""
+"""Golden checks: stbench compared with numbers that the published implementations produced."""

@@ -1,4 +1,4 @@
-"""Golden checks of the networks: outputs, features, embeddings and initialisation."""
+"""Golden checks of backbones: outputs, features, embeddings and initialisation."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from stbench.testing.golden.run import Check, Golden, check
 
 TOLERANCE = 2e-5
 GUIDED_CHANNELS = 3
-"""DiT and upstream SiT guide the first three channels only."""
+"""Number of channels that DiT and upstream SiT guide."""
 
 
 def family(meta: Mapping[str, Any]) -> str:
-    """The backbone a weight file belongs to, from its sidecar."""
+    """The backbone family of a golden file, from its sidecar."""
     if "embed_dim" in meta["config"]:
         return "uvit"
     return "dit" if "/DiT" in meta["reference"] else "sit"
 
 
 def noise_at_zero(meta: Mapping[str, Any]) -> bool:
-    """Whether the file's times run from noise at 0 to data at 1 (upstream SiT)."""
+    """Whether t=0 is noise in the file, as in upstream SiT."""
     return "willisma/SiT" in meta["reference"]
 
 
 def original(meta: Mapping[str, Any]) -> str:
-    """What a user would type after --original; the files of U-ViT name no size, and are given their times."""
+    """The value of --original for the file; U-ViT's files do not name a size, so their times are given."""
     if family(meta) == "sit":
         return "sit" if noise_at_zero(meta) else "repa"
     return {"dit": "dit", "uvit": "uvit-discrete"}[family(meta)]
 
 
 def load_network(golden: Golden) -> tuple[Backbone, dict[str, Tensor]]:
-    """The file's network in our direction of time, in eval mode, and the heads stored beside it."""
+    """The file's network in our direction of time, in eval mode, and the heads stored with it."""
     load_builtins()
     state = golden.group("sd/")
     model = from_state(
@@ -52,8 +52,8 @@ def load_network(golden: Golden) -> tuple[Backbone, dict[str, Tensor]]:
     return model.backbone, {key: state[key] for key in model.dropped}
 
 
-def load_unturned(golden: Golden) -> tuple[Backbone, dict[str, Tensor]]:
-    """The same in the file's own direction of time."""
+def load_in_native_time(golden: Golden) -> tuple[Backbone, dict[str, Tensor]]:
+    """As `load_network`, but in the file's own direction of time."""
     net, stored = load_network(golden)
     if noise_at_zero(golden.meta):
         net.noise_at_zero = False  # type: ignore[assignment]
@@ -61,12 +61,12 @@ def load_unturned(golden: Golden) -> tuple[Backbone, dict[str, Tensor]]:
 
 
 def native_time(net: Backbone, t: Tensor) -> Tensor:
-    """The file's times, which are what the sinusoid is given, in our [0,1]."""
+    """The file's times, which are inputs of the sinusoid, mapped to [0,1]."""
     return t.double() / net.time_scale
 
 
 def captured(net: nn.Module, names: list[str], call: Callable[[], object]) -> dict[str, Tensor]:
-    """Outputs of the submodules `names` during one call."""
+    """The outputs of the submodules `names` during one call."""
     outputs: dict[str, Tensor] = {}
 
     def catch(name: str) -> Any:
@@ -83,8 +83,8 @@ def captured(net: nn.Module, names: list[str], call: Callable[[], object]) -> di
 
 @check("backbone_")
 def backbone(golden: Golden) -> Iterator[Check]:
-    """Output, every block's tokens, what is computed on the way, guided forward and projectors."""
-    net, stored = load_unturned(golden)
+    """Check the output, the tokens of every block, intermediate values, guidance and projectors."""
+    net, stored = load_in_native_time(golden)
     x, y, t = golden.t["in/x"], golden.t["in/y"], native_time(net, golden.t["in/t"])
     out, features = net.forward_intermediates(x, t, y, indices=range(net.info.depth))
     assert out is not None
@@ -94,7 +94,7 @@ def backbone(golden: Golden) -> Iterator[Check]:
     for key in sorted(blocks):
         expected = golden.t[key][:, -net.info.tokens :]  # without U-ViT's label and time tokens
         yield golden.compare(key, features[int(key.rsplit("_", 1)[1]) - 1], expected, TOLERANCE)
-    yield from _on_the_way(golden, net)
+    yield from _intermediate_values(golden, net)
     if noise_at_zero(golden.meta):
         reversed_out = load_network(golden)[0](x, 1.0 - t, y)
         yield golden.compare("time-reversed", reversed_out, -golden.t["out/model"], TOLERANCE)
@@ -103,8 +103,8 @@ def backbone(golden: Golden) -> Iterator[Check]:
     yield from _projected(golden, stored, features)
 
 
-def _on_the_way(golden: Golden, net: Backbone) -> Iterator[Check]:
-    """Tokens before the first and after the last block, and the two conditioning vectors."""
+def _intermediate_values(golden: Golden, net: Backbone) -> Iterator[Check]:
+    """Check the tokens before the first and after the last block, and the two conditioning vectors."""
     names = {"feat/final_tokens": "final_layer", "cond/t_emb": "t_embedder", "cond/y_emb": "y_embedder"}
     if family(golden.meta) == "uvit":
         names = {"feat/decoder_pred": "decoder_pred"}
@@ -127,7 +127,7 @@ def _raw(net: Backbone, tokens: Tensor) -> Tensor:
 
 
 def _guided(golden: Golden, net: Backbone) -> Iterator[Check]:
-    """The published guided forward: conditional and unconditional half, three channels guided in both."""
+    """Check the published guided forward pass, which guides three channels in both halves of the batch."""
     found = re.search(r"scale (\d+(?:\.\d+)?)", golden.meta["cfg_note"])
     assert found is not None, "cfg_note names no scale"
     half = golden.t["cfg/x"][: len(golden.t["cfg/x"]) // 2]
@@ -139,7 +139,7 @@ def _guided(golden: Golden, net: Backbone) -> Iterator[Check]:
 
 
 def _projected(golden: Golden, stored: dict[str, Tensor], features: dict[int, Tensor]) -> Iterator[Check]:
-    """The projectors of REPA on the tokens after block `encoder_depth` (1-based)."""
+    """Check REPA's projectors on the tokens after 1-based block `encoder_depth`."""
     for key in sorted(k for k in golden.t if k.startswith("out/z_tilde_")):
         z = features[int(golden.meta["config"]["encoder_depth"]) - 1]
         state = _below(stored, f"projectors.{key.rsplit('_', 1)[1]}.")
@@ -153,14 +153,14 @@ def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _projector(state: Mapping[str, Tensor]) -> nn.Sequential:
-    """A fresh projector with the shapes of a stored one."""
+    """A new projector with the shapes of a stored one."""
     hidden, width = state["0.weight"].shape
     return projector(width, hidden, state["4.weight"].shape[0])
 
 
 @check("embeddings")
 def embeddings(golden: Golden) -> Iterator[Check]:
-    """Position and time embeddings, at the sizes their names tell."""
+    """Check position and time embeddings of the sizes in their names."""
     for key, expected in golden.t.items():
         if position := re.fullmatch(r"pos/sincos_d(\d+)_g(\d+)", key):
             actual = sincos_2d(int(position[1]), int(position[2]))
@@ -173,7 +173,7 @@ def embeddings(golden: Golden) -> Iterator[Check]:
 
 @check("init_statistics")
 def init_statistics(golden: Golden) -> Iterator[Check]:
-    """Fresh networks of each kind: shapes, trainable flags, exact zeros and ones, and moments of the rest."""
+    """Check new networks: shapes, trainable flags, exact zeros and ones, and moments of the rest."""
     load_builtins()
     for kind, entries in golden.meta.items():
         if not isinstance(entries, dict):
@@ -188,7 +188,7 @@ def init_statistics(golden: Golden) -> Iterator[Check]:
 
 
 def _fresh(family: str, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of a new network, and of its projectors if it has some, under their official names."""
+    """Parameters of a new network, and of its projectors if any, under their official names."""
     cls = lookup(BACKBONES, family)
     parameters: dict[str, Tensor] = dict(cls(**cls.infer(shapes, heads=1)).named_parameters())
     for index in {key.split(".")[1] for key in shapes if key.startswith("projectors.")}:
@@ -199,7 +199,7 @@ def _fresh(family: str, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _moments(name: str, actual: Tensor, entry: Mapping[str, Any]) -> Check:
-    """The worst deviation in units of what is allowed; the exact properties count as all or nothing."""
+    """Compare mean and std, relative to the allowed deviation; exact properties must be equal."""
     exact = (
         list(actual.shape) == entry["shape"],
         actual.requires_grad == entry["trainable"],

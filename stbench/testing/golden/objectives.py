@@ -1,4 +1,4 @@
-"""Golden checks of the objectives and their schedules, and what the checks of losses and samplers share."""
+"""Golden checks of objectives and schedules, and helpers for checks of losses and samplers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from stbench.testing.golden.run import Check, Golden, check
 TOLERANCE = 2e-5
 SCHEDULE = 1e-10
 GRADIENT = 1e-4
-"""Relative to the largest entry."""
+"""For gradients divided by their largest entry."""
 
 
 def network(golden: Golden) -> tuple[Backbone, dict[str, Tensor]]:
-    """The network whose weights a golden file names, in our direction of time, and the heads beside it."""
+    """The network that a golden file refers to, in our direction of time, and the heads stored with it."""
     return load_network(golden.weights())
 
 
 def run(net: Backbone, noised: Noised, y: Tensor, *blocks: int) -> tuple[Tensor, list[Tensor]]:
-    """The prediction, and the features of 1-based blocks."""
+    """Return the prediction and the features of 1-based blocks."""
     prediction, features = net.forward_intermediates(
         noised.x_t, noised.t, y, indices=[block - 1 for block in blocks]
     )
@@ -43,13 +43,13 @@ def run(net: Backbone, noised: Noised, y: Tensor, *blocks: int) -> tuple[Tensor,
 
 
 def tolerated(golden: Golden, found: Mapping[str, Tensor], tolerance: float = TOLERANCE) -> Iterator[Check]:
-    """One check for each named value."""
+    """Compare each named value with the stored tensor of that name."""
     for name, value in found.items():
         yield golden.compare(name, value, golden.t[name], tolerance)
 
 
 def gradient(golden: Golden, name: str, value: Tensor, leaf: Tensor) -> Check:
-    """The gradient of a scalar, relative to its largest entry: gradients of means are far below 1."""
+    """Compare the gradient of a scalar, divided by its largest entry, which is far below 1 for means."""
     (actual,), expected = torch.autograd.grad(value, leaf, retain_graph=True), golden.t[name]
     scale = expected.abs().max()
     return golden.compare(name, actual / scale, expected / scale, GRADIENT)
@@ -57,7 +57,7 @@ def gradient(golden: Golden, name: str, value: Tensor, leaf: Tensor) -> Check:
 
 @check("schedules")
 def schedules(golden: Golden) -> Iterator[Check]:
-    """Betas and what follows from them, respaced schedules, U-ViT's arrays with their leading step 0."""
+    """Check betas and derived quantities, respaced schedules, and U-ViT's arrays, which have a step 0."""
     objective = ImprovedDdpm()
     for name, expected in golden.t.items():
         group, *rest = name.split("/")
@@ -76,7 +76,7 @@ def schedules(golden: Golden) -> Iterator[Check]:
 
 @check("loss_iddpm_hybrid")
 def iddpm_hybrid(golden: Golden) -> Iterator[Check]:
-    """MSE + variational bound, every intermediate of the bound, and the gradient at the network's output."""
+    """Check MSE + variational bound, the intermediate values of the bound, and the gradient of the output."""
     objective, t = ImprovedDdpm(), golden.t
     noised = objective.at(t["in/x_start"], t["in/noise"], objective.time(t["in/t"]))
     net, _ = network(golden)
@@ -103,7 +103,7 @@ def iddpm_hybrid(golden: Golden) -> Iterator[Check]:
 
 @check("loss_sit_upstream")
 def sit_upstream(golden: Golden) -> Iterator[Check]:
-    """The velocity loss at converted times; upstream's velocity is ours with the other sign."""
+    """Check the velocity loss at converted times; upstream's velocity has the opposite sign."""
     objective, t = LinearFlow(), golden.t
     noised = objective.at(t["in/data"], t["in/noise"], 1.0 - t["in/t"].double())
     prediction, _ = run(network(golden)[0], noised, t["in/y"])
@@ -118,7 +118,7 @@ def sit_upstream(golden: Golden) -> Iterator[Check]:
 
 @check("loss_uvit")
 def uvit(golden: Golden) -> Iterator[Check]:
-    """Noise prediction on the discrete schedule (the network sees n) and on the VP-SDE (999 t)."""
+    """Check noise prediction on the discrete schedule (network input n) and on the VP-SDE (999 t)."""
     t, net = golden.t, network(golden)[0]
     discrete = VpDiscrete()
     cases = (

@@ -1,6 +1,7 @@
-"""The golden runner: compares this code with numbers that the published implementations produced.
+"""The golden runner: compares stbench with numbers that the published implementations produced.
 
-A golden file is NAME.safetensors (weights under `sd/`, with official key names) and its sidecar NAME.json.
+A golden file is NAME.safetensors (tensors; weights under `sd/`, with official key names) with its sidecar
+NAME.json (settings, and the shapes of the tensors).
 """
 
 from __future__ import annotations
@@ -18,28 +19,29 @@ from torch import Tensor
 
 from stbench.core.errors import UserError
 
+# Imported by `run`, so that their checkers are registered
 CHECK_MODULES = ("backbones", "self_transcendence", "baseline_losses", "samplers")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison and its outcome."""
+    """The result of one comparison."""
 
     name: str
     error: float
     tolerance: float
     reason: str = ""
-    """Why it failed, where the error alone does not say."""
+    """Why it failed, if the error alone does not tell."""
 
     @property
     def ok(self) -> bool:
-        """Whether the error is a number within the tolerance."""
+        """Whether the error is within the tolerance; NaN is not."""
         return self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
 class Golden:
-    """One golden file: its sidecar, its tensors, and its neighbours. Both are read when first asked for."""
+    """One golden file; the sidecar and the tensors are read on first use."""
 
     folder: Path
     name: str
@@ -51,24 +53,24 @@ class Golden:
 
     @cached_property
     def t(self) -> dict[str, Tensor]:
-        """All tensors of NAME.safetensors, weights and heads included."""
+        """All tensors of NAME.safetensors, including weights and heads."""
         return load_file(self.folder / f"{self.name}.safetensors")
 
     def other(self, name: str) -> Golden:
-        """Another file of the same folder."""
+        """Another golden file in the same folder."""
         return Golden(self.folder, name)
 
     def weights(self) -> Golden:
-        """The file that holds this one's weights: the first word of `weights_from`, or this file itself."""
+        """The golden file with the weights for this one: the first word of `weights_from`, or itself."""
         named = self.meta.get("weights_from")
         return self.other(named.split()[0]) if named else self
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors under `prefix`, such as "sd/" or "head/", with it cut off."""
+        """The tensors under `prefix`, such as "sd/" or "head/", with the prefix removed from their names."""
         return {key[len(prefix) :]: value for key, value in self.t.items() if key.startswith(prefix)}
 
     def compare(self, name: str, actual: Tensor, expected: Tensor, tol: float) -> Check:
-        """Compare by e = max|a-b| / max(1, max|b|); unequal shapes and NaN fail."""
+        """Compare by the error max|a-b| / max(1, max|b|); different shapes and NaN fail."""
         if actual.shape != expected.shape:
             reason = f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
             return Check(name, float("inf"), tol, reason)
@@ -93,28 +95,28 @@ def check(prefix: str) -> Callable[[Checker], Checker]:
 
 
 def checker_for(name: str) -> Checker | None:
-    """The checker of a file name (without suffix), or None."""
+    """The checker for a file name without suffix, or None."""
     matching = [prefix for prefix in _checkers if name.startswith(prefix)]
     return _checkers[max(matching, key=len)] if matching else None
 
 
 def _content(golden: Golden) -> Check:
-    """Every tensor that the sidecar lists is in the file, with its shape."""
+    """Check that every tensor listed in the sidecar is in the file, with its shape."""
     listed = {key: entry["shape"] for key, entry in golden.meta.get("tensors", {}).items()}
     state = golden.meta.get("state_dict", {})
     listed |= {state["prefix"] + key: shape for key, shape in state.get("entries", {}).items()}
     wrong = [k for k, shape in listed.items() if k not in golden.t or list(golden.t[k].shape) != list(shape)]
     return Check(
-        "content", float(len(wrong)), 0.0, f"missing or misshapen: {', '.join(wrong)}" if wrong else ""
+        "content", float(len(wrong)), 0.0, f"missing or of another shape: {', '.join(wrong)}" if wrong else ""
     )
 
 
 def checks_of(golden: Golden, checker: Checker) -> Iterator[Check]:
-    """All checks of one file; whatever raises becomes a failed check."""
+    """Yield all checks of one file; an exception becomes a failed check."""
     try:
         yield _content(golden)
         yield from checker(golden)
-    except Exception as error:  # corrupt or incomplete files may raise anything, and must fail by name
+    except Exception as error:  # a corrupt file can raise anything, and the other files must still be checked
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         yield Check("crashed", float("nan"), 0.0, reason)
 
@@ -126,10 +128,10 @@ def _line(file: str, item: Check) -> str:
 
 
 def run(folder: Path, out: Callable[[str], None] = print) -> int:
-    """Check every golden file in `folder`; one line a check, then the total. Returns 1 if any failed, else 0.
+    """Check every golden file in `folder`; prints one line per check and the total.
 
-    Files without a check are named at the end and count as neither. Raises UserError for a folder without
-    files.
+    Returns 1 if a check failed, else 0. Files without a checker are listed at the end; they do not count.
+    Raises UserError if there are no golden files.
     """
     for module in CHECK_MODULES:
         importlib.import_module(f"stbench.testing.golden.{module}")

@@ -1,4 +1,4 @@
-"""Golden checks of the samplers: stored noise is replayed, and every call of the network compared too."""
+"""Golden checks of samplers with the stored noise; every call of the network is compared as well."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from stbench.testing.golden.run import Check, Golden, check
 
 TOLERANCE = 1e-4
 CONTINUOUS_SOLVER = 1e-3
-"""The reference computes this solver's log-SNR grid in float32."""
+"""Larger because the reference computes this solver's log-SNR grid in float32."""
 ADAPTIVE = 2e-2
-"""Heun at the stored number of points against an adaptive solver."""
+"""For Heun at the stored number of points, compared with an adaptive solver."""
 
 
 class Recorder(Backbone):
-    """A network that keeps the inputs of every call."""
+    """A network that records the inputs of every call."""
 
     def __init__(self, inner: Backbone) -> None:
         super().__init__()
@@ -51,16 +51,16 @@ class Recorder(Backbone):
 
     @property
     def times(self) -> Tensor:
-        """Time of every call (n,)."""
+        """Time of each call (n,)."""
         return torch.tensor([t for _, t in self.calls])
 
     @property
     def batches(self) -> Tensor:
-        """Batch of every call (n,)."""
+        """Batch size of each call (n,)."""
         return torch.tensor([len(x) for x, _ in self.calls])
 
     def states(self, batch: int) -> Tensor:
-        """The conditional half of every call's input (n,B,C,H,W)."""
+        """Input of each call (n,B,C,H,W), its conditional half if guided."""
         return torch.stack([x[:batch] for x, _ in self.calls])
 
 
@@ -74,7 +74,7 @@ def replay(
     guidance: Guidance = Guidance(),  # noqa: B008 - frozen
     noise: str = "",
 ) -> tuple[Tensor, Recorder]:
-    """A sample from the stored start with the noise stored under `noise`, and what the network was asked."""
+    """Sample from the stored initial noise, with the draws stored under `noise`; returns the recorder too."""
     recorder, z = Recorder(net), golden.t["in/z"]
     draws = golden.t.get(noise)
     drawn = None if draws is None else (lambda i: draws[i, : len(z)])
@@ -85,7 +85,7 @@ def replay(
 
 @check("sampler_ddpm")
 def ddpm(golden: Golden) -> Iterator[Check]:
-    """Respaced ancestral sampling without and with three-channel guidance, and DDIM on the same steps."""
+    """Check ancestral sampling without and with three-channel guidance, and DDIM on the same steps."""
     settings, objective, (net, _) = golden.meta["settings"], ImprovedDdpm(), network(golden)
     spacing = settings["respacing"]
     steps = int(spacing.removeprefix("ddim"))
@@ -104,7 +104,7 @@ def ddpm(golden: Golden) -> Iterator[Check]:
 
 @check("sampler_sit_upstream")
 def sit_upstream(golden: Golden) -> Iterator[Check]:
-    """The SDE with every state on its way, and the ODE; the number of steps counts grid points."""
+    """Check the SDE, including its trajectory, and the ODE; `num_steps` counts grid points."""
     settings, objective, (net, _) = golden.meta["settings"], LinearFlow(), network(golden)
     points, expected = settings["num_steps"], golden.t
     sde = EulerMaruyama(settings["last_step_size"])
@@ -122,7 +122,7 @@ def sit_upstream(golden: Golden) -> Iterator[Check]:
 
 
 def repa_sampler(name: str, run: Mapping[str, Any]) -> Sampler:
-    """The sampler of a run of REPA's file."""
+    """The sampler of one run in REPA's file."""
     if name.startswith("em"):
         return EulerMaruyama()
     return Heun() if run.get("heun", False) else Euler()
@@ -130,7 +130,7 @@ def repa_sampler(name: str, run: Mapping[str, Any]) -> Sampler:
 
 @check("sampler_repa")
 def repa(golden: Golden) -> Iterator[Check]:
-    """Every run's sample, and the input, time and batch of every call, which show where guidance was on."""
+    """Check each run's sample, and the input, time and batch size of every call (guidance doubles it)."""
     objective, (net, _) = LinearFlow(), network(golden)
     for name, run in golden.meta["runs"].items():
         scale, low, high = (
@@ -156,7 +156,7 @@ def repa(golden: Golden) -> Iterator[Check]:
 
 @check("sampler_dpm_solver")
 def dpm_solver(golden: Golden) -> Iterator[Check]:
-    """Both forms of DPM-Solver, and the time of every evaluation; U-ViT's scale s is a weight of 1 + s."""
+    """Check both forms of DPM-Solver and the times of evaluations; U-ViT's scale s is scale 1 + s here."""
     net, _ = network(golden)
     for name, run in golden.meta["runs"].items():
         discrete = name.startswith("pp")

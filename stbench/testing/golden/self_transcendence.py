@@ -1,4 +1,7 @@
-"""Golden checks of Self-Transcendence's two stages, and what checks of losses share. Blocks count from 1."""
+"""Golden checks of Self-Transcendence's two stages, and helpers for checks of losses.
+
+Block numbers in the sidecars are 1-based.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ Reducible = TypeVar("Reducible", VaeAlign, SelfTranscendence)
 
 
 def teacher_of(net: Backbone) -> Backbone:
-    """The golden teacher: every tensor but the position embedding times 0.9."""
+    """The teacher of the golden files: the network with every tensor but the position embedding times 0.9."""
     teacher = copy.deepcopy(net)
     state = net.state_dict()
     teacher.load_state_dict(
@@ -39,13 +42,13 @@ def teacher_of(net: Backbone) -> Backbone:
 
 
 def filled(module: nn.Module, state: Mapping[str, Tensor], prefix: str) -> nn.Module:
-    """The module with the tensors stored under `prefix`."""
+    """Load the tensors stored under `prefix` into a module, and return it."""
     module.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
     return module
 
 
 def denoising(golden: Golden, objective: Objective, noised: Noised, prediction: Tensor) -> Iterator[Check]:
-    """The checks that most loss files share: input, target, prediction and loss, where stored."""
+    """Compare input, target, prediction and denoising loss, as far as they are stored."""
     found = {
         "mid/x_t": noised.x_t,
         "mid/target": objective.velocity_target(noised),
@@ -58,20 +61,35 @@ def denoising(golden: Golden, objective: Objective, noised: Noised, prediction: 
 
 
 def step_of(net: Backbone, noised: Noised, y: Tensor, blocks: Sequence[int], heads: nn.ModuleDict) -> Step:
-    """What the engine would show a recipe: one batch with its prediction and 0-based blocks."""
+    """The step that the engine would build for a supervision, with features of 0-based `blocks`."""
     prediction, features = net.forward_intermediates(noised.x_t, noised.t, y, indices=blocks)
     assert prediction is not None
     size = len(y)
     batch = Batch(noised.x0, y, y, torch.arange(size), Rng(0, 0, size))
     objective = LinearFlow()
-    return Step(batch, noised, prediction, features, heads, net, objective, net.info, 0, size, size, Cost())
+    return Step(
+        batch=batch,
+        noised=noised,
+        prediction=prediction,
+        features=features,
+        heads=heads,
+        ema=net,
+        objective=objective,
+        info=net.info,
+        images_seen=0,
+        dataset_size=size,
+        global_batch=size,
+        cost=Cost(),
+    )
 
 
-def reductions(golden: Golden, name: str, step: Step, recipe: Reducible, tolerance: float) -> Iterator[Check]:
-    """A recipe's loss (B,) before masking, and the three ways of reducing it."""
+def reductions(
+    golden: Golden, name: str, step: Step, supervision: Reducible, tolerance: float
+) -> Iterator[Check]:
+    """Compare a supervision's loss (B,) before masking, and the three ways of reducing it."""
 
     def value(**options: Any) -> Tensor:
-        (term,) = replaced(recipe, **options).terms(step).values()
+        (term,) = replaced(supervision, **options).terms(step).values()
         return term.value
 
     everywhere = value(mask="samples", interval=(0.0, 1.0))
@@ -81,62 +99,72 @@ def reductions(golden: Golden, name: str, step: Step, recipe: Reducible, toleran
         f"out/{name}_mean_as_released": value(mask="released").mean(),
         f"out/{name}_mean_unmasked": everywhere.mean(),
     }
-    inside = align.in_interval(step.objective, step.noised.t_host, recipe.interval)
+    inside = align.in_interval(step.objective, step.noised.t_host, supervision.interval)
     yield golden.compare("mid/mask", inside.float(), golden.t["mid/mask"].float(), 0.0)
     yield from tolerated(golden, found, tolerance)
 
 
-def replaced(recipe: Reducible, **options: Any) -> Reducible:
-    """The recipe with other options, set up anew."""
-    changed = dataclasses.replace(recipe, **options)
+def replaced(supervision: Reducible, **options: Any) -> Reducible:
+    """A copy of the supervision with other options, set up again."""
+    changed = dataclasses.replace(supervision, **options)
     changed.setup(torch.device("cpu"))
     return changed
 
 
 @check("loss_vae_align")
 def vae_align(golden: Golden) -> Iterator[Check]:
-    """Stage 1 of Self-Transcendence: an auxiliary velocity from one block, inside an interval of time."""
+    """Check stage 1: the velocity predicted from one block, inside an interval of time."""
     objective, t, settings = LinearFlow(), golden.t, golden.meta["settings"]
     noised = objective.at(t["in/x0"], t["in/noise"], t["in/t"])
     net, _ = network(golden)
     block = settings["block"] - 1
-    recipe = VaeAlign(block, settings["projector_hidden"], interval=tuple(settings["t_range"]))
-    heads, stored = recipe.heads(net.info), golden.group("head/")
+    supervision = VaeAlign(block, settings["projector_hidden"], interval=tuple(settings["t_range"]))
+    heads, stored = supervision.heads(net.info), golden.group("head/")
     mlp, final = cast(nn.Sequential, heads["velocity"])
     filled(mlp, stored, "projectors.")
     filled(final, stored, "projectors_final.")
-    step = step_of(net, noised, t["in/y"], recipe.taps, heads)
+    step = step_of(net, noised, t["in/y"], supervision.taps, heads)
     yield from denoising(golden, objective, noised, step.prediction)
     yield from tolerated(golden, {"mid/head_pred": step.project("velocity", step.features[block])})
-    yield from reductions(golden, "head", step, recipe, TOLERANCE)
+    yield from reductions(golden, "head", step, supervision, TOLERANCE)
 
 
 @check("loss_self_transcendence")
 def self_transcendence(golden: Golden) -> Iterator[Check]:
-    """Stage 2: a student's projected tokens against a teacher's guided ones, inside an interval of time."""
+    """Check stage 2: the student's projected tokens and the teacher's guided ones, inside the interval."""
     objective, t, settings = LinearFlow(), golden.t, golden.meta["settings"]
     noised = objective.at(t["in/x0"], t["in/noise"], t["in/t"])
     net, _ = network(golden)
     teacher, stored = teacher_of(net), golden.group("head/")
     student_block, block = settings["student_block"] - 1, settings["teacher_block"] - 1
-    recipe = SelfTranscendence(
-        Artifact("teacher", "golden", "", {}, 0, 0, 0.0, 0.0, lambda weights: teacher),
-        student_block,
-        block,
+    supervision = SelfTranscendence(
+        Artifact(
+            name="teacher",
+            fingerprint="golden",
+            checkpoint="",
+            sha256={},
+            steps=0,
+            images_seen=0,
+            seconds=0.0,
+            flops=0.0,
+            loader=lambda weights: teacher,
+        ),
+        student_block=student_block,
+        teacher_block=block,
         hidden=len(stored["projectors.0.bias"]),
         guidance=settings["guidance"],
         interval=tuple(settings["t_range"]),
     )
-    recipe.setup(torch.device("cpu"))
-    heads = recipe.heads(net.info)
+    supervision.setup(torch.device("cpu"))
+    heads = supervision.heads(net.info)
     filled(heads["projector"], stored, "projectors.")
-    step = step_of(net, noised, t["in/y"], recipe.taps, heads)
+    step = step_of(net, noised, t["in/y"], supervision.taps, heads)
     yield from denoising(golden, objective, noised, step.prediction)
     null = torch.full_like(t["in/y"], net.info.classes)
     cond, uncond = (step.teach(teacher, noised.x_t, noised.t, y, block=block) for y in (t["in/y"], null))
     projected = step.project("projector", step.features[student_block])
     features = {"mid/teacher_cond": cond, "mid/teacher_uncond": uncond, "mid/student_proj": projected}
     yield from tolerated(golden, features)
-    guided = recipe.guided(step, torch.arange(len(null)))
+    guided = supervision.guided(step, torch.arange(len(null)))
     yield golden.compare("mid/guided", guided, t["mid/guided"], GUIDED)
-    yield from reductions(golden, "feat", step, recipe, GUIDED)
+    yield from reductions(golden, "feat", step, supervision, GUIDED)

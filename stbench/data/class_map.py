@@ -1,0 +1,80 @@
+"""Labels of image files: from the folder they are in, or from a map file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from stbench.core.errors import UserError
+
+
+def read_class_map(file: Path) -> dict[str, int]:
+    """Read a map file: JSON {name: label}, or lines "name label".
+
+    A name is that of an image (its path, or only its file name) or of a top-level folder. Raises UserError
+    for a file that is missing or malformed, and for labels other than 0..K-1.
+    """
+    expected = 'expected JSON {"name": label} or lines "name label"'
+    try:
+        text = file.read_text()
+        pairs = json.loads(text).items() if file.suffix == ".json" else _pairs(text)
+        class_map = {str(name): int(label) for name, label in pairs}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read map file {file} ({error}); {expected}") from error
+    labels = set(class_map.values())
+    if labels != set(range(len(labels))):
+        raise UserError(
+            f"map file {file}: labels must be 0..K-1 without a gap, found {len(labels)} labels from "
+            f"{min(labels)} to {max(labels)}; renumber them"
+        )
+    return class_map
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """Split lines "name label"; a name may contain spaces."""
+    pairs = []
+    for line in filter(str.strip, text.splitlines()):
+        fields = line.rsplit(maxsplit=1)
+        if len(fields) != 2:
+            raise ValueError(f"no label after '{fields[0]}'")
+        pairs.append((fields[0], fields[1]))
+    return pairs
+
+
+def label_images(
+    ids: Sequence[str], class_map: Mapping[str, int] | None, where: Path
+) -> tuple[list[int], list[str]]:
+    """Return the label of each image and the class names by label.
+
+    `ids` are paths within `where`. Without a map, the top-level folders in sorted order are the classes.
+    Raises UserError for an image without a label.
+    """
+    if class_map is not None:  # classes without an image still count
+        return [_mapped(name, class_map, where) for name in ids], _class_names(class_map)
+    for name in ids:
+        if "/" not in name:
+            raise UserError(
+                f"{where}: expected one folder per class, found '{name}' outside of any; "
+                f"give a map file with --classes"
+            )
+    folders = [name.partition("/")[0] for name in ids]
+    classes = sorted(set(folders))
+    number = {name: label for label, name in enumerate(classes)}
+    return [number[folder] for folder in folders], classes
+
+
+def _mapped(name: str, class_map: Mapping[str, int], where: Path) -> int:
+    # From specific to general: path, file name, top-level folder.
+    for key in (name, PurePosixPath(name).name, name.partition("/")[0]):
+        if key in class_map:
+            return class_map[key]
+    raise UserError(f"{where}: the map file has no label for '{name}' or its folder; add a line for it")
+
+
+def _class_names(class_map: Mapping[str, int]) -> list[str]:
+    """Return the class names by label: the only name with a label, or the number if several share it."""
+    names: dict[int, list[str]] = {}
+    for name, label in class_map.items():
+        names.setdefault(label, []).append(name)
+    return [names[k][0] if len(names[k]) == 1 else str(k) for k in range(len(names))]
