@@ -175,10 +175,6 @@ class Supervision(ABC):
 class NoSupervision(Supervision):
     """No auxiliary loss: the denoising loss alone."""
 
-    # Stage fingerprints contain the qualified class name. This class was called Plain when the published runs
-    # were made; with another name here, their finished stages would be trained again.
-    __qualname__ = "Plain"
-
     def terms(self, step: Step) -> Mapping[str, Term]:
         """Return no terms."""
         return {}
