@@ -20,7 +20,7 @@ from stbench.config.spec import EvalSpec
 from stbench.core.device import pick_device, pick_devices
 from stbench.core.errors import UserError
 from stbench.core.registry import load_builtins
-from stbench.evaluate.feature_networks import NetworkFiles
+from stbench.evaluate.feature_networks import FeatureNetwork, NetworkFiles
 from stbench.evaluate.image_sets import ImageSet, open_images
 from stbench.evaluate.past_run import open_run
 from stbench.evaluate.points import evaluate_again
@@ -74,7 +74,7 @@ def evaluate(
             f"--samples, --eval-guidance and --set apply to a run, but {path} is not a run folder; drop them"
         )
     else:
-        score_and_print(path, reference, output, measure)
+        score_files(path, reference, output, measure)
 
 
 def evaluate_run(path: Path, options: RunOptions, device: str) -> None:
@@ -102,7 +102,7 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, options: Run
         reference=str(reference),
         reference_size=reference_size(reference),
     )
-    measure.networks.load()
+    networks = measure.networks.load(pick_device(measure.device))
 
     for scale in settings.guidance:
         request = SampleRequest(
@@ -118,20 +118,30 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, options: Run
         output = path / "evaluation" / f"g{scale:g}-n{request.count}.npz"
         devices = pick_devices(measure.device)
         sample_images(ModelLocation(path), request, [output], devices, progress=progress_bar)
-        score_and_print(output, reference, None, measure)
+        _score_and_print(output, reference, None, networks, measure)
 
 
-def score_and_print(samples: Path, reference: Path, output: Path | None, options: MeasureOptions) -> None:
+def score_files(samples: Path, reference: Path, output: Path | None, measure: MeasureOptions) -> None:
     """Score images against a reference, write the scores as JSON and print them."""
     _print_ignored(open_samples(samples, reference))
-    device = pick_device(options.device)
+    networks = measure.networks.load(pick_device(measure.device))
+    _score_and_print(samples, reference, output, networks, measure)
+
+
+def _score_and_print(
+    samples: Path,
+    reference: Path,
+    output: Path | None,
+    networks: Sequence[FeatureNetwork],
+    measure: MeasureOptions,
+) -> None:
     scores, target = score_images(
         samples,
         reference,
-        options.networks.load(device),
+        networks,
         output,
-        batch=options.batch,
-        device=device,
+        batch=measure.batch,
+        device=pick_device(measure.device),
         progress=_progress,
     )
     _print_scores(scores, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def _recipe_rows() -> list[dict[str, Any]]:
         rows.append(
             {
                 "recipe": name,
-                "help": inspect.getdoc(method) or "",
+                # Join the continuation lines of an option's description
+                "help": re.sub(r"\n +", " ", inspect.getdoc(method) or ""),
                 "options": options or "none",
                 f"FLOPs, x vanilla ({COUNTED_ON} on the digits)": overhead,
             }

@@ -30,7 +30,7 @@ def test_a_run_prints_its_curve_and_leaves_a_picture(stbench: Command, tmp_path:
     (folder,) = (p.parent for p in tmp_path.glob("*/spec.json"))
     assert len(list(folder.glob("samples/1-*.png"))) == 1
     again, out, _ = stbench(*tiny_options("self-transcendence"), "--output", tmp_path)
-    assert again == 0 and "left alone" in out
+    assert again == 0 and "already finished" in out
 
 
 def test_compare_show_sample_and_evaluate_read_a_run(stbench: Command, tiny: Runner, tmp_path: Path) -> None:
@@ -147,9 +147,9 @@ MISTAKES = {
     "flag": ((*VANILLA, "--stepz", "3"), "No such option: --stepz"),
     "kind": (("list", "backbone"), "'backbone' is not one of"),
     "no run": (("show", "nowhere"), "nowhere is not a run folder"),
-    "nothing to compare": (("compare", "nowhere"), "expected a run folder"),
-    "sample of nothing": (("sample", "nowhere"), "nowhere is no run folder"),
-    "evaluate of nothing": (("evaluate", "nowhere"), "nowhere is no run folder"),
+    "nothing to compare": (("compare", "nowhere"), "no run folder"),
+    "sample of nothing": (("sample", "nowhere"), "nowhere is not a run folder"),
+    "evaluate of nothing": (("evaluate", "nowhere"), "nowhere is not a run folder"),
 }
 
 
