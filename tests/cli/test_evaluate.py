@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stbench.cli.evaluate import MeasureOptions, RunOptions, evaluate, statistics
+from stbench.cli.data import statistics
+from stbench.cli.evaluate import evaluate
 from stbench.core.errors import UserError
 from stbench.evaluate.extractors import get_extractor
 from stbench.evaluate.feature_networks import (
     INCEPTION_FILE,
     FeatureNetwork,
     Inception,
-    NetworkFiles,
     load_dino,
     load_inception,
 )
@@ -365,7 +365,7 @@ def test_images_of_another_size_are_refused(tmp_path: Path) -> None:
         compute_scores(samples, reference_from(measured(pictures(0, 12), tmp_path, "large", Cheap())))
 
 
-MISSING = MeasureOptions(NetworkFiles(inception=Path("missing.pth")), device="cpu")
+MISSING: dict[str, Any] = {"inception": Path("missing.pth"), "device": "cpu"}
 """Options that fail as soon as the networks are loaded."""
 
 
@@ -380,17 +380,17 @@ def test_another_size_is_refused_before_any_network_is_loaded(tmp_path: Path, ki
         write_statistics(open_images(reference), [Cheap()], tmp_path / "statistics.npz")
         reference = tmp_path / "statistics.npz"
     with pytest.raises(UserError, match="of one size, found .* of 16x16 and .* of 24x24"):
-        evaluate(tmp_path / "samples.npz", reference, None, measure=MISSING, run=RunOptions())
+        evaluate(tmp_path / "samples.npz", reference, **MISSING)
 
 
 def test_another_size_is_refused_before_a_run_is_sampled(tmp_path: Path, tiny: Runner) -> None:
     np.savez(tmp_path / "reference.npz", pictures(0, 12))
     run = Path(tiny(steps=1).path)
     with pytest.raises(UserError, match="of one size, found .* of 32x32 and .* of 24x24"):
-        evaluate(run, tmp_path / "reference.npz", None, measure=MISSING, run=RunOptions(samples=20))
+        evaluate(run, tmp_path / "reference.npz", samples=20, **MISSING)
     with pytest.raises(UserError, match=r"expected them at missing.pth"):
         np.savez(tmp_path / "reference.npz", pictures(0, 12, 32))
-        evaluate(run, tmp_path / "reference.npz", None, measure=MISSING, run=RunOptions(samples=20))
+        evaluate(run, tmp_path / "reference.npz", samples=20, **MISSING)
     assert not (run / "evaluation").exists()
 
 
@@ -477,4 +477,4 @@ def test_a_run_is_sampled_and_measured_at_every_scale(
 
 def test_statistics_go_to_an_npz(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ends in .npz"):
-        statistics(tmp_path, tmp_path / "stats.pt", None, MeasureOptions())
+        statistics(tmp_path, tmp_path / "stats.pt")
