@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from stbench.config.spec import RunSpec
 from stbench.core.registry import load_builtins
 from stbench.runs.records import RunRecord
 from stbench.train import engine
+from tests.weights import random_dino, random_inception
 
 TINY: dict[str, Any] = {
     "train.batch": 8,
@@ -57,16 +59,25 @@ def tiny_spec(recipe: str = "vanilla", *, backbone: str = "sit", steps: int = 4,
     return resolve(RunRequest(backbone, recipe, steps=steps, overrides=overrides, **fields))
 
 
+def train_tiny(
+    folder: Path, recipe: str = "vanilla", output: str = "runs", hooks: Any = (), **more: Any
+) -> RunRecord:
+    """Train a tiny spec under `folder`/`output` and return its record."""
+    options = {k: more.pop(k) for k in ("keep", "reuse") if k in more}
+    prepared = prepare(tiny_spec(recipe, **more))
+    return engine.run(prepared, engine.RunOptions(folder / output, **options), hooks)[0]
+
+
 @pytest.fixture()
 def tiny(tmp_path: Path) -> Runner:
-    """Run a tiny spec under this test's folder (or `output`) and return its record."""
+    """Train a tiny spec under this test's folder and return its record."""
+    return partial(train_tiny, tmp_path)
 
-    def run(recipe: str = "vanilla", output: str = "runs", hooks: Any = (), **more: Any) -> RunRecord:
-        options = {k: more.pop(k) for k in ("keep", "reuse") if k in more}
-        prepared = prepare(tiny_spec(recipe, **more))
-        return engine.run(prepared, engine.RunOptions(tmp_path / output, **options), hooks)[0]
 
-    return run
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one step, trained once for all tests: they must not write into it."""
+    return Path(train_tiny(tmp_path_factory.mktemp("trained"), steps=1).path)
 
 
 @pytest.fixture()
@@ -81,3 +92,15 @@ def stbench(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return int(ended.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A file of random Inception weights, and its sha256."""
+    return random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
+
+
+@pytest.fixture(scope="session")
+def dino_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random DINOv2 weights."""
+    return random_dino(tmp_path_factory.mktemp("weights") / "dino.safetensors")

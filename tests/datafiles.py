@@ -62,6 +62,14 @@ def make_images(folder: Path, count: int = 400, size: int = 64, mixed: bool = Fa
     return folder
 
 
+def write_images(folder: Path, images: np.ndarray, suffix: str = ".png") -> Path:
+    """Write uint8 images (N,H,W,3) to numbered files of a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:04d}{suffix}")
+    return folder
+
+
 def make_tar(folder: Path, file: Path) -> Path:
     """Pack the files of a folder into a tar."""
     with tarfile.open(file, "w") as archive:

@@ -25,7 +25,7 @@ class Unloaded(FeatureExtractorInceptionV3):
 
 
 def random_inception(file: Path) -> tuple[Path, str]:
-    """Write weights that keep the features alive; returns the file and its sha256."""
+    """Write random Inception weights that keep the features alive; returns the file and its sha256."""
     empty = io.BytesIO()
     torch.save({}, empty)
     empty.seek(0)
@@ -39,6 +39,15 @@ def random_inception(file: Path) -> tuple[Path, str]:
         nn.init.normal_(net.fc.bias)
     torch.save(net.state_dict(), file)
     return file, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def random_dino(file: Path) -> Path:
+    """Write random weights of timm's smallest DINOv2."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        net = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=224)
+    save_file(net.state_dict(), file)
+    return file
 
 
 def random_vit(file: Path) -> Path:

@@ -15,7 +15,7 @@ from stbench.core.errors import UserError
 
 if TYPE_CHECKING:
     from stbench.config.spec import EvalSpec
-    from stbench.evaluate.feature_networks import NetworkFiles
+    from stbench.evaluate.feature_networks import FeatureNetwork, NetworkFiles
     from stbench.evaluate.image_sets import ImageSet
     from stbench.evaluate.scores import ScoreReport
 
@@ -81,7 +81,7 @@ def evaluate(
             f"--samples, --eval-guidance and --set apply to a run, but {path} is not a run folder; drop them"
         )
     else:
-        score_and_print(path, reference, output, measure)
+        score_files(path, reference, output, measure)
 
 
 def evaluate_run(path: Path, run_options: RunOptions, device: str) -> None:
@@ -105,7 +105,7 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, run_options:
     Rerunning the command resumes, as `stbench sample` does.
     """
     from stbench.cli.progress import progress_bar
-    from stbench.core.device import pick_devices
+    from stbench.core.device import pick_device, pick_devices
     from stbench.evaluate.past_run import open_run
     from stbench.evaluate.reference import reference_size
     from stbench.evaluate.sample_job import SampleRequest, sample_images
@@ -122,7 +122,7 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, run_options:
         reference=str(reference),
         reference_size=reference_size(reference),
     )
-    measure.networks.load()
+    networks = measure.networks.load(pick_device(measure.device))
 
     for scale in settings.guidance:
         request = SampleRequest(
@@ -138,24 +138,37 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, run_options:
         output = path / "evaluation" / f"g{scale:g}-n{request.count}.npz"
         devices = pick_devices(measure.device)
         sample_images(ModelLocation(path), request, [output], devices, progress=progress_bar)
-        score_and_print(output, reference, None, measure)
+        _score_and_print(output, reference, None, networks, measure)
 
 
-def score_and_print(samples: Path, reference: Path, output: Path | None, measure: MeasureOptions) -> None:
+def score_files(samples: Path, reference: Path, output: Path | None, measure: MeasureOptions) -> None:
     """Score images against a reference, write the scores as JSON and print them."""
-    from stbench.cli.progress import transient_progress_bar
     from stbench.core.device import pick_device
-    from stbench.evaluate.score_images import open_samples, score_images
+    from stbench.evaluate.score_images import open_samples
 
     print_ignored(open_samples(samples, reference))
-    device = pick_device(measure.device)
+    networks = measure.networks.load(pick_device(measure.device))
+    _score_and_print(samples, reference, output, networks, measure)
+
+
+def _score_and_print(
+    samples: Path,
+    reference: Path,
+    output: Path | None,
+    networks: Sequence[FeatureNetwork],
+    measure: MeasureOptions,
+) -> None:
+    from stbench.cli.progress import transient_progress_bar
+    from stbench.core.device import pick_device
+    from stbench.evaluate.score_images import score_images
+
     scores, target = score_images(
         samples,
         reference,
-        measure.networks.load(device),
+        networks,
         output,
         batch=measure.batch,
-        device=device,
+        device=pick_device(measure.device),
         progress=transient_progress_bar,
     )
     _print_scores(scores, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,7 +116,8 @@ def _recipe_rows() -> list[Row]:
         rows.append(
             {
                 "recipe": name,
-                "help": inspect.getdoc(recipe) or "",
+                # The continuation lines of an option's description are joined.
+                "help": re.sub(r"\n +", " ", inspect.getdoc(recipe) or ""),
                 "options": recipe_options or "none",
                 f"FLOPs, x vanilla ({COUNTED_ON} on the digits)": overhead,
             }

@@ -25,8 +25,6 @@ from stbench.diffusion.sample import Guidance, Noise, sample
 
 NOISE_BLOCK = 50
 """Number of consecutive images whose evaluation noise comes from one generator."""
-HELDOUT_BATCH = 512
-"""Batch size of the held-out loss."""
 TIME_BINS = 10
 """Number of equal bins of t in which the held-out loss is recorded."""
 
@@ -114,7 +112,13 @@ def generate(
 
 @torch.no_grad()
 def validation_loss(
-    backbone: Backbone, objective: Objective, dataset: Dataset, *, seed: int, device: torch.device | str
+    backbone: Backbone,
+    objective: Objective,
+    dataset: Dataset,
+    *,
+    seed: int,
+    device: torch.device | str,
+    batch: int = 512,
 ) -> list[float]:
     """Return the mean denoising loss on the held-out images in each of TIME_BINS equal bins of t.
 
@@ -127,7 +131,7 @@ def validation_loss(
         draw = generator(seed, "validation", index)
         t = (index + torch.rand(len(x0), generator=draw, dtype=torch.float64)) / TIME_BINS
         noise = torch.randn(x0.shape, generator=draw).to(device)
-        columns = [torch.split(values, HELDOUT_BATCH) for values in (x0, noise, t, y)]
+        columns = [torch.split(values, batch) for values in (x0, noise, t, y)]
 
         # Average in float64 over all images of the bin.
         parts = []

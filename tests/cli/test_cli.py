@@ -16,24 +16,15 @@ import pytest
 import typer
 
 from stbench.cli import app as cli
-from stbench.config.plan import prepare
 from stbench.core.registry import RECIPES, SAMPLERS
 from stbench.runs.folder import RunFolder
-from stbench.train import engine
-from tests.conftest import BLOCKS, TINY, Command, tiny_spec
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run folder that tests must not change."""
-    options = engine.RunOptions(tmp_path_factory.mktemp("trained"))
-    return Path(engine.run(prepare(tiny_spec()), options)[0].path)
+from tests.conftest import BLOCKS, TINY, Command
 
 
 @pytest.fixture()
-def finished(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run folder."""
-    return shutil.copytree(trained, tmp_path / "runs" / trained.name)
+def finished(trained_run: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run folder, which a test may change."""
+    return shutil.copytree(trained_run, tmp_path / "runs" / trained_run.name)
 
 
 def tiny_options(recipe: str = "vanilla") -> list[str]:
@@ -192,7 +183,7 @@ MISTAKES = {
     "flag": ((*VANILLA, "--stepz", "3"), "No such option: --stepz"),
     "kind": (("list", "backbone"), "'backbone' is not one of"),
     "no run": (("show", "nowhere"), "nowhere is not a run folder"),
-    "nothing to compare": (("compare", "nowhere"), "expected a run folder"),
+    "nothing to compare": (("compare", "nowhere"), "no run folder"),
     "sample of nothing": (("sample", "nowhere"), "nowhere is not a run folder"),
     "evaluate of nothing": (("evaluate", "nowhere"), "nowhere is not a run folder"),
 }

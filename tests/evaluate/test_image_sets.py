@@ -14,7 +14,7 @@ from stbench.data.dataset import get_dataset
 from stbench.data.prepare import PrepareOptions, open_task, prepare
 from stbench.data.spec import DataSpec
 from stbench.evaluate.image_sets import ImageSet, open_images
-from tests.datafiles import make_images
+from tests.datafiles import make_images, write_images
 
 
 def pixels(count: int = 7, height: int = 6, width: int = 8) -> np.ndarray:
@@ -23,13 +23,6 @@ def pixels(count: int = 7, height: int = 6, width: int = 8) -> np.ndarray:
 
 def read(images: ImageSet, batch: int = 3) -> np.ndarray:
     return torch.cat(list(images.batches(batch))).permute(0, 2, 3, 1).numpy()
-
-
-def folder(path: Path, images: np.ndarray, suffix: str = ".png") -> Path:
-    path.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(images):
-        Image.fromarray(image).save(path / f"{index:04d}{suffix}")
-    return path
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -46,7 +39,7 @@ def test_an_npz_of_adm_is_read_in_order(tmp_path: Path, compressed: bool) -> Non
 
 def test_a_folder_is_read_by_path_and_becomes_rgb(tmp_path: Path) -> None:
     images = pixels()
-    place = folder(tmp_path / "x" / "class0", images)
+    place = write_images(tmp_path / "x" / "class0", images)
     Image.fromarray(images[0, :, :, 0]).save(tmp_path / "x" / "grey.PNG")
     (tmp_path / "x" / "notes.txt").write_text("no image")
     found = open_images(tmp_path / "x")
@@ -66,7 +59,7 @@ def test_other_files_in_a_folder_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_mixed_sizes_is_cropped_only_when_asked(tmp_path: Path) -> None:
-    place = folder(tmp_path, pixels(2, 20, 30))
+    place = write_images(tmp_path, pixels(2, 20, 30))
     Image.fromarray(pixels(1, 33, 21)[0]).save(place / "z.png")
     with pytest.raises(UserError, match=r"images of one size, found 0000.png of 30x20 and .*z.png of 21x33"):
         read(open_images(place))
@@ -127,7 +120,7 @@ def test_what_is_not_there_or_empty_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 def test_an_unreadable_image_is_named(tmp_path: Path, suffix: str) -> None:
-    place = folder(tmp_path, pixels(5, 40, 40), suffix)
+    place = write_images(tmp_path, pixels(5, 40, 40), suffix)
     broken = place / f"0003{suffix}"
     broken.write_bytes(broken.read_bytes()[:-300])
     with pytest.raises(UserError, match=rf"cannot read image .*0003{suffix} .*; delete or replace it"):
@@ -138,7 +131,7 @@ def test_an_unreadable_image_is_named(tmp_path: Path, suffix: str) -> None:
 
 
 def test_an_oversized_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = folder(tmp_path / "big", pixels(1))
+    place = write_images(tmp_path / "big", pixels(1))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UserError, match="cannot read image .*big.* exceeds limit"):
         open_images(place)

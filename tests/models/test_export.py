@@ -153,7 +153,7 @@ def test_the_command_writes_a_file_and_overwrites_none(
     assert code == 2 and "ends in .pt" in err
     assert [f.name for f in tmp_path.glob("*w.*")] == ["w.pt"]
     code, _, err = stbench("export", tmp_path, "--output", tmp_path / "v.pt")
-    assert code == 2 and "no run folder" in err
+    assert code == 2 and "is not a run folder" in err
 
 
 def test_the_configuration_names_the_class(past: Callable[..., Path], tmp_path: Path) -> None:

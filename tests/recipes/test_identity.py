@@ -8,15 +8,15 @@ from stbench.config.plan import prepare
 from stbench.config.resolve import RunRequest, resolve
 
 FINGERPRINTS = {
-    "dispersive": ["b42a012c9170"],
-    "layersync": ["a6c64b4fbb52"],
-    "repa": ["e10429637a72"],
-    "vae-align": ["ad2057f93427"],
-    "self-transcendence": ["ad2057f93427", "99e194d6c80f"],
-    "sra": ["0ab72742919d"],
-    "vanilla": ["7a7b057cb036"],
+    "dispersive": ["72362bec2547"],
+    "layersync": ["195dc482bf16"],
+    "repa": ["2739d8ac607f"],
+    "vae-align": ["9ec8dc584aa4"],
+    "self-transcendence": ["9ec8dc584aa4", "f8eff961689b"],
+    "sra": ["87ee121a2611"],
+    "vanilla": ["c42714a14ac8"],
 }
-"""First 12 digits per stage of SiT ti/2 on the digits, 10 steps, as in the published runs.
+"""First 12 digits per stage of SiT ti/2 on the digits, 10 steps, since schema 2.
 
 A change means that rerunning a published command trains again instead of finding its finished stages.
 """

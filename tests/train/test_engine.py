@@ -254,8 +254,8 @@ def test_a_truncated_checkpoint_is_one_line(tiny: Runner, tmp_path: Path) -> Non
 
 def test_a_truncated_state_file_is_one_line(tiny: Runner, tmp_path: Path) -> None:
     place = _damaged(tiny, tmp_path)
-    (place / "state.json").write_text('{"schema": 1, "fi')
-    with pytest.raises(UserError, match="state.json is not whole JSON"):
+    (place / "state.json").write_text('{"schema": 2, "fi')
+    with pytest.raises(UserError, match="state.json is not complete JSON"):
         tiny()
 
 
