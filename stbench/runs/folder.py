@@ -1,6 +1,6 @@
-"""The only reader and writer of run folders: files and records, no torch, nothing compared.
+"""Run folders: their paths, and reading and writing the files in them. No other module knows these paths.
 
-Every write is atomic, so a file is either whole or absent. The fields are in schema.py.
+Every write is atomic, so a reader never sees part of a file. The fields of the files are in schema.py.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord
 from stbench.runs.schema import REMEDY, Fields, convert, parse, plain
 
 State = Literal["running", "stopped", "failed", "finished"]
-
-
 Record = TypeVar("Record")
 
 
 def find_runs(root: Path | Sequence[Path]) -> list[Path]:
-    """All run folders (those holding spec.json) at or under the given paths, sorted, each once.
+    """Find the run folders (those with a spec.json) at or below the given paths, sorted, each once.
 
-    Raises UserError for a path that holds none.
+    Raises:
+        UserError: If there is none at or below a path.
     """
     found: dict[Path, Path] = {}
     for path in [root] if isinstance(root, Path) else root:
         runs = list(_walk(path))
         if not runs:
             raise UserError(
-                f"expected a run folder (with a spec.json) at or under {path}, found none; "
-                "make one with `stbench run`"
+                f"no run folder (with a spec.json) found at or below {path}; create one with `stbench run`"
             )
         found.update((run.resolve(), run) for run in runs)
     return sorted(found.values())
 
 
 def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
-    """The records of run folders, in the order given; UserError for a broken one."""
+    """Read the records of run folders in the given order.
+
+    Raises:
+        UserError: If a folder is damaged.
+    """
     return [RunFolder(path).record() for path in paths]
 
 
@@ -106,7 +108,7 @@ class StageFolder:
 
 
 class RunFolder:
-    """One folder results/runs/<run-id>/; writers hold `lock()` while they use it, readers need no lock."""
+    """The files of one run, results/runs/<run-id>/. Writers must hold `lock()`; readers need no lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -140,9 +142,9 @@ class RunFolder:
         return self.path / "tensorboard"
 
     def create(self, spec: Mapping[str, Any], env: Mapping[str, Any]) -> None:
-        """Write env.json, a first status.json and, last, spec.json, which is what makes this a run folder.
+        """Write env.json, a first status.json and finally spec.json, which makes this a run folder.
 
-        Called again for a run that goes on, it replaces spec and environment and leaves the rest.
+        For a run that continues, this replaces spec and environment and keeps the rest.
         """
         self._write("env.json", env)
         if not (self.path / "status.json").exists():
@@ -151,68 +153,75 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Own the folder for a `with` block and delete unfinished files; UserError if it is in use."""
+        """Lock the folder for a `with` block and delete unfinished files.
+
+        Raises:
+            UserError: If another process uses the folder.
+        """
         with lock_folder(self.path, "wait for it or choose another --output"):
             remove_unfinished(self.path, recursive=True)
             yield
 
     def in_use(self) -> bool:
-        """Whether a process owns the folder now."""
+        """Whether a process has locked the folder."""
         return is_locked(self.path)
 
     def write_status(self, state: State, **fields: Any) -> None:
-        """Replace status.json by the state and whatever explains it (step, message)."""
+        """Replace status.json by a state and fields that explain it, such as an error message."""
         self._write("status.json", {"state": state, **fields})
 
     def status(self) -> dict[str, Any]:
-        """status.json: "state" and the fields written with it."""
+        """Read status.json: "state" and the fields written with it."""
         return self._read("status.json")
 
     def spec(self) -> dict[str, Any]:
-        """spec.json, the fully resolved settings."""
+        """Read spec.json: the resolved settings of the run."""
         return self._read("spec.json")
 
-    def env(self) -> dict[str, Any]:
-        """env.json: where the run was made."""
-        return self._read("env.json")
-
     def append_points(self, points: Iterable[CurvePoint]) -> None:
-        """Add evaluations to curve.jsonl; one that is there (same stage, step, guidance, protocol) stays."""
+        """Append evaluations to curve.jsonl.
+
+        An evaluation of the same stage, step, guidance and protocol is not replaced.
+        """
         rows = {_identity(point): point for point in self.points()}
         for point in points:
             rows.setdefault(_identity(point), point)
         self._write_lines("curve.jsonl", list(rows.values()))
 
     def points(self) -> list[CurvePoint]:
-        """All evaluations of all stages, in the order they were added."""
+        """Read the evaluations of all stages, in the order they were added."""
         return self._read_lines("curve.jsonl", CurvePoint, schema.POINT)
 
     def add_stage(self, stage: StageRecord) -> None:
-        """Record a finished stage; one of the same index is replaced."""
+        """Add a finished stage to stages.jsonl, replacing one of the same index."""
         rows = {known.index: known for known in self.stages()} | {stage.index: stage}
         self._write_lines("stages.jsonl", [rows[index] for index in sorted(rows)])
 
     def stages(self) -> list[StageRecord]:
-        """The finished stages by index."""
+        """Read the finished stages, ordered by index."""
         return self._read_lines("stages.jsonl", StageRecord, schema.STAGE)
 
     def add_protocol(self, digest: str, fields: Mapping[str, Any]) -> None:
-        """Record what an evaluation protocol's hash stands for."""
+        """Store the fields behind the hash of an evaluation protocol."""
         known = self.protocols()
         if digest not in known:
             self._write("protocols.json", {"protocols": {**known, digest: fields}})
 
     def protocols(self) -> dict[str, dict[str, Any]]:
-        """Protocol hash -> its fields."""
+        """Read the evaluation protocols: hash -> fields."""
         if not (self.path / "protocols.json").exists():
             return {}
         content = self._read("protocols.json")
         if not isinstance(content.get("protocols"), dict):
-            raise UserError(f"{self.path / 'protocols.json'} lacks 'protocols'; {REMEDY}")
+            raise UserError(f"{self.path / 'protocols.json'} has no field 'protocols'; {REMEDY}")
         return dict(content["protocols"])
 
     def record(self) -> RunRecord:
-        """All that `compare` needs; UserError naming file, line and field if it is missing or unreadable."""
+        """Read everything that `compare` needs.
+
+        Raises:
+            UserError: If a file is missing or damaged; the message names the file, line and field.
+        """
         spec, file = self.spec(), self.path / "spec.json"
         fields = convert(spec, schema.SPEC, file)
         backbone = convert(fields["backbone"], {"name": schema.text, "size": schema.text}, file)
@@ -273,7 +282,7 @@ class RunFolder:
             where = f"{path} line {number}"
             row = parse(line, where)
             if unknown := sorted(row.keys() - fields.keys()):
-                raise UserError(f"{where} has the unknown field '{unknown[0]}'; {REMEDY}")
+                raise UserError(f"{where} has an unknown field '{unknown[0]}'; {REMEDY}")
             rows.append(cls(**convert(row, fields, where)))
         return rows
 

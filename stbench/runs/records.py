@@ -1,4 +1,4 @@
-"""Plain records of a run: what is written to a run folder and all that `compare` ever sees. No torch, no I/O.
+"""Plain records of a run: what a run folder contains and all that `compare` sees. No torch, no I/O.
 
 Units: progress in images seen, durations in seconds, cost in FLOPs (two per multiply-add).
 """
@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of every file in a run folder."""
 
 
@@ -19,13 +19,13 @@ class CurvePoint:
 
     stage: str
     stage_index: int
-    """0-based position of the stage in its method."""
+    """0-based position of the stage in its recipe."""
     step: int
     """Optimiser steps of this stage."""
     images: int
     """Training images this stage has seen."""
     guidance: float
-    """Classifier-free guidance scale; 1.0 is none."""
+    """Classifier-free guidance scale; 1.0 means no guidance."""
     interval: tuple[float, float]
     """Flow-equivalent times between which guidance is on."""
     protocol: str
@@ -34,14 +34,14 @@ class CurvePoint:
     val_loss: Sequence[float]
     """The EMA's denoising loss on held-out images in 10 equal bins of t."""
     seconds: float
-    """Training seconds of this stage so far; evaluation excluded. A wall-clock field."""
+    """Training seconds of this stage so far, without evaluation."""
     flops: float
     """Training FLOPs of this stage so far, teachers included."""
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What one finished stage did and cost, also when it was reused from an earlier run."""
+    """What a finished stage did and cost, including a stage that was reused from another run."""
 
     name: str
     index: int
@@ -65,7 +65,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a run was made. In no hash."""
+    """Where a run was made. Not part of any hash."""
 
     versions: Mapping[str, str]
     device: str
@@ -78,7 +78,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run folder, read."""
+    """The content of one run folder."""
 
     run_id: str
     path: str
@@ -90,7 +90,7 @@ class RunRecord:
     objective: str
     recipe: str
     options: Mapping[str, Any]
-    """The recipe's options that the user set, defaults left out."""
+    """Recipe options that differ from the defaults."""
     needs: str
     """What the recipe needs from outside the model; "" for nothing."""
     seed: int

@@ -1,7 +1,7 @@
-"""The fields of a run folder's files, from records to JSON and back, strictly. It opens no file.
+"""The fields of the files in a run folder: records to JSON and back, with strict checks. Opens no file.
 
-Floats are written by repr and read back bit for bit. JSON has no word for the others, so they are written
-as the strings "nan", "inf" and "-inf", which float() reads. Every error is one line naming place and field.
+Floats are written with `repr` and read back bit for bit. JSON has no infinities and no NaN, so these are
+written as the strings "inf", "-inf" and "nan". Every error is one line that names the place and the field.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from stbench.core.errors import UserError
 from stbench.runs.records import SCHEMA
 
 Fields = Mapping[str, Callable[[Any], Any]]
-"""Name of a field -> what checks and converts its JSON value."""
+"""Name of a field -> function that checks and converts its JSON value."""
 
-REMEDY = "restore the file, or delete the folder and repeat its `stbench run`"
+REMEDY = "restore the file, or delete the folder and run `stbench run` again"
 
 
 def plain(value: Any) -> Any:
-    """The same value in JSON's own types, with "nan", "inf" and "-inf" for the floats that JSON lacks."""
+    """Convert a value to JSON's types, with "nan", "inf" and "-inf" for floats that JSON cannot represent."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -33,32 +33,45 @@ def plain(value: Any) -> Any:
 
 
 def parse(data: bytes, where: Path | str) -> dict[str, Any]:
-    """One JSON object of our schema, its version taken off."""
+    """Parse a JSON object of the current schema; returns it without its "schema" field.
+
+    Raises:
+        UserError: If the data are not a JSON object, or have another schema.
+    """
     try:
         content = json.loads(data)
     except ValueError:
-        raise UserError(f"{where} is not whole JSON (cut off or damaged); {REMEDY}") from None
+        raise UserError(f"{where} is not complete JSON (cut off or damaged); {REMEDY}") from None
     if not isinstance(content, dict) or "schema" not in content:
-        raise UserError(f"{where} lacks 'schema'; {REMEDY}")
-    if (found := content.pop("schema")) != SCHEMA:
+        raise UserError(f"{where} has no field 'schema'; {REMEDY}")
+    found = content.pop("schema")
+    if found == 1:
         raise UserError(
-            f"{where} has schema {found!r}, this stbench reads {SCHEMA}; install the stbench that wrote it"
+            f"{where} has schema 1, but this version reads schema {SCHEMA}; convert the folder that contains "
+            f"the run folders with `python scripts/migrate_records.py FOLDER`"
+        )
+    if found != SCHEMA:
+        raise UserError(
+            f"{where} has schema {found!r}, but this version reads schema {SCHEMA}; use the version of "
+            f"stbench that wrote it"
         )
     return content
 
 
 def convert(row: Mapping[str, Any], fields: Fields, where: Path | str) -> dict[str, Any]:
-    """The named fields of `row`, each converted; UserError for one that is missing or of another type."""
+    """Convert the named fields of a row.
+
+    Raises:
+        UserError: If a field is missing or has another type.
+    """
     values = {}
     for name, converter in fields.items():
         if name not in row:
-            raise UserError(f"{where} lacks '{name}'; {REMEDY}")
+            raise UserError(f"{where} has no field '{name}'; {REMEDY}")
         try:
             values[name] = converter(row[name])
         except (TypeError, ValueError):
-            raise UserError(
-                f"{where} has {name} = {row[name]!r}, which is no valid value; {REMEDY}"
-            ) from None
+            raise UserError(f"{where}: {name} = {row[name]!r} is not a valid value; {REMEDY}") from None
     return values
 
 

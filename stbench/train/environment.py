@@ -1,4 +1,4 @@
-"""Where a run was made, and what the hardware can do: devices, precisions, versions, git state."""
+"""The environment of a run: versions, hardware and git revision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def environment(device: torch.device, plugins: Mapping[str, str]) -> Environment:
-    """This machine, these versions, this revision."""
+    """Describe this machine, the installed versions and the git revision."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     revision = _git("rev-parse", "HEAD")
     return Environment(

@@ -36,7 +36,7 @@ def test_markdown_is_pinned(leaderboard: Leaderboard) -> None:
 def test_json_contains_all_values(leaderboard: Leaderboard) -> None:
     content = json.loads(render(leaderboard, "json"), parse_constant=not_strict)
     (table,) = content["tables"]
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert [row["recipe"] for row in table["rows"]] == [row.recipe for row in leaderboard.tables[0].rows]
     row = leaderboard.tables[0].rows[1]
     assert row.student.fid is not None and row.student.reach is not None

@@ -14,9 +14,9 @@ FINGERPRINTS = {
     "vae-align": ["9ec8dc584aa4"],
     "self-transcendence": ["9ec8dc584aa4", "f8eff961689b"],
     "sra": ["87ee121a2611"],
-    "vanilla": ["da5720c47204"],
+    "vanilla": ["c42714a14ac8"],
 }
-"""The first 12 digits per stage for SiT ti/2 on the digits with 10 steps.
+"""The first 12 digits per stage for SiT ti/2 on the digits with 10 steps, since schema 2.
 
 A change means that rerunning a command trains its stages again. Renaming a supervision class or one of its
 fields changes them.

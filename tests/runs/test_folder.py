@@ -63,7 +63,7 @@ def test_files_are_strict_json_with_a_schema(folder: RunFolder) -> None:
     for name in ("curve", "stages"):
         texts += (folder.path / f"{name}.jsonl").read_text().splitlines()
     for text in texts:
-        assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["schema"] == 1
+        assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["schema"] == 2
 
 
 def test_record_reads_every_field(folder: RunFolder) -> None:
@@ -100,7 +100,7 @@ def test_create_again_keeps_what_was_measured(folder: RunFolder) -> None:
     before = folder.record()
     folder.create(folder.spec(), {"device": "cuda"})
     assert folder.record() == before
-    assert folder.env()["device"] == "cuda"
+    assert json.loads((folder.path / "env.json").read_text())["device"] == "cuda"
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def edited(folder: RunFolder, name: str, **changes: object) -> None:
     "name", ["spec.json", "status.json", "protocols.json", "curve.jsonl", "stages.jsonl"]
 )
 def test_another_schema_is_refused(folder: RunFolder, name: str) -> None:
-    edited(folder, name, schema=2)
-    assert "schema 2" in refusal(folder.path)
+    edited(folder, name, schema=3)
+    assert "schema 3" in refusal(folder.path)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_find_runs_walks_and_counts_each_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["empty", "missing"])
 def test_a_path_without_runs_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=f"{name}, found none"):
+    with pytest.raises(UserError, match=f"{name}; create one"):
         find_runs([tmp_path / name])
 
 

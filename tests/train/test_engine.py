@@ -20,7 +20,7 @@ from stbench.core.registry import BACKBONES, RECIPES, load_builtins, lookup, nam
 from stbench.runs.folder import RunFolder
 from stbench.runs.records import RunRecord
 from stbench.train import engine
-from stbench.train.progress import Hook
+from stbench.train.hooks import Hook
 from tests.conftest import Runner, tiny_spec
 
 load_builtins()
@@ -254,8 +254,8 @@ def test_a_truncated_checkpoint_is_one_line(tiny: Runner, tmp_path: Path) -> Non
 
 def test_a_truncated_state_file_is_one_line(tiny: Runner, tmp_path: Path) -> None:
     place = _damaged(tiny, tmp_path)
-    (place / "state.json").write_text('{"schema": 1, "fi')
-    with pytest.raises(UserError, match="state.json is not whole JSON"):
+    (place / "state.json").write_text('{"schema": 2, "fi')
+    with pytest.raises(UserError, match="state.json is not complete JSON"):
         tiny()
 
 
