@@ -68,9 +68,7 @@ def _require_published(network: Backbone, objective: str) -> None:
 # --- Published repositories ---
 
 
-def _write_official(
-    network: Backbone, options: Mapping[str, Any], objective: str, output: Path
-) -> list[str]:
+def _write_official(network: Backbone, options: Mapping[str, Any], objective: str, output: Path) -> list[str]:
     if output.suffix != ".pt":
         raise UserError(f"--output must be a file that ends in .pt, found {output}; try {output}.pt")
     state, code = official_state(network, options)
@@ -193,6 +191,6 @@ def _write_diffusers(network: Backbone, options: Mapping[str, Any], output: Path
     # diffusers divides the exponents of its frequencies by 127 by default, DiT by 128.
     return [
         f"weights: {output}",
-        "for: diffusers' DiTTransformer2DModel.from_pretrained; its time embedding uses other frequencies than "
+        "for: diffusers' DiTTransformer2DModel.from_pretrained; it embeds time with other frequencies than "
         "DiT, so set transformer_blocks[i].norm1.emb.time_proj.downscale_freq_shift = 0 for every block i",
     ]
