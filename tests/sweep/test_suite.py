@@ -112,7 +112,7 @@ WRONG = {
     ),
     "value": (
         "groups: [{runs: [" + RUN + ", {recipe: vanilla, backbone: sit, set: {train.lr: -1}}]}]",
-        "group 1, run 2: bad value for 'train.lr'",
+        "group 1, run 2: invalid value for 'train.lr'",
     ),
     "recipe": ("groups: [{runs: [{recipe: vanila, backbone: sit}]}]", "did you mean 'vanilla'?"),
     "no backbone": ("groups: [{runs: [{recipe: vanilla}]}]", "group 1, run 1: expected --backbone"),
