@@ -126,7 +126,7 @@ def _shared_grid(
 
 
 def _edge_notes(points: Sequence[BudgetPoint]) -> list[str]:
-    """Name the rows whose best guidance may lie outside the shared grid."""
+    """Name the rows whose best guidance may be outside the shared grid."""
     named = [
         f"{point.row.label} @{point.best_guidance.scale:g}*"
         for point in points

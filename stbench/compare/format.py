@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from stbench.compare.stats import SeedStats
 
 NONE = "-"
-"""Stands for a missing value."""
+"""Text of a missing value."""
 
 
 @dataclass(frozen=True)

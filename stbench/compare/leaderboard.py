@@ -25,7 +25,7 @@ class BestGuidance:
     interval: Interval
     fid: SeedStats
     edge: bool
-    """Whether the scale is the smallest or largest of the grid, so that a better one may lie outside."""
+    """Whether the scale is the smallest or largest of the grid, so that a better one may exist outside it."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class RowRuns:
 
     @property
     def earlier_images(self) -> int:
-        """Training images of the stages before the last."""
+        """Training images of the stages before the last; equal for all seeds."""
         return sum(stage.images for stage in self.first.stages if stage.index < self.first.final_stage)
 
     @cached_property
@@ -106,6 +106,7 @@ def collect_rows(
     for record in records:
         if record.status == "finished":
             runs_by_row.setdefault(record.row_key, []).append(record)
+
     rows: list[RowRuns] = []
     notes: list[str] = []
     for key, runs in runs_by_row.items():

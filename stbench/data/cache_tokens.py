@@ -87,6 +87,7 @@ def _training_rows(manifest: Manifest, folder: Path) -> tuple[list[str], dict[st
     names: list[str] = []
     references: dict[str, np.ndarray] = {}
     for shard in manifest.shards:
+        # Pixels are stored in order for rows whose split is not TRAIN: held-out and reference rows.
         ids, split, images = (
             open_array(manifest, folder, shard, name) for name in ("ids", "split", "images")
         )

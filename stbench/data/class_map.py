@@ -50,7 +50,7 @@ def label_images(
     `ids` are paths within `where`. Without a map, the top-level folders in sorted order are the classes.
     Raises UserError for an image without a label.
     """
-    if class_map is not None:
+    if class_map is not None:  # classes without an image still count
         return [_mapped(name, class_map, where) for name in ids], _class_names(class_map)
     for name in ids:
         if "/" not in name:
@@ -65,6 +65,7 @@ def label_images(
 
 
 def _mapped(name: str, class_map: Mapping[str, int], where: Path) -> int:
+    # From specific to general: path, file name, top-level folder.
     for key in (name, PurePosixPath(name).name, name.partition("/")[0]):
         if key in class_map:
             return class_map[key]

@@ -57,7 +57,7 @@ class MomentsEncoder(RowEncoder):
 
     kind: Kind = "moments"
 
-    def __init__(self, vae: VAEInfo, size: int, flip: bool, precision: str, device: torch.device) -> None:
+    def __init__(self, vae: VAEInfo, size: int, *, flip: bool, precision: str, device: torch.device) -> None:
         if size < vae.factor or size % vae.factor:
             raise UserError(
                 f"--size must be a multiple of {vae.factor} for this autoencoder, got {size}; "
@@ -126,7 +126,7 @@ def make_row_encoder(vae: str, size: int, *, flip: bool, precision: str, device:
         raise UserError(f"--precision must be fp32 or bf16, got '{precision}'; for example --precision fp32")
     if vae == PIXELS:
         return PixelEncoder(size)
-    return MomentsEncoder(find_vae(vae), size, flip, precision, device)
+    return MomentsEncoder(find_vae(vae), size, flip=flip, precision=precision, device=device)
 
 
 # --- Encoding ---
@@ -142,7 +142,9 @@ class EncodingTask:
     batch: int
 
 
-def encode(task: EncodingTask, rows: Sequence[int], pool: ThreadPoolExecutor, advance: Advance) -> ShardRows:
+def encode(
+    task: EncodingTask, rows: Sequence[int], *, pool: ThreadPoolExecutor, advance: Advance
+) -> ShardRows:
     """Read, crop and encode some rows of a source. Unreadable images are listed and left out.
 
     Batches start at the first of `rows`, so that the content of a shard does not depend on the shards before
@@ -151,6 +153,7 @@ def encode(task: EncodingTask, rows: Sequence[int], pool: ThreadPoolExecutor, ad
     kept: list[int] = []
     parts, pixels, unreadable = [], [], []
     for numbers, loaded in _batches(task, rows, pool):
+        # Separate the images from the reasons why others cannot be read.
         good = []
         for number, image in zip(numbers, loaded, strict=True):
             if isinstance(image, str):
@@ -159,9 +162,11 @@ def encode(task: EncodingTask, rows: Sequence[int], pool: ThreadPoolExecutor, ad
                 good.append((number, image))
         if good:
             parts.append(task.encoder(np.stack([image for _, image in good])))
+        # Pixels are kept for the evaluation only.
         kept += [number for number, _ in good]
         pixels += [image for number, image in good if task.split[number] != TRAIN]
         advance(len(numbers))
+    # A shard without a readable image is valid: its arrays have no rows.
     encoder = task.encoder
     dtype = np.float16 if encoder.kind == "moments" else np.uint8
     return ShardRows(
@@ -192,6 +197,7 @@ def _batches(
     def submit(batch: Sequence[int]) -> list[Future[np.ndarray | str]]:
         return [pool.submit(load, number) for number in batch]
 
+    # Two batches are in flight: one that is returned, one that is read ahead.
     batches = [rows[k : k + task.batch] for k in range(0, len(rows), task.batch)]
     ahead = submit(batches[0])
     for number, batch in enumerate(batches):

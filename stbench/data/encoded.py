@@ -84,6 +84,7 @@ class RepaRows(StoredRows):
 
     def read(self, rows: np.ndarray, view: np.ndarray) -> np.ndarray:
         """See `StoredRows.read`."""
+        # There are no mirror images, so `view` is 0.
         out = np.empty((len(rows), *self._folder.shape), np.float16)
         for place, row in enumerate(rows):
             out[place] = self._folder.moments(int(row))

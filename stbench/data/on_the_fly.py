@@ -47,7 +47,7 @@ def encode_folder(path: Path, data: DataSpec) -> EncodedImages:
     )
     task = EncodingTask(source, assign_split(source.ids, len(source.ids)), encoder, BATCH)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        encoded = encode(task, range(len(source.ids)), pool, lambda count: None)
+        encoded = encode(task, range(len(source.ids)), pool=pool, advance=lambda count: None)
     for name, why in encoded.unreadable:
         print(f"left out: {name}: {why}", file=sys.stderr)
     if len(encoded.ids) < 2:

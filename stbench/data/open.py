@@ -34,6 +34,7 @@ def open_data(data: DataSpec) -> EncodedImages:
         return _check_options(_open_prepared(path), data)
     if (path / PLAN).is_file():
         raise UserError(f"{path} is not finished; rerun the `stbench data` command that started it")
+    # Without this check, a copy without its manifest would be reported as a folder without images.
     if any(path.glob("*-labels.npy")):
         raise UserError(f"{path} contains shards of a prepared data set but no {MANIFEST}; copy that too")
     if is_repa(path):

@@ -144,6 +144,7 @@ class PathDataset(Dataset):
             stored, view = self._stored_rows(index.cpu())
             row = torch.from_numpy(stored).to(self._device, non_blocking=True)
             which = torch.from_numpy(view).to(self._device, non_blocking=True)
+            # Pixels have a single view, which is mirrored below.
             raw = self._resident[row, which % self._resident.shape[1]]
         else:
             ready = self._prefetch.take(index)
@@ -236,7 +237,7 @@ class PathDataset(Dataset):
     def _fits_device(self) -> bool:
         if self._data.resident != "auto":
             return self._data.resident == "yes"
-        if self._device.type != "cuda":
+        if self._device.type != "cuda":  # the operating system caches mapped files, so only copies are bad
             return self._found.in_memory
         free = torch.cuda.mem_get_info(self._device)[0]
         return self._found.rows.nbytes <= RESIDENT_SHARE * free

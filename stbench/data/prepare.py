@@ -76,6 +76,7 @@ def prepare(options: PrepareOptions, task: EncodingTask, advance: Advance) -> tu
         shards=(),
         ignored=dict(source.ignored),
     )
+    # Disk space: float16 moments or uint8 pixels of all images, and pixels for the evaluation.
     row_bytes = encoder.views * int(np.prod(encoder.shape)) * (2 if encoder.kind == "moments" else 1)
     pixel_bytes = int((task.split != TRAIN).sum()) * int(np.prod(encoder.image_shape))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -84,7 +85,7 @@ def prepare(options: PrepareOptions, task: EncodingTask, advance: Advance) -> tu
             draft,
             bounds=shard_bounds(count, options.shards),
             total_bytes=count * row_bytes + pixel_bytes,
-            make=lambda start, stop: encode(task, range(start, stop), pool, advance),
+            make=lambda start, stop: encode(task, range(start, stop), pool=pool, advance=advance),
             advance=advance,
         )
 

@@ -112,6 +112,7 @@ class RepaFolder:
                 f"expected moments of one shape, found {self.shape} in {self.ids[0]} and {found.shape} in "
                 f"{self.ids[index]}; use one folder per image size"
             )
+        # To mean and standard deviation; the clamp is that of diffusers' DiagonalGaussianDistribution.
         mean, second = np.split(found.astype(np.float32), 2)
         if self._second == "logvar":
             second = np.exp(0.5 * second.clip(-30.0, 20.0))
@@ -199,13 +200,14 @@ def find_decoder(folder: RepaFolder, vae: str) -> DecoderInfo:
     except UserError:
         if not is_published(vae):
             raise
+    # Moments do not say which autoencoder encoded them; the number of channels is all there is to check.
     channels = found.latent_channels if found else 4
     if channels != folder.latent_channels:
         raise UserError(
             f"{folder.path} contains moments of {folder.latent_channels} channels, autoencoder {vae} has "
             f"{channels}; give the one that encoded them"
         )
-    if found is None:
+    if found is None:  # the published autoencoders have 3 channels, factor 8 and this scale
         return DecoderInfo(vae, "", PUBLISHED_SCALE, 0.0, (3, 8 * folder.shape[1], 8 * folder.shape[2]))
     size = found.factor * folder.shape[1]
     return DecoderInfo(found.name, found.sha256, found.scale, found.shift, (found.channels, size, size))
@@ -245,6 +247,7 @@ def convert(
     )
 
     def make(start: int, stop: int) -> ShardRows:
+        # Moments of all images; pixels of held-out and reference images.
         data = np.empty((stop - start, 1, *folder.shape), np.float16)
         for row in range(start, stop):
             data[row - start, 0] = folder.moments(row)

@@ -67,6 +67,7 @@ def open_source(path: Path, classes: Path | None = None) -> ImageSource:
     class_map = None if classes is None else read_class_map(classes)
     if path.is_file():
         return ImageTar(path, class_map)
+    # Files that Hugging Face's `save_to_disk` writes for a dataset, and for a dictionary of splits.
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
         return SavedDataset(path)
     if (path / "dataset_dict.json").is_file():

@@ -88,6 +88,9 @@ def open_encoder(spec: EncoderSpec, tokens: int, device: torch.device) -> ImageE
     return ImageEncoder(network, spec, tokens).to(device).eval()
 
 
+# --- Encoders that run on the images ---
+
+
 @final
 class ImageEncoder(nn.Module):
     """A frozen timm vision transformer that is applied to the clean images."""
@@ -103,6 +106,7 @@ class ImageEncoder(nn.Module):
         def call(net: Any) -> object:
             return net.forward_features(torch.empty(shape, device="meta"))
 
+        # Counted on the meta device, so that a plan needs no weights.
         self.flops = float(forward_flops(network, call, ("encoder",)))
         if patches.num_patches != tokens:
             raise UserError(
@@ -134,6 +138,9 @@ def encoder_input(images: Tensor, size: int, mean: Sequence[float], std: Sequenc
     x = images.expand(-1, 3, -1, -1).float() / 255.0
     shift, scale = (torch.tensor(values, device=x.device).view(1, 3, 1, 1) for values in (mean, std))
     return F.interpolate((x - shift) / scale, (size, size), mode="bicubic", align_corners=False)
+
+
+# --- Cached tokens ---
 
 
 @final
@@ -169,7 +176,7 @@ def cache_tokens(folder: Path, encoder: ImageEncoder, images: Iterable[Tensor], 
     size and hash of tokens.npy, is written last. Raises UserError for another number of images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokens.json").unlink(missing_ok=True)
+    (folder / "tokens.json").unlink(missing_ok=True)  # tokens without it are not a cache
     device = next(encoder.network.parameters()).device
     shape = (count, encoder.network.patch_embed.num_patches, encoder.spec.width)
     tokens, done = np.lib.format.open_memmap(folder / "tokens.npy", "w+", np.float16, shape), 0
@@ -221,6 +228,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/tokens.json is damaged ({error}); cache the tokens again") from error
 
 
+# --- Loading ---
+
+
 @cache
 def _width(name: str) -> int:
     """Return the token width of a timm model."""
@@ -242,6 +252,7 @@ def _width(name: str) -> int:
 
 
 def _digits_network() -> nn.Module:
+    """Build the shipped digits encoder."""
     from timm.models.vision_transformer import VisionTransformer
 
     with torch.device("meta"):
@@ -258,7 +269,7 @@ def _timm_network(spec: EncoderSpec, tokens: int, load: bool) -> nn.Module:
         plain: Any = timm.create_model(spec.name, pretrained=False, num_classes=0)
     patch: int = plain.patch_embed.patch_size[0]
     size = patch * math.isqrt(tokens)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # timm draws initial weights from the global random state
         try:
             # As pretrained weights, because timm then resizes the position table to the image size.
             overlay = {"file": spec.path} if spec.path else None

@@ -1,7 +1,7 @@
-"""Images a second from shards and from a folder of single .npy files, out of a cold and a warm page cache.
+"""Images/s from shards and from a folder of single .npy files, with a cold and a warm page cache.
 
-10,000 rows of 16 KiB (8x32x32 fp16), batches of 256 in the order of a permutation. "Cold" drops both from
-the page cache first (posix_fadvise); where that has no effect, the test says so and is skipped.
+10,000 rows of 16 KiB (8x32x32 float16), in batches of 256 in the order of a permutation. "Cold" drops both
+from the page cache first (posix_fadvise). The test is skipped if that has no effect.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from stbench.data.shards import ShardedRows
 pytestmark = pytest.mark.benchmark
 ROWS, BATCH, SHAPE = 10_000, 256, (8, 32, 32)
 COLD, WARM = 8.0, 20.0
-"""How many times faster shards have to be."""
+"""Minimum speed-up of shards over single files."""
 
 Load = Callable[[np.ndarray], np.ndarray]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """00000.npy (one shard), single/*.npy: the same rows."""
+    """The same rows in 00000.npy (one shard) and in single/*.npy."""
     folder = tmp_path_factory.mktemp("loading")
     rows = np.random.default_rng(0).normal(size=(ROWS, 1, *SHAPE)).astype(np.float16)
     write_array(folder / "00000.npy", rows)
@@ -40,18 +40,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shards(folder: Path, count: int = 1) -> Load:
-    """Batches out of a mapped shard, or of one that is seen as `count` of them."""
+    """Read batches from a mapped shard, or from `count` parts of it."""
     mapped = ShardedRows(np.array_split(np.load(folder / "00000.npy", mmap_mode="r"), count))
     return lambda rows: mapped.read(rows, np.zeros_like(rows))
 
 
 def singles(folder: Path) -> Load:
-    """Batches out of single files."""
+    """Read batches from single files."""
     return lambda rows: np.stack([np.load(folder / "single" / f"{row:05d}.npy") for row in rows])
 
 
 def epoch(load: Load, batches: Sequence[np.ndarray]) -> float:
-    """Images a second over some batches."""
+    """Return images/s over some batches."""
     started = time.perf_counter()
     for rows in batches:
         load(rows)
@@ -59,7 +59,7 @@ def epoch(load: Load, batches: Sequence[np.ndarray]) -> float:
 
 
 def drop(folder: Path) -> None:
-    """Take every file out of the page cache; skip the test where that cannot be done."""
+    """Drop every file from the page cache; skip the test if that is not possible."""
     for file in folder.rglob("*.npy"):
         handle = os.open(file, os.O_RDONLY)
         try:
@@ -67,11 +67,11 @@ def drop(folder: Path) -> None:
         finally:
             os.close(handle)
     if cached(folder / "00000.npy") or cached(folder / "single" / "00000.npy"):
-        pytest.skip("the page cache cannot be dropped here: no cold figure")
+        pytest.skip("the page cache cannot be dropped on this machine")
 
 
 def cached(file: Path) -> bool:
-    """Whether the first page can be had without waiting for a disk; also True where nobody can tell."""
+    """Whether the first page is in the page cache; True if that is unknown."""
     handle = os.open(file, os.O_RDONLY)
     try:
         return os.preadv(handle, [bytearray(4096)], 0, os.RWF_NOWAIT) > 0
@@ -84,7 +84,7 @@ def cached(file: Path) -> bool:
 
 
 def batches(seed: int) -> list[np.ndarray]:
-    """A permutation in batches."""
+    """Return a permutation in batches."""
     order = np.random.default_rng(seed).permutation(ROWS)
     return [order[k : k + BATCH] for k in range(0, ROWS, BATCH)]
 

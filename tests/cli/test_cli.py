@@ -129,7 +129,10 @@ MISTAKES = {
     "no depth": ((*VANILLA, "--set", "backbone.depth=0"), "wants at least one block, got 0"),
     "empty size": (("run", "--backbone", "sit-", "--recipe", "vanilla"), "unknown size ''"),
     "hidden": ((*TAUGHT, "--set", "recipe.hidden=-4"), "invalid value for 'recipe.hidden'"),
-    "teacher steps": ((*TAUGHT, "--set", "recipe.teacher_steps=0"), "invalid value for 'recipe.teacher_steps'"),
+    "teacher steps": (
+        (*TAUGHT, "--set", "recipe.teacher_steps=0"),
+        "invalid value for 'recipe.teacher_steps'",
+    ),
     "recipe interval": (
         (*TAUGHT, "--set", "recipe.interval=[0.7,0.4]"),
         "must be [low,high] with low <= high",

@@ -48,7 +48,7 @@ def test_many_options_are_wrapped_and_not_cut(capsys: pytest.CaptureFixture[str]
 
 
 def test_square_brackets_are_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
-    """Rich reads "[bold]" and "[/x]" as markup in everything that it is not told to print literally."""
+    """Rich treats "[bold]" and "[/x]" as markup unless it is disabled for the text."""
     changes = {"setting_hash": "[bold]", "objective": "[red]"}
     options = {"x": "[/x]"}
     records = [make_record("vanilla", 0, [16.0, 4.0, 1.0], changes=changes, options=options)]
@@ -57,9 +57,9 @@ def test_square_brackets_are_printed_literally(capsys: pytest.CaptureFixture[str
     record = replace(records[0], curve=[make_point(200, 1.0), replace(make_point(400, 1.0), stage="[red]")])
     metrics = {"fid": 1.0, "[red]": 2.0}
     print_curve(replace(record, curve=[replace(point, metrics=metrics) for point in record.curve]))
-    board, curve = capsys.readouterr().out.split("Curve of")
-    assert "setting [bold]" in board and "[red], batch 64" in board
-    assert "vanilla (x=[/x])" in board and "- vanilla (x=[/x]) seed 1: failed" in board
+    tables, curve = capsys.readouterr().out.split("Curve of")
+    assert "setting [bold]" in tables and "[red], batch 64" in tables
+    assert "vanilla (x=[/x])" in tables and "- vanilla (x=[/x]) seed 1: failed" in tables
     assert curve.count("[red]") == 2  # a stage and a metric
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import shlex
 import shutil
-import string
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +14,10 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
-from stbench.cli import app as cli
-from stbench.config.overrides import parse_set
 from stbench.config.plan import prepare as prepare_run
 from stbench.config.resolve import RunRequest, resolve
 from stbench.core.errors import UserError
-from stbench.data.dataset import _built
+from stbench.data.dataset import _build
 from stbench.data.prepare import PrepareOptions
 from stbench.data.repa_layout import RepaFolder, convert, find_decoder
 from stbench.evaluate import past_run, points
@@ -32,8 +26,7 @@ from stbench.evaluate.sample_model import ModelLocation
 from stbench.runs.records import RunRecord
 from stbench.train import engine
 from tests.conftest import BLOCKS, TINY, Command
-from tests.datafiles import EXTRACTOR, make_images, make_repa, picture, run_prepare
-from tests.weights import random_inception
+from tests.datafiles import EXTRACTOR, make_images, make_repa, run_prepare
 
 STEPS = 6
 COUNT, SIZE, REFERENCES = 120, 32, 40
@@ -87,7 +80,7 @@ def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
     run = past_run.open_run(Path(records[1].path))
     device, wanted = engine.RunOptions(tmp_path).device, SampleRequest(5, 1.5)
     again: Any = run.prepared.dataset.to(device)
-    assert records[1].spec["data"]["resident"] == "yes" and again._resident is None
+    assert again._resident is None  # although the run was trained with data.resident=yes
     sample_images(ModelLocation(Path(records[1].path)), wanted, [tmp_path / "five.npz"], [device])
     with np.load(tmp_path / "five.npz") as found:
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((5, SIZE, SIZE, 3), np.uint8)
@@ -147,26 +140,6 @@ def test_flip_changes_setting_and_weights(root: Path, tmp_path: Path) -> None:
     assert final_weights(mirrored) != final_weights(plain)
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ({"size": 128}, "contains images of 32 pixels, data.size is 128; leave it out"),
-        ({"vae": "none"}, "contains latents, data.vae=none is for images; leave it out"),
-    ],
-)
-def test_options_for_images_are_refused_for_latents(root: Path, data: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        resolve(request(root / "set", **data))
-    assert resolve(request(root / "set", size=SIZE)).data is not None
-
-
-def test_shards_without_a_manifest_are_refused(root: Path, tmp_path: Path) -> None:
-    shutil.copytree(root / "set", tmp_path / "set")
-    (tmp_path / "set" / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"contains shards of a prepared data set but no manifest.json"):
-        resolve(request(tmp_path / "set"))
-
-
 def test_pixels_train_without_an_autoencoder(root: Path, tmp_path: Path) -> None:
     record = train(tmp_path, root / "images", vae="none", size=16)
     assert record.status == "finished"
@@ -178,7 +151,7 @@ def test_a_run_on_a_moved_set_resumes_with_the_new_path(root: Path, tmp_path: Pa
     shutil.copytree(root / "set", tmp_path / "old")
     half = train(tmp_path / "runs", tmp_path / "old", steps=STEPS // 2)
     (tmp_path / "old").rename(tmp_path / "new")
-    _built.clear()
+    _build.cache_clear()
     with pytest.raises(
         UserError, match=r"found nothing; if they were moved, type `ln -s NEW_PLACE .*old`"
     ) as error:
@@ -194,10 +167,8 @@ def test_a_run_on_replaced_data_is_refused(root: Path, vae: Path, tmp_path: Path
     shutil.copytree(root / "set", tmp_path / "set")
     record = train(tmp_path / "runs", tmp_path / "set")
     shutil.rmtree(tmp_path / "set")
-    shutil.copytree(root / "images", tmp_path / "images")
-    next((tmp_path / "images").rglob("*.png")).unlink()
-    run_prepare(replace(options_for(root, vae), source=tmp_path / "images", target=tmp_path / "set"))
-    _built.clear()
+    run_prepare(replace(options_for(root, vae), target=tmp_path / "set", flip=False))
+    _build.cache_clear()
     with pytest.raises(UserError, match="changed since the run started: expected fingerprint"):
         past_run.open_run(Path(record.path))
 
@@ -208,101 +179,3 @@ def test_a_missing_autoencoder_is_reported_before_training(root: Path, tmp_path:
         train(tmp_path / "runs", folder)
     (run,) = (tmp_path / "runs").glob("custom-*")
     assert not list(run.rglob("*.safetensors"))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"data.size": 64}, "data.size requires --data PATH; add it"),
-        ({"data.path": "x"}, "data.path"),
-        ({"data.flop": True}, "unknown option 'data.flop'; did you mean 'data.flip'"),
-        ({"data.resident": "maybe"}, "invalid value for 'data.resident'"),
-    ],
-)
-def test_wrong_data_options_are_refused(arguments: dict[str, Any], message: str, root: Path) -> None:
-    path = None if "data.size" in arguments else str(root / "set")
-    with pytest.raises(UserError, match=message):
-        resolve(RunRequest("sit", "vanilla", "custom", data=path, overrides=arguments))
-
-
-@pytest.mark.parametrize(("typed", "stored"), [("none", "none"), ("sd-vae-ft-ema", "sd-vae-ft-ema")])
-def test_the_autoencoder_is_stored_as_typed(typed: str, stored: str, root: Path) -> None:
-    options = parse_set([f"data.vae={typed}", "data.resident=no", "data.size=32"])
-    if typed == "none":  # for images; latents are refused
-        data = root / "images"
-    else:
-        data, options = root / "set", options | {"data.size": SIZE}
-    spec = resolve(RunRequest("sit", "vanilla", "custom", data=str(data), overrides=options))
-    assert spec.data is not None and (spec.data.vae, spec.data.resident) == (stored, "no")
-
-
-def test_the_preset_follows_the_backbone(root: Path) -> None:
-    sizes = {}
-    for backbone in ("dit", "sit", "uvit"):
-        spec = resolve(RunRequest(backbone, "vanilla", "custom", data=str(root / "set")))
-        assert (spec.train.batch, spec.train.lr) == (128, 2e-4)
-        sizes[backbone] = spec.backbone.size
-    assert sizes == {"dit": "s/2", "sit": "s/2", "uvit": "s/2-latent"}
-    assert spec.data is not None and spec.data.path == str(root / "set")
-
-
-SCRIPT = Path(__file__).parents[2] / "docs" / "imagenet.md"
-SMALL = {"DATASET": "custom", "SIZE": str(SIZE), "BACKBONE": "sit-ti/2", "STEPS": str(STEPS)}
-
-
-def script(paths: dict[str, Path]) -> list[list[str]]:
-    """Return the commands of the documented script, with small data and models."""
-    (block,) = re.findall(r"```bash\n(.*?)```", SCRIPT.read_text(), re.DOTALL)
-    options = TINY | BLOCKS | {"data.extractor": EXTRACTOR, "eval.samples": 20, "train.clip": 1.0}
-    vanilla = {name: value for name, value in options.items() if not name.startswith("recipe.")}
-    commands = []
-    for line in block.splitlines():
-        if name := re.match(r"(\w+)=", line):
-            assert name[1] in {*SMALL, "MORE", *paths}
-            continue
-        chosen = vanilla if "--recipe vanilla" in line else options
-        more = " ".join(f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in chosen.items())
-        values = SMALL | {name: str(path) for name, path in paths.items()} | {"MORE": more, "RUN": "$RUN"}
-        if line.strip().startswith("stbench "):
-            commands.append(shlex.split(string.Template(line).substitute(values))[1:])
-    return commands
-
-
-@pytest.mark.slow
-def test_the_documented_script_runs(
-    root: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    paths = {
-        "IMAGES": root / "images",
-        "VAE": vae,
-        "DATA": tmp_path / "latents",
-        "REFERENCE": tmp_path / "reference.npz",
-        "RUNS": tmp_path / "runs",
-    }
-    commands = script(paths)
-    assert [command[0] for command in commands] == [
-        *("data", "data", "run", "run", "compare", "sample", "evaluate")
-    ]
-    inception, digest = random_inception(tmp_path / "inception.pth")
-    weights = ["--inception", str(inception), "--inception-sha256", digest]
-    np.savez(paths["REFERENCE"], np.stack([np.asarray(picture(n, SIZE, SIZE)) for n in range(12)]))
-
-    def call(*command: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["stbench", *command])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code, capfd.readouterr().err
-
-    for command in commands[:5]:
-        call(*command)
-    (run,) = (path.parent for path in paths["RUNS"].glob("*vanilla*/spec.json"))
-    drawing, measuring = ([part.replace("$RUN", str(run)) for part in command] for command in commands[5:])
-    assert drawing[2:4] == ["-n", "50000"] and drawing[-4:-2] == ["--steps", "250"]
-    call(*drawing, "-n", "12", "--steps", "3", "--device", "cpu")
-    call(*measuring, *weights, "--device", "cpu")
-    scores = json.loads((run / "cfg1.8.json").read_text())
-    assert scores["protocol"]["sampling"]["cfg"] == 1.8 and np.isfinite(scores["metrics"]["fid12"])
-    out = capfd.readouterr().out
-    assert f"{COUNT} images in 10 classes; 1 shards of moments 8x4x4" in out
-    assert f"{COUNT} images, 5 files, all intact" in out
-    assert "self-transcendence" in out and "vanilla" in out

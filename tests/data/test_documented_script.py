@@ -1,0 +1,85 @@
+"""The script in docs/imagenet.md runs, with small data and models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import string
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stbench.cli import app as cli
+from tests.conftest import BLOCKS, TINY
+from tests.data.conftest import COUNT, SIZE
+from tests.datafiles import EXTRACTOR, picture
+from tests.weights import random_inception
+
+STEPS = 6
+SCRIPT = Path(__file__).parents[2] / "docs" / "imagenet.md"
+SMALL = {"DATASET": "custom", "SIZE": str(SIZE), "BACKBONE": "sit-ti/2", "STEPS": str(STEPS)}
+
+
+def script(paths: dict[str, Path]) -> list[list[str]]:
+    """Return the commands of the documented script, with small data and models."""
+    (block,) = re.findall(r"```bash\n(.*?)```", SCRIPT.read_text(), re.DOTALL)
+    options = TINY | BLOCKS | {"data.extractor": EXTRACTOR, "eval.samples": 20, "train.clip": 1.0}
+    vanilla = {name: value for name, value in options.items() if not name.startswith("recipe.")}
+    commands = []
+    for line in block.splitlines():
+        if name := re.match(r"(\w+)=", line):
+            assert name[1] in {*SMALL, "MORE", *paths}
+            continue
+        chosen = vanilla if "--recipe vanilla" in line else options
+        more = " ".join(f"--set {shlex.quote(f'{k}={json.dumps(v)}')}" for k, v in chosen.items())
+        values = SMALL | {name: str(path) for name, path in paths.items()} | {"MORE": more, "RUN": "$RUN"}
+        if line.strip().startswith("stbench "):
+            commands.append(shlex.split(string.Template(line).substitute(values))[1:])
+    return commands
+
+
+@pytest.mark.slow
+def test_the_documented_script_runs(
+    images: Path,
+    vae: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    paths = {
+        "IMAGES": images,
+        "VAE": vae,
+        "DATA": tmp_path / "latents",
+        "REFERENCE": tmp_path / "reference.npz",
+        "RUNS": tmp_path / "runs",
+    }
+    commands = script(paths)
+    assert [command[0] for command in commands] == [
+        *("data", "data", "run", "run", "compare", "sample", "evaluate")
+    ]
+    inception, digest = random_inception(tmp_path / "inception.pth")
+    weights = ["--inception", str(inception), "--inception-sha256", digest]
+    np.savez(paths["REFERENCE"], np.stack([np.asarray(picture(n, SIZE, SIZE)) for n in range(12)]))
+
+    def call(*command: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["stbench", *command])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, capfd.readouterr().err
+
+    for command in commands[:5]:
+        call(*command)
+    (run,) = (path.parent for path in paths["RUNS"].glob("*vanilla*/spec.json"))
+    drawing, measuring = ([part.replace("$RUN", str(run)) for part in command] for command in commands[5:])
+    assert drawing[2:4] == ["-n", "50000"] and drawing[-4:-2] == ["--steps", "250"]
+    call(*drawing, "-n", "12", "--steps", "3", "--device", "cpu")
+    call(*measuring, *weights, "--device", "cpu")
+    scores = json.loads((run / "cfg1.8.json").read_text())
+    assert scores["protocol"]["sampling"]["cfg"] == 1.8 and np.isfinite(scores["metrics"]["fid12"])
+    out = capfd.readouterr().out
+    assert f"{COUNT} images in 10 classes; 1 shards of moments 8x4x4" in out
+    assert f"{COUNT} images, 5 files, all intact" in out
+    assert "self-transcendence" in out and "vanilla" in out
