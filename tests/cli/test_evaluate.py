@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from stbench.cli.evaluate import MeasureOptions, RunOptions, evaluate, statistics
+from stbench.cli.data import statistics
+from stbench.cli.evaluate import evaluate
 from stbench.core.errors import UserError
 from stbench.evaluate.extractors import get_extractor
-from stbench.evaluate.feature_networks import INCEPTION_FILE, NetworkFiles, load_inception
+from stbench.evaluate.feature_networks import INCEPTION_FILE, load_inception
 from stbench.evaluate.image_sets import open_images
 from stbench.evaluate.reference import write_statistics
 from stbench.evaluate.scores import SCORES, score_name
@@ -44,7 +46,7 @@ def test_missing_inception_weights_are_named_with_path_url_and_hash(
     )
 
 
-MISSING = MeasureOptions(NetworkFiles(inception=Path("missing.pth")), device="cpu")
+MISSING: dict[str, Any] = {"inception": Path("missing.pth"), "device": "cpu"}
 """Options that fail as soon as the networks are loaded."""
 
 
@@ -59,17 +61,17 @@ def test_another_size_is_refused_before_any_network_is_loaded(tmp_path: Path, ki
         write_statistics(open_images(reference), [CheapNetwork()], tmp_path / "statistics.npz")
         reference = tmp_path / "statistics.npz"
     with pytest.raises(UserError, match="of one size, found .* of 16x16 and .* of 24x24"):
-        evaluate(tmp_path / "samples.npz", reference, None, measure=MISSING, run=RunOptions())
+        evaluate(tmp_path / "samples.npz", reference, **MISSING)
 
 
 def test_a_run_is_not_sampled_if_its_scores_cannot_be_computed(tmp_path: Path, trained_run: Path) -> None:
-    options = {"measure": MISSING, "run": RunOptions(samples=20)}
+    options = {"samples": 20, **MISSING}
     np.savez(tmp_path / "large.npz", pictures(0, 12, 48))
     with pytest.raises(UserError, match="of one size, found .* of 32x32 and .* of 48x48"):
-        evaluate(trained_run, tmp_path / "large.npz", None, **options)
+        evaluate(trained_run, tmp_path / "large.npz", **options)
     np.savez(tmp_path / "same.npz", pictures(0, 12, 32))
     with pytest.raises(UserError, match="expected them at missing.pth"):
-        evaluate(trained_run, tmp_path / "same.npz", None, **options)
+        evaluate(trained_run, tmp_path / "same.npz", **options)
     assert not (trained_run / "evaluation").exists()
 
 
@@ -144,4 +146,4 @@ def test_a_path_that_is_not_a_run_or_images_is_one_line(tmp_path: Path, stbench:
 
 def test_statistics_go_to_an_npz(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="ends in .npz"):
-        statistics(tmp_path, tmp_path / "stats.pt", None, MeasureOptions())
+        statistics(tmp_path, tmp_path / "stats.pt")

@@ -20,7 +20,7 @@ from stbench.core.registry import BACKBONES, RECIPES, load_builtins, lookup, nam
 from stbench.runs.folder import RunFolder
 from stbench.runs.records import RunRecord
 from stbench.train import engine
-from stbench.train.progress import Hook
+from stbench.train.hooks import Hook
 from tests.conftest import Runner, tiny_spec
 
 load_builtins()
