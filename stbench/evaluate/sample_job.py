@@ -139,18 +139,19 @@ def _generate_missing(
     if not missing:
         return
     if len(devices) > 1:
-        generate_in_processes(job, devices, missing, report)
+        generate_in_processes(job, devices, missing, report=report)
         return
     if devices[0].type != "cpu":
         model = load_model(job.location, devices[0])
-    _generate_shards(job, model, devices[0], missing, report)
+    _generate_shards(job, model, missing, device=devices[0], report=report)
 
 
 def _generate_shards(
     job: Job,
     model: SamplingModel,
-    device: torch.device,
     shards: Sequence[tuple[int, int]],
+    *,
+    device: torch.device,
     report: Report,
 ) -> None:
     """Generate shards (start, stop) one after the other in this process."""
@@ -164,6 +165,7 @@ def generate_in_processes(
     job: Job,
     devices: Sequence[torch.device],
     shards: Sequence[tuple[int, int]],
+    *,
     report: Report = ignore,
 ) -> None:
     """Generate shards in one process per device, each with every n-th shard.
@@ -176,7 +178,10 @@ def generate_in_processes(
     threads = torch.get_num_threads()
     workers = [
         context.Process(
-            target=_work, args=(job, device, shards[index :: len(devices)], threads, errors), daemon=True
+            target=_work,
+            args=(job, device, shards[index :: len(devices)]),
+            kwargs={"threads": threads, "errors": errors},
+            daemon=True,
         )
         for index, device in enumerate(devices)
     ]
@@ -210,12 +215,12 @@ def generate_in_processes(
 
 
 def _work(
-    job: Job, device: torch.device, shards: Sequence[tuple[int, int]], threads: int, errors: Any
+    job: Job, device: torch.device, shards: Sequence[tuple[int, int]], *, threads: int, errors: Any
 ) -> None:
     """Run in a worker process: load the model on its device and generate its shards."""
     torch.set_num_threads(threads)
     try:
-        _generate_shards(job, load_model(job.location, device), device, shards, ignore)
+        _generate_shards(job, load_model(job.location, device), shards, device=device, report=ignore)
     except KeyboardInterrupt:
         return
     except UserError as error:
