@@ -19,8 +19,7 @@ from stbench.evaluate.generate import draw_labels
 from stbench.evaluate.progress import ProgressBar, Report, ignore, no_progress
 from stbench.evaluate.sample_batch import BatchSampler, SampleSpec, rows_per_call
 from stbench.evaluate.sample_model import ModelLocation, SamplingModel, load_model
-from stbench.evaluate.sample_parts import PartsFolder, is_finished, join_parts
-from stbench.runs.records import SCHEMA
+from stbench.evaluate.sample_parts import SETTINGS_SCHEMA, PartsFolder, is_finished, join_parts
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 """Arithmetic that the network may use."""
@@ -106,7 +105,7 @@ def sample_images(
     if model.description:
         print(f"sampling from {model.description}", file=sys.stderr)
     spec = resolve_request(request, model)
-    settings = {"schema": SCHEMA, "device": devices[0].type, **spec.fields(), **model.identity()}
+    settings = {"schema": SETTINGS_SCHEMA, "device": devices[0].type, **spec.fields(), **model.identity()}
     missing = [output for output in outputs if not is_finished(output, settings)]
     if not missing:
         return settings
