@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mmengine.registry import Registry
+from mmengine.registry import Registry  # noqa: TID251
 
 from stbench.core.errors import UserError
 from stbench.core.registry import BACKBONES, RECIPES, load_plugins, lookup, names, plugin_hash, suggest

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from stbench.config.plan import prepare as prepare_run
 from stbench.config.resolve import RunRequest, resolve
 from stbench.core.errors import UserError
-from stbench.data.dataset import _build
+from stbench.data.dataset import _built
 from stbench.data.prepare import PrepareOptions
 from stbench.data.repa_layout import RepaFolder, convert, find_decoder
 from stbench.evaluate import past_run, points
@@ -151,7 +151,7 @@ def test_a_run_on_a_moved_set_resumes_with_the_new_path(root: Path, tmp_path: Pa
     shutil.copytree(root / "set", tmp_path / "old")
     half = train(tmp_path / "runs", tmp_path / "old", steps=STEPS // 2)
     (tmp_path / "old").rename(tmp_path / "new")
-    _build.cache_clear()
+    _built.clear()
     with pytest.raises(
         UserError, match=r"found nothing; if they were moved, type `ln -s NEW_PLACE .*old`"
     ) as error:
@@ -168,7 +168,7 @@ def test_a_run_on_replaced_data_is_refused(root: Path, vae: Path, tmp_path: Path
     record = train(tmp_path / "runs", tmp_path / "set")
     shutil.rmtree(tmp_path / "set")
     run_prepare(replace(options_for(root, vae), target=tmp_path / "set", flip=False))
-    _build.cache_clear()
+    _built.clear()
     with pytest.raises(UserError, match="changed since the run started: expected fingerprint"):
         past_run.open_run(Path(record.path))
 
