@@ -58,17 +58,13 @@ def export_run(path: Path, kind: Kind, output: Path, weights: Weights) -> list[s
         UserError: The other codebase cannot express the network, or the output exists.
     """
     from stbench.evaluate.past_run import open_run
-    from stbench.models.export import _require_native, _write_diffusers, _write_official
+    from stbench.models.export import export_network
 
     run = open_run(path)
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
     network, spec = final_network(run, weights), run.prepared.spec
-    options = dict(spec.backbone.effective)
-    _require_native(network, spec.objective)
-    if kind == "diffusers":
-        return _write_diffusers(network, options, output)
-    return _write_official(network, options, output, spec.objective)
+    return export_network(network, spec.backbone.effective, spec.objective, kind=kind, output=output)
 
 
 def final_network(run: PastRun, weights: Weights) -> Backbone:
