@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,8 +17,6 @@ from stbench.cli import options
 from stbench.core.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
     from stbench.runs.journal import JournalEntry
     from stbench.sweep.suite import SuiteRun, SweepRun
 
@@ -61,6 +58,7 @@ def sweep(
     """Make many runs, several at a time; rerun to resume and to retry failed runs."""
     from stbench.core.device import default_precision, pick_device
     from stbench.core.registry import load_builtins, load_plugins
+    from stbench.sweep.slots import local_slots
     from stbench.sweep.suite import find_suite, prepare_runs, read_suite
 
     load_builtins()
@@ -91,14 +89,14 @@ def sweep(
     if only is not None:
         runs = _select(runs, only)
 
-    slot_environments = slots(torch_device, jobs)
+    slots = local_slots(torch_device, jobs)
     if dry_run:
         _print_runs(runs, output)
-        print(f"{len(slot_environments)} at a time on {torch_device.type}; run folders in {output}")
+        print(f"{len(slots)} at a time on {torch_device.type}; run folders in {output}")
         return
     arguments = ["--output", str(output), "--device", torch_device.type, "--keep", keep.value]
     arguments += [part for file in plugin for part in ("--plugin", str(file))]
-    entries = _execute(runs, output, slot_environments, arguments)
+    entries = _execute(runs, output, slots, arguments)
     if not _print_summary(entries, output):
         raise typer.Exit(1)
 
@@ -192,7 +190,7 @@ def _print_runs(runs: Sequence[SweepRun], output: Path) -> None:
 def _execute(
     runs: Sequence[SweepRun],
     output: Path,
-    slot_environments: Sequence[Mapping[str, str]],
+    slots: Sequence[Mapping[str, str]],
     arguments: Sequence[str],
 ) -> list[JournalEntry]:
     """Make every run that is not finished; `arguments` are those of `stbench run` that all runs share.
@@ -209,58 +207,22 @@ def _execute(
     from stbench.train.engine import check_evaluation
 
     # A finished run is not started again, so `run` would not report that its evaluation settings differ.
+    folder = OutputFolder(output)
     for run in runs:
-        folder = OutputFolder(output).run(run.entry.run_id)
-        if folder.exists():
-            check_evaluation(folder, run.prepared.spec)
+        run_folder = folder.run(run.entry.run_id)
+        if run_folder.exists():
+            check_evaluation(run_folder, run.prepared.spec)
 
     with lock_sweep(output), _signals_interrupt():
         jobs = []
         for run in runs:
-            config = config_file(output, run.entry.run_id)
+            config = folder.run_config(run.entry.run_id)
             content = {**run.requested.values, "set": dict(run.requested.overrides)}
             atomic_write(config, json.dumps(content, indent=1) + "\n")
             jobs.append(Job(run.entry, ("run", "--config", str(config), *arguments), run.stages))
-        executor = LocalExecutor(output, slot_environments)
+        executor = LocalExecutor(output, slots)
         with make_monitor(output) as monitor:
             return Sweep(output, jobs, executor=executor, monitor=monitor).run()
-
-
-def config_file(output: Path, run_id: str) -> Path:
-    """Config file with which a sweep starts a run."""
-    from stbench.sweep.queue import SWEEP_FOLDER
-
-    return output / SWEEP_FOLDER / f"{run_id}.json"
-
-
-def slots(device: torch.device, jobs: int | None) -> list[dict[str, str]]:
-    """Environment variables of each slot: its share of the cores and, on CUDA, its GPU.
-
-    Without `jobs` there is one slot per GPU, or per core on the CPU; if there are more slots than GPUs, the
-    GPUs are shared in turn. An OMP_NUM_THREADS that is already set is an upper limit.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    gpus = _gpus(device)
-    count = jobs or len(gpus) or cores
-    share = max(1, cores // count)
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    threads = str(min(share, int(limit)) if limit.isdecimal() and int(limit) else share)
-    base = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    return [
-        base | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}) for slot in range(count)
-    ]
-
-
-def _gpus(device: torch.device) -> list[str]:
-    """GPUs to use, as in CUDA_VISIBLE_DEVICES; [] on the CPU."""
-    import torch
-
-    if device.type != "cuda":
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = [name.strip() for name in visible.split(",") if name.strip()]
-    gpus = gpus or [str(number) for number in range(torch.cuda.device_count())]
-    return gpus if device.index is None else [gpus[device.index]]
 
 
 @contextmanager
@@ -280,11 +242,12 @@ def _signals_interrupt() -> Iterator[None]:
 
 def _print_summary(entries: Sequence[JournalEntry], output: Path) -> bool:
     """Print the failed runs and what to do next; returns whether every run finished."""
-    from stbench.sweep.executor import log_file
+    from stbench.runs.folder import OutputFolder
 
     failed = [entry for entry in entries if entry.state == "failed"]
     for entry in failed:
-        print(f"failed: {entry.run_id}: {entry.error} (log: {log_file(output, entry.run_id)})")
+        log = OutputFolder(output).run_log(entry.run_id)
+        print(f"failed: {entry.run_id}: {entry.error} (log: {log})")
     print(f"{len(entries) - len(failed)} finished, {len(failed)} failed", end="")
     print("; rerun the same command to retry the failed runs" if failed else "")
     print(f"next: stbench compare {output}")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from stbench.cli.sweep import parse_seeds, slots
+from stbench.cli.sweep import parse_seeds
 from stbench.core.errors import UserError
 from stbench.runs.journal import read_journal
 from tests.conftest import TINY, Command
@@ -105,21 +103,3 @@ def test_a_mistake_is_one_line_and_trains_nothing(
     code, _, err = stbench(*arguments)
     assert code == 2 and err.count("\n") == 1 and message in err
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("jobs", "threads"), [(1, 4), (2, 2), (3, 1), (9, 1), (None, 1)])
-def test_slots_share_the_cores(monkeypatch: pytest.MonkeyPatch, jobs: int | None, threads: int) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3}, raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    found = slots(torch.device("cpu"), jobs)
-    assert found == [{"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}] * (jobs or 4)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert {slot["OMP_NUM_THREADS"] for slot in slots(torch.device("cpu"), jobs)} == {"1"}
-
-
-def test_slots_use_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    cuda = torch.device("cuda")
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(cuda, None)] == ["2", "5"]
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(cuda, 3)] == ["2", "5", "2"]
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in slots(torch.device("cuda:1"), None)] == ["5"]
