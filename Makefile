@@ -1,23 +1,24 @@
-# `make` checks what a change must pass. PYTHON is the interpreter of an environment with the dev extra.
+# `make` runs the checks that a change must pass. PYTHON is the interpreter of an environment with the dev extra.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 
-.PHONY: all dev links lint types test bench docs
+.PHONY: all dev links lint types test slow coverage bench docs
 
 all: lint types test
 
-dev:  ## a virtual environment, the package in it (editable), the checkers' links, the git hook
+dev:  ## create a virtual environment with an editable install, the links and the git hook
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --editable '.[dev]'
 	$(MAKE) links
 	if git rev-parse --git-dir >/dev/null 2>&1; then .venv/bin/pre-commit install; fi
 
-links:  ## mypy and editors cannot follow the package map of pyproject.toml: two untracked links
+links:  ## mypy, import-linter and editors do not follow the package map of pyproject.toml: two untracked links
 	ln -sfn ../backbones stbench/backbones
 	ln -sfn ../recipes stbench/recipes
 
-lint:
+lint: links  ## style and import rules
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	PYTHONPATH=. $(dir $(PYTHON))lint-imports
 
 types: links
 	$(PYTHON) -m mypy stbench examples
@@ -25,8 +26,14 @@ types: links
 test:
 	$(PYTHON) -m pytest
 
-bench:  ## timings only
-	$(PYTHON) -m pytest tests/benchmarks -m benchmark --benchmark-enable
+slow:  ## tests that take minutes
+	$(PYTHON) -m pytest -m "slow and not benchmark"
 
-docs:  ## docs/cli.md from the command line's own help
+coverage:  ## the default tests, with coverage of the three packages
+	$(PYTHON) -m pytest --cov --cov-report=term:skip-covered
+
+bench:  ## timings only
+	$(PYTHON) -m pytest tests/benchmarks -m benchmark --benchmark-enable --numprocesses 0
+
+docs:  ## generate docs/cli.md from the help of the command line
 	$(PYTHON) -m typer stbench.cli.app utils docs --name stbench --output docs/cli.md

@@ -1,63 +1,135 @@
-"""What the commands of `stbench data` do: call, show progress, print the result."""
+"""`stbench data`: prepare data sets, convert them, check them, measure reference statistics."""
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from enum import Enum
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import typer
 
+from stbench.cli import options
 from stbench.core.errors import UserError
-from stbench.data import cache_tokens, repa_layout, shards
-from stbench.data import prepare as preparing
-from stbench.data.shards import Manifest
+
+if TYPE_CHECKING:
+    from stbench.data.prepare import PrepareOptions
+    from stbench.data.repa_layout import SecondHalf
+    from stbench.data.shards import Manifest
 
 LISTED = 10
 """Number of left-out images that are printed by name. The manifest lists all."""
 
+app = typer.Typer(no_args_is_help=True, help="Prepare, convert and check data sets.")
 
-@contextlib.contextmanager
-def _progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on standard error: images done, images/s, time left."""
-    columns = (
-        TextColumn(what),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} images/s"),
-        TimeRemainingColumn(),
+
+class Precision(str, Enum):
+    """Precision of the autoencoder."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Second(str, Enum):
+    """What follows the mean in a moment file."""
+
+    std = "std"
+    logvar = "logvar"
+
+
+ShardCount = Annotated[
+    int | None, typer.Option(min=1, help="Number of shards; default: one per 10,000 images.")
+]
+References = Annotated[
+    int,
+    typer.Option(min=0, help="Training images whose pixels are kept as a reference of the evaluation."),
+]
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", help="ImageFolder-style directory, .tar, or saved Hugging Face dataset."
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, or to finish.")],
+    vae: Annotated[
+        str, typer.Option(help="Autoencoder: sd-vae-ft-ema, sd-vae-ft-mse, a folder, or none for pixels.")
+    ],
+    size: Annotated[int, typer.Option(min=1, help="Height and width of the centre crop in pixels.")] = 256,
+    flip: Annotated[bool, typer.Option("--flip", help="Also encode the mirror images.")] = False,
+    shards: ShardCount = None,
+    precision: Annotated[Precision, typer.Option(help="Precision of the autoencoder.")] = Precision.fp32,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call of the encoder.")] = 32,
+    references: References = 10_000,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Map file: JSON or lines with name and label; default: folders are classes."),
+    ] = None,
+    device: options.Device = "auto",
+) -> None:
+    """Crop and encode images to sharded posterior moments; rerun to resume."""
+    from stbench.core.device import pick_device
+    from stbench.data.prepare import PrepareOptions
+
+    prepare_images(
+        PrepareOptions(
+            source,
+            target,
+            vae,
+            size=size,
+            flip=flip,
+            shards=shards,
+            precision=precision.value,
+            batch=batch,
+            references=references,
+            classes=classes,
+            device=pick_device(device),
+        )
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=total, rate="-")
-
-        def advance(count: int) -> None:
-            progress.advance(task, count)
-            speed = progress.tasks[0].speed
-            progress.update(task, rate="-" if speed is None else f"{speed:.0f}")
-
-        yield advance
 
 
-def prepare(options: preparing.PrepareOptions) -> None:
+def prepare_images(prepare_options: PrepareOptions) -> None:
     """Crop, encode and write images; print what was left out."""
-    task = preparing.open_task(options)
-    with _progress(len(task.source.ids), "encode") as advance:
-        manifest, written = preparing.prepare(options, task, advance)
-    _print_summary(options.target, manifest, written)
+    from stbench.cli.progress import counting_progress_bar
+    from stbench.data import prepare as preparing
+
+    task = preparing.open_task(prepare_options)
+    with counting_progress_bar("encode", len(task.source.ids)) as advance:
+        manifest, written = preparing.prepare(prepare_options, task, advance)
+    _print_summary(prepare_options.target, manifest, written)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder with images/ and vae-sd/.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write, or to finish.")],
+    vae: Annotated[
+        str, typer.Option(help="Autoencoder that encoded it: a published name or a folder.")
+    ] = "sd-vae-ft-mse",
+    second: Annotated[
+        Second, typer.Option(help="What follows the mean: std (as in REPA) or logvar.")
+    ] = Second.std,
+    shards: ShardCount = None,
+    references: References = 10_000,
+) -> None:
+    """Convert a folder in REPA's layout to sharded posterior moments."""
+    import_repa(source, target, vae, second=second.value, shards=shards, references=references)
 
 
 def import_repa(
-    source: Path,
-    target: Path,
-    vae: str,
-    *,
-    second: repa_layout.SecondHalf,
-    shards: int | None,
-    references: int,
+    source: Path, target: Path, vae: str, *, second: SecondHalf, shards: int | None, references: int
 ) -> None:
-    """Convert a folder in REPA's layout."""
+    """Convert a folder in REPA's layout; print what was written.
+
+    Raises:
+        UserError: The folder has another layout, or is damaged.
+    """
+    from stbench.cli.progress import counting_progress_bar
+    from stbench.data import repa_layout
+
     if not repa_layout.is_repa(source):
         raise UserError(
             f"expected REPA's layout in {source} ({repa_layout.IMAGES}/ and "
@@ -66,7 +138,7 @@ def import_repa(
         )
     folder = repa_layout.RepaFolder(source, second)
     decoder = repa_layout.find_decoder(folder, vae)
-    with _progress(len(folder.ids), "convert") as advance:
+    with counting_progress_bar("convert", len(folder.ids)) as advance:
         manifest, written = repa_layout.convert(
             folder, target, decoder, shards=shards, references=references, advance=advance
         )
@@ -78,13 +150,97 @@ def import_repa(
     _print_summary(target, manifest, written)
 
 
-def tokens(options: cache_tokens.TokenOptions) -> None:
-    """Cache an encoder's tokens; print how to train with them."""
-    task = cache_tokens.open_task(options)
-    with _progress(len(task.ids), "tokens") as advance:
-        spec = cache_tokens.cache(options, task, advance)
-    print(f"tokens of {len(task.ids)} images from {spec.name}, width {spec.width}: {options.target}")
-    print(f"to train with them: --recipe repa --set recipe.encoder={options.target} --set data.flip=false")
+@app.command()
+def tokens(
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="The images that SET was made from, or the imported folder.")
+    ],
+    prepared: Annotated[Path, typer.Argument(metavar="SET", help="A prepared data set.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    encoder: Annotated[
+        str | None, typer.Option(help="A timm vision transformer, or digits; default: DINOv2-B/14.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Weights of the encoder; default: from the Hugging Face cache.")
+    ] = None,
+    patch: Annotated[int, typer.Option(min=1, help="Patch size of the backbone.")] = 2,
+    classes: Annotated[Path | None, typer.Option(help="Map file that SET was prepared with.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per call of the encoder.")] = 64,
+    device: options.Device = "auto",
+) -> None:
+    """Cache an encoder's tokens of the training images of a prepared data set, for the recipe repa."""
+    from stbench.cli.progress import counting_progress_bar
+    from stbench.core.device import pick_device
+    from stbench.data import cache_tokens
+    from stbench.models.encoders import DINOV2
+
+    token_options = cache_tokens.TokenOptions(
+        source,
+        prepared,
+        target,
+        encoder=encoder or DINOV2,
+        checkpoint=checkpoint,
+        patch=patch,
+        classes=classes,
+        batch=batch,
+        device=pick_device(device),
+    )
+    task = cache_tokens.open_task(token_options)
+    with counting_progress_bar("tokens", len(task.ids)) as advance:
+        spec = cache_tokens.cache(token_options, task, advance)
+    print(f"tokens of {len(task.ids)} images from {spec.name}, width {spec.width}: {target}")
+    print(f"to train with them: --recipe repa --set recipe.encoder={target} --set data.flip=false")
+
+
+@app.command()
+def verify(target: Annotated[Path, typer.Argument(metavar="DST", help="A prepared data set.")]) -> None:
+    """Check every byte of a prepared data set: sizes, shapes, hashes, labels and counts."""
+    from stbench.data import shards
+
+    manifest, problems = shards.verify(target)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise UserError(
+            f"{target}: {len(problems)} damaged files; copy them again, or prepare the data again"
+        )
+    files = sum(len(shard.files) for shard in manifest.shards)
+    print(f"{target}: {manifest.count} images, {files} files, all intact")
+
+
+@app.command()
+def statistics(
+    images: Annotated[
+        Path, typer.Argument(help="Folder of images, npz with arr_0, or prepared data set (its references).")
+    ],
+    output: Annotated[Path, typer.Argument(help="npz to write, for `stbench evaluate --reference`.")],
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Centre-crop the images of a folder to this size, as ADM does."),
+    ] = None,
+    inception: options.Inception = None,
+    inception_sha256: options.InceptionSha256 = None,
+    dino: options.Dino = None,
+    batch: options.MeasureBatch = 64,
+    device: options.Device = "auto",
+) -> None:
+    """Compute the statistics of real images, a reference for `stbench evaluate`, in ADM's npz format."""
+    from stbench.cli.evaluate import print_ignored
+    from stbench.cli.progress import progress_bar
+    from stbench.core.device import pick_device
+    from stbench.evaluate.feature_networks import NetworkFiles
+    from stbench.evaluate.image_sets import open_images
+    from stbench.evaluate.reference import write_statistics
+
+    if output.suffix != ".npz":
+        raise UserError(f"the output must be a file that ends in .npz, found {output}; try {output}.npz")
+    found = open_images(images, size)
+    print_ignored(found)
+    torch_device = pick_device(device)
+    networks = NetworkFiles(inception, inception_sha256, dino).load(torch_device)
+    with progress_bar("images", transient=True) as report:
+        done = write_statistics(found, networks, output, batch=batch, device=torch_device, report=report)
+    print(f"{done.count} images of {done.size[1]}x{done.size[0]}: {output}")
 
 
 def _print_summary(target: Path, manifest: Manifest, written: bool) -> None:
@@ -101,16 +257,3 @@ def _print_summary(target: Path, manifest: Manifest, written: bool) -> None:
     left_out = f", {len(manifest.unreadable)} left out" if manifest.unreadable else ""
     shards = f"{len(manifest.shards)} shards of {manifest.kind} {'x'.join(map(str, manifest.shape))}"
     print(f"{manifest.count} images in {len(manifest.classes)} classes{left_out}; {shards}: {target}")
-
-
-def verify(target: Path) -> None:
-    """Check every byte of a prepared data set. Raises UserError after printing the damaged files."""
-    manifest, problems = shards.verify(target)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if problems:
-        raise UserError(
-            f"{target}: {len(problems)} damaged files; copy them again, or prepare the data again"
-        )
-    files = sum(len(shard.files) for shard in manifest.shards)
-    print(f"{target}: {manifest.count} images, {files} files, all intact")

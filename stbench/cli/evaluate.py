@@ -1,47 +1,32 @@
-"""`stbench evaluate` and `stbench data statistics`: score images or a run, print the results."""
+"""`stbench evaluate`: score images against a reference, or evaluate a run under another protocol."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import typer
 
-from stbench.cli.progress import progress_bar
-from stbench.config.overrides import parse_set
-from stbench.config.resolve import evaluation_spec, parse_scales
-from stbench.config.spec import EvalSpec
-from stbench.core.device import pick_device, pick_devices
+from stbench.cli import options
 from stbench.core.errors import UserError
-from stbench.core.registry import load_builtins
-from stbench.evaluate.feature_networks import FeatureNetwork, NetworkFiles
-from stbench.evaluate.image_sets import ImageSet, open_images
-from stbench.evaluate.past_run import open_run
-from stbench.evaluate.points import evaluate_again
-from stbench.evaluate.reference import reference_size, write_statistics
-from stbench.evaluate.sample_job import SampleRequest, sample_images
-from stbench.evaluate.sample_model import ModelLocation
-from stbench.evaluate.score_images import open_samples, score_images
-from stbench.evaluate.scores import SCORES, ScoreReport, require_comparable, score_name
-from stbench.runs.folder import RunFolder
-from stbench.train.progress import point_line
 
-_progress = partial(progress_bar, transient=True)
+if TYPE_CHECKING:
+    from stbench.config.spec import EvalSpec
+    from stbench.evaluate.feature_networks import FeatureNetwork, NetworkFiles
+    from stbench.evaluate.image_sets import ImageSet
+    from stbench.evaluate.scores import ScoreReport
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """The options that `evaluate --reference` and `data statistics` share."""
+    """How images are measured: the feature networks, the batch size and the device."""
 
-    networks: NetworkFiles = NetworkFiles()  # noqa: RUF009 - frozen
-    batch: int = 64
-    device: str = "auto"
+    networks: NetworkFiles
+    batch: int
+    device: str
 
 
 @dataclass(frozen=True)
@@ -50,16 +35,38 @@ class RunOptions:
 
     guidance: str | None = None
     samples: int | None = None
-    overrides: Sequence[str] = ()
+    overrides: tuple[str, ...] = ()
 
 
 def evaluate(
-    path: Path, reference: Path | None, output: Path | None, *, measure: MeasureOptions, run: RunOptions
+    path: Annotated[
+        Path, typer.Argument(metavar="SAMPLES", help="Run folder, ADM-style npz, or folder of images.")
+    ],
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="ADM npz, file of `data statistics`, or images; default: the run's own data."),
+    ] = None,
+    eval_guidance: options.EvalGuidance = None,
+    samples: Annotated[int | None, typer.Option(min=10, help="Number of generated images per row.")] = None,
+    overrides: Annotated[
+        list[str], typer.Option("--set", help="Other evaluation settings, such as eval.steps=50; repeatable.")
+    ] = [],  # noqa: B006
+    inception: options.Inception = None,
+    inception_sha256: options.InceptionSha256 = None,
+    dino: options.Dino = None,
+    output: Annotated[Path | None, typer.Option(help="JSON to write; default: next to the samples.")] = None,
+    batch: options.MeasureBatch = 64,
+    device: options.Device = "auto",
 ) -> None:
-    """Evaluate a run under another protocol, or score a run or images against a reference."""
+    """Score images against a reference, or evaluate a run's stored weights under another protocol."""
+    from stbench.evaluate.feature_networks import NetworkFiles
+    from stbench.runs.folder import RunFolder
+
+    measure = MeasureOptions(NetworkFiles(inception, inception_sha256, dino), batch, device)
+    run = RunOptions(eval_guidance, samples, tuple(overrides))
     if RunFolder(path).exists():
         if reference is None:
-            evaluate_run(path, run, measure.device)
+            evaluate_run(path, run, device)
         elif output is not None:
             raise UserError("a run's scores are written to its folder evaluation/; drop --output")
         else:
@@ -68,7 +75,7 @@ def evaluate(
     if reference is None and path.exists():
         raise UserError(f"{path} is not a run folder; to score images, add --reference REF")
     if reference is None:
-        evaluate_run(path, run, measure.device)  # which says what a run folder is
+        evaluate_run(path, run, device)  # raises the error that says what a run folder is
     elif run != RunOptions():
         raise UserError(
             f"--samples, --eval-guidance and --set apply to a run, but {path} is not a run folder; drop them"
@@ -77,9 +84,14 @@ def evaluate(
         score_files(path, reference, output, measure)
 
 
-def evaluate_run(path: Path, options: RunOptions, device: str) -> None:
+def evaluate_run(path: Path, run_options: RunOptions, device: str) -> None:
     """Add evaluation rows to a run under another protocol and print them."""
-    settings = _evaluation_settings(path, options)
+    from stbench.cli.progress import point_line
+    from stbench.core.device import pick_device
+    from stbench.evaluate.past_run import open_run
+    from stbench.evaluate.points import evaluate_again
+
+    settings = _evaluation_settings(path, run_options)
     run = open_run(path)
     added = evaluate_again(run, settings, pick_device(device))
     for point in added:
@@ -87,13 +99,21 @@ def evaluate_run(path: Path, options: RunOptions, device: str) -> None:
     print(f"{len(added)} rows added to {path}")
 
 
-def score_run(path: Path, reference: Path, measure: MeasureOptions, options: RunOptions) -> None:
+def score_run(path: Path, reference: Path, measure: MeasureOptions, run_options: RunOptions) -> None:
     """Sample from a run at every guidance scale, into its folder evaluation/, and score the images.
 
     Rerunning the command resumes, as `stbench sample` does.
     """
+    from stbench.cli.progress import progress_bar
+    from stbench.core.device import pick_device, pick_devices
+    from stbench.evaluate.past_run import open_run
+    from stbench.evaluate.reference import reference_size
+    from stbench.evaluate.sample_job import SampleRequest, sample_images
+    from stbench.evaluate.sample_model import ModelLocation
+    from stbench.evaluate.scores import require_comparable
+
     # Fail before hours of sampling if the reference does not fit or weights are missing.
-    settings = _evaluation_settings(path, options)
+    settings = _evaluation_settings(path, run_options)
     height, width = open_run(path).prepared.dataset.image_shape[1:]
     require_comparable(
         str(path),
@@ -123,7 +143,10 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, options: Run
 
 def score_files(samples: Path, reference: Path, output: Path | None, measure: MeasureOptions) -> None:
     """Score images against a reference, write the scores as JSON and print them."""
-    _print_ignored(open_samples(samples, reference))
+    from stbench.core.device import pick_device
+    from stbench.evaluate.score_images import open_samples
+
+    print_ignored(open_samples(samples, reference))
     networks = measure.networks.load(pick_device(measure.device))
     _score_and_print(samples, reference, output, networks, measure)
 
@@ -135,6 +158,10 @@ def _score_and_print(
     networks: Sequence[FeatureNetwork],
     measure: MeasureOptions,
 ) -> None:
+    from stbench.cli.progress import transient_progress_bar
+    from stbench.core.device import pick_device
+    from stbench.evaluate.score_images import score_images
+
     scores, target = score_images(
         samples,
         reference,
@@ -142,39 +169,31 @@ def _score_and_print(
         output,
         batch=measure.batch,
         device=pick_device(measure.device),
-        progress=_progress,
+        progress=transient_progress_bar,
     )
     _print_scores(scores, target)
 
 
-def statistics(images: Path, output: Path, size: int | None, options: MeasureOptions) -> None:
-    """Measure real images and write a statistics file, centre-cropping the images of a folder to `size`."""
-    if output.suffix != ".npz":
-        raise UserError(f"the output must be a file that ends in .npz, found {output}; try {output}.npz")
-    found = open_images(images, size)
-    _print_ignored(found)
-    device = pick_device(options.device)
-    networks = options.networks.load(device)
-    with _progress("images") as report:
-        done = write_statistics(found, networks, output, batch=options.batch, device=device, report=report)
-    print(f"{done.count} images of {done.size[1]}x{done.size[0]}: {output}")
-
-
-def _evaluation_settings(path: Path, options: RunOptions) -> EvalSpec:
+def _evaluation_settings(path: Path, run_options: RunOptions) -> EvalSpec:
     """Return a run's evaluation settings with the options applied, validated."""
+    from stbench.config.resolve import evaluation_spec, parse_scales
+    from stbench.core.registry import load_builtins
+    from stbench.evaluate.past_run import open_run
+
     load_builtins()
-    run = open_run(path)
-    changes = _evaluation_overrides(options.overrides)
-    if options.guidance is not None:
-        changes["guidance"] = parse_scales(options.guidance)
-    if options.samples is not None:
-        changes["samples"] = options.samples
-    spec = run.prepared.spec
+    spec = open_run(path).prepared.spec
+    changes = _evaluation_overrides(run_options.overrides)
+    if run_options.guidance is not None:
+        changes["guidance"] = parse_scales(run_options.guidance)
+    if run_options.samples is not None:
+        changes["samples"] = run_options.samples
     return evaluation_spec(spec.eval.model_dump() | changes, spec.objective, spec.train.steps)
 
 
 def _evaluation_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Return the values of --set without their prefix; UserError for anything but evaluation settings."""
+    from stbench.config.overrides import parse_set
+
     settings = parse_set(overrides)
     for name in settings:
         if not name.startswith("eval.") or name == "eval.points":
@@ -185,19 +204,26 @@ def _evaluation_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return {name.removeprefix("eval."): value for name, value in settings.items()}
 
 
-def _print_ignored(images: ImageSet) -> None:
+def print_ignored(images: ImageSet) -> None:
+    """Print which files of a folder are not images, on standard error."""
     if images.ignored:
         others = ", ".join(f"{count} {suffix}" for suffix, count in sorted(images.ignored.items()))
         print(f"ignored, not images: {others}", file=sys.stderr)
 
 
 def _print_scores(scores: ScoreReport, target: Path) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from stbench.evaluate.scores import SCORES, score_name
+
     count = scores.protocol["count"]
     table = Table("score", "value", "meaning", title=escape(f"{scores.protocol['samples']}: {count} images"))
     for name, meaning in SCORES.items():
         if (full := score_name(name, count)) in scores.metrics:
-            table.add_row(full, f"{scores.metrics[full]:.5g}", meaning)
+            table.add_row(full, f"{scores.metrics[full]:.5g}", escape(meaning))
     Console().print(table)
     for warning in scores.warnings:
-        Console(stderr=True).print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+        print(f"warning: {warning}", file=sys.stderr)
     print(f"scores and protocol: {target}")

@@ -2,42 +2,78 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from stbench.core.backbone import Backbone, Weights
+import typer
+
 from stbench.core.errors import UserError
-from stbench.evaluate.past_run import PastRun, open_run
-from stbench.models.export import Kind, _require_native, _write_diffusers, _write_official
+
+if TYPE_CHECKING:
+    from stbench.core.backbone import Backbone, Weights
+    from stbench.evaluate.past_run import PastRun
+    from stbench.models.export import Kind
+
+
+class Format(str, Enum):
+    """Codebases to write for."""
+
+    official = "official"
+    diffusers = "diffusers"
+
+
+class WeightsChoice(str, Enum):
+    """Choices of --weights."""
+
+    ema = "ema"
+    raw = "raw"
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    output: Annotated[
+        Path, typer.Option(help="File to write (official, ends in .pt), or folder (diffusers).")
+    ],
+    format: Annotated[
+        Format,
+        typer.Option(help="official: the published repository's format; diffusers: DiTTransformer2DModel."),
+    ] = Format.official,
+    weights: Annotated[
+        WeightsChoice, typer.Option(help="EMA weights, or raw weights of the last step.")
+    ] = WeightsChoice.ema,
+) -> None:
+    """Write a run's final weights for the published repositories or for diffusers."""
+    from stbench.core.registry import load_builtins
+
+    load_builtins()
+    for line in export_run(run, format.value, output, weights.value):
+        print(line)
 
 
 def export_run(path: Path, kind: Kind, output: Path, weights: Weights) -> list[str]:
-    """Write a run's final weights; returns lines that say what was written and whose code loads it.
+    """Write a run's final weights; returns lines that say what was written and which code loads it.
 
-    Raises UserError for what the other code has no place for, and for an output that exists.
+    Raises:
+        UserError: The other codebase cannot express the network, or the output exists.
     """
+    from stbench.evaluate.past_run import open_run
+    from stbench.models.export import export_network
+
     run = open_run(path)
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
-    network = final_network(run, weights)
-    options = _options(run)
-    _require_native(network, run.prepared.spec.objective)
-    if kind == "diffusers":
-        return _write_diffusers(network, options, output)
-    return _write_official(network, options, output, run.prepared.spec.objective)
+    network, spec = final_network(run, weights), run.prepared.spec
+    return export_network(network, spec.backbone.effective, spec.objective, kind=kind, output=output)
 
 
 def final_network(run: PastRun, weights: Weights) -> Backbone:
     """The network of the last stage at its last stored step: in eval mode, on the host.
 
     Raises:
-        UserError: If the run has no such weights yet.
+        UserError: The run has no such weights yet.
     """
     files = run.weight_files(weights)
     if not files:
         raise UserError(f"{run.folder.path} has no {weights} weights yet; finish it with `stbench run` first")
     return run.load(files[max(files)])
-
-
-def _options(run: PastRun) -> dict[str, Any]:
-    return dict(run.prepared.spec.backbone.effective)

@@ -1,64 +1,71 @@
-"""What `stbench list` prints of each registry: sizes and costs, options and defaults."""
+"""`stbench list`: the registered backbones, recipes, data sets, objectives and samplers, and the metrics."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
+import typer
 
-from stbench.config.build import build_objective
-from stbench.config.plan import prepare
-from stbench.config.resolve import RunRequest, resolve
-from stbench.core.backbone import Backbone
-from stbench.core.errors import UserError
-from stbench.core.registry import (
-    BACKBONES,
-    DATASETS,
-    OBJECTIVES,
-    RECIPES,
-    SAMPLERS,
-    load_builtins,
-    load_plugins,
-    lookup,
-    names,
-)
-from stbench.evaluate.metrics import METRICS
-from stbench.evaluate.scores import SCORES
-from stbench.train.cost import expected_cost
+from stbench.cli import options
+
+if TYPE_CHECKING:
+    from stbench.core.backbone import Backbone
 
 IMAGENET = {"channels": 4, "input_size": 32, "classes": 1000}
-"""Latents of 256x256 images: what published sizes are counted at."""
+"""Latents of 256x256 images, for which the published sizes are counted."""
 COUNTED_ON = "sit-ti/2"
-"""The network on which the overhead of a recipe is counted."""
+"""Backbone on which the overhead of a recipe is counted."""
+
+Row = dict[str, Any]
 
 
-def list_registered(kind: str, as_json: bool, plugins: Sequence[Path]) -> None:
-    """Print one registry."""
+class Kind(str, Enum):
+    """What `list` lists."""
+
+    backbones = "backbones"
+    recipes = "recipes"
+    datasets = "datasets"
+    objectives = "objectives"
+    samplers = "samplers"
+    metrics = "metrics"
+
+
+def list_registry(
+    kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plugin: options.Plugins = [],  # noqa: B006
+) -> None:
+    """List what is registered, with parameter counts, costs, options and defaults."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from stbench.core.registry import load_builtins, load_plugins
+
     load_builtins()
-    load_plugins(plugins)
-    rows = _LISTERS[kind]()
+    load_plugins(plugin)
+    rows = _ROWS[kind]()
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(*rows[0]) if rows else Table(kind)
+    table = Table(*rows[0]) if rows else Table(kind.value)
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
+        table.add_row(*(Text(str(value)) for value in row.values()))  # a str would be parsed as rich markup
     Console().print(table)
 
 
-def _backbone_rows() -> list[dict[str, Any]]:
+def _backbone_rows() -> list[Row]:
+    from stbench.core.registry import BACKBONES, lookup, names
+
     rows = []
     for name in names(BACKBONES):
         family = lookup(BACKBONES, name)
         for size in family.presets:
-            network = _published(family, size)
+            network = _published_network(family, size)
             info = network.info
             rows.append(
                 {
@@ -75,29 +82,33 @@ def _backbone_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def _published(family: Any, size: str) -> Backbone:
-    """A preset on the meta device at its published latent size: the embedded digits' for ti, 256x256 latents
-    else.
-    """
-    preset = {k: v for k, v in family.presets[size].items() if k != "objective"}
-    digits = lookup(DATASETS, "digits")
+def _published_network(family: Any, size: str) -> Backbone:
+    """A preset on the meta device at its published latent size: that of the digits for ti, else 256x256."""
+    import torch
+
+    from stbench.config.build import build_objective
+    from stbench.core.registry import DATASETS, lookup
+
+    preset = {name: value for name, value in family.presets[size].items() if name != "objective"}
     facts = IMAGENET
     if size.startswith("ti"):
+        digits = lookup(DATASETS, "digits")
         facts = {"channels": digits.channels, "input_size": digits.input_size, "classes": digits.classes}
-    out = build_objective(family.presets[size].get("objective", family.objective)).out_channels(
-        facts["channels"]
-    )
+    objective = build_objective(family.presets[size].get("objective", family.objective))
+    out_channels = objective.out_channels(facts["channels"])
     with torch.device("meta"):
-        return family(**facts, out_channels=out, size=size, **preset)
+        return family(**facts, out_channels=out_channels, size=size, **preset)
 
 
-def _recipe_rows() -> list[dict[str, Any]]:
+def _recipe_rows() -> list[Row]:
+    from stbench.core.registry import RECIPES, lookup, names
+
     vanilla = sum(_stage_flops("vanilla"))
     rows = []
     for name in sorted(names(RECIPES)):
-        method = lookup(RECIPES, name)
-        parameters = list(inspect.signature(method).parameters.values())[1:]
-        options = ", ".join(f"{p.name}={p.default}" for p in parameters)
+        recipe = lookup(RECIPES, name)
+        parameters = list(inspect.signature(recipe).parameters.values())[1:]  # the first is the backbone info
+        recipe_options = ", ".join(f"{p.name}={p.default}" for p in parameters)
         costs = _stage_flops(name)
         overhead = f"{costs[-1] / vanilla:.2f}" if costs else "not counted"
         if len(costs) > 1:
@@ -105,9 +116,9 @@ def _recipe_rows() -> list[dict[str, Any]]:
         rows.append(
             {
                 "recipe": name,
-                # Join the continuation lines of an option's description
-                "help": re.sub(r"\n +", " ", inspect.getdoc(method) or ""),
-                "options": options or "none",
+                # The continuation lines of an option's description are joined.
+                "help": re.sub(r"\n +", " ", inspect.getdoc(recipe) or ""),
+                "options": recipe_options or "none",
                 f"FLOPs, x vanilla ({COUNTED_ON} on the digits)": overhead,
             }
         )
@@ -115,7 +126,12 @@ def _recipe_rows() -> list[dict[str, Any]]:
 
 
 def _stage_flops(recipe: str) -> list[float]:
-    """Training FLOPs of each stage at its defaults; none for a plug-in that does not fit the network."""
+    """Training FLOPs of each stage with default options; [] for a plug-in that does not fit the network."""
+    from stbench.config.plan import prepare
+    from stbench.config.resolve import RunRequest, resolve
+    from stbench.core.errors import UserError
+    from stbench.train.cost import expected_cost
+
     try:
         prepared = prepare(resolve(RunRequest(COUNTED_ON, recipe)))
         return [expected_cost(prepared, stage).total for stage in prepared.stages]
@@ -123,52 +139,58 @@ def _stage_flops(recipe: str) -> list[float]:
         return []
 
 
-def _dataset_rows() -> list[dict[str, Any]]:
+def _dataset_rows() -> list[Row]:
+    from stbench.core.registry import DATASETS, lookup, names
+
     rows = []
     for name in names(DATASETS):
-        cls = lookup(DATASETS, name)
-        latents = f"{cls.channels}x{cls.input_size}x{cls.input_size}"
-        help_text = (inspect.getdoc(cls) or "").split("\n\n")[0]
+        dataset = lookup(DATASETS, name)
         rows.append(
             {
                 "dataset": name,
-                "images": cls.size or "yours",
-                "latents": latents,
-                "classes": cls.classes or "yours",
-                "help": help_text,
+                "images": dataset.size or "yours",
+                "latents": f"{dataset.channels}x{dataset.input_size}x{dataset.input_size}",
+                "classes": dataset.classes or "yours",
+                "help": _first_paragraph(dataset),
             }
         )
     return rows
 
 
-def _objective_rows() -> list[dict[str, Any]]:
+def _objective_rows() -> list[Row]:
+    from stbench.core.registry import OBJECTIVES, lookup, names
+
+    objectives = {name: lookup(OBJECTIVES, name) for name in sorted(names(OBJECTIVES))}
     return [
-        {
-            "objective": name,
-            "samplers": ", ".join(lookup(OBJECTIVES, name).samplers),
-            "help": _first(OBJECTIVES, name),
-        }
-        for name in sorted(names(OBJECTIVES))
+        {"objective": name, "samplers": ", ".join(cls.samplers), "help": _first_paragraph(cls)}
+        for name, cls in objectives.items()
     ]
 
 
-def _sampler_rows() -> list[dict[str, Any]]:
-    return [{"sampler": name, "help": _first(SAMPLERS, name)} for name in sorted(names(SAMPLERS))]
+def _sampler_rows() -> list[Row]:
+    from stbench.core.registry import SAMPLERS, lookup, names
+
+    samplers = {name: lookup(SAMPLERS, name) for name in sorted(names(SAMPLERS))}
+    return [{"sampler": name, "help": _first_paragraph(cls)} for name, cls in samplers.items()]
 
 
-def _metric_rows() -> list[dict[str, Any]]:
+def _metric_rows() -> list[Row]:
+    from stbench.evaluate.metrics import METRICS
+    from stbench.evaluate.scores import SCORES
+
     return [{"metric": name, "help": text} for name, text in (*METRICS.items(), *SCORES.items())]
 
 
-def _first(registry: Any, name: str) -> str:
-    return (inspect.getdoc(lookup(registry, name)) or "").split("\n\n")[0].replace("\n", " ")
+def _first_paragraph(registered: Any) -> str:
+    """First paragraph of a docstring, in one line."""
+    return (inspect.getdoc(registered) or "").split("\n\n")[0].replace("\n", " ")
 
 
-_LISTERS = {
-    "backbones": _backbone_rows,
-    "recipes": _recipe_rows,
-    "datasets": _dataset_rows,
-    "objectives": _objective_rows,
-    "samplers": _sampler_rows,
-    "metrics": _metric_rows,
+_ROWS = {
+    Kind.backbones: _backbone_rows,
+    Kind.recipes: _recipe_rows,
+    Kind.datasets: _dataset_rows,
+    Kind.objectives: _objective_rows,
+    Kind.samplers: _sampler_rows,
+    Kind.metrics: _metric_rows,
 }

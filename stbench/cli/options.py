@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -80,3 +81,8 @@ InceptionSha256 = Annotated[
 ]
 Dino = Annotated[Path | None, typer.Option(help="DINOv2 weights; adds FD-DINOv2.")]
 MeasureBatch = Annotated[int, typer.Option(min=1, help="Images measured at a time.")]
+
+
+def drop_missing(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given: those that are not None."""
+    return {name: value for name, value in values.items() if value is not None}

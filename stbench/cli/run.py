@@ -1,76 +1,140 @@
-"""What the command line's heavier commands do: turn arguments into a request, call the engine, print what
-came out.
-"""
+"""`stbench run`: train a backbone under a recipe, or print the plan."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
-from rich.table import Table
+import typer
 
-from stbench.compare import terminal
-from stbench.config.init_from import describe_start
-from stbench.config.overrides import parse_set, read_config
-from stbench.config.plan import PreparedRun, prepare
-from stbench.config.resolve import resolve_options
-from stbench.core.device import default_precision, pick_device
-from stbench.core.recipe import Artifact
-from stbench.core.registry import load_builtins, load_plugins
-from stbench.runs.folder import OutputFolder
-from stbench.train import engine
-from stbench.train.cost import disk_bytes, expected_cost
-from stbench.train.progress import Hook, progress_hook
-from stbench.train.tracking import Tracker
+from stbench.cli import options
+from stbench.cli.completion import complete
+
+if TYPE_CHECKING:
+    from stbench.config.plan import PreparedRun
+    from stbench.train.engine import RunOptions
 
 
-@dataclass(frozen=True)
-class Invocation:
-    """The arguments of `stbench run`."""
+def run(
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="Backbone family, or family and size such as sit-b/2.", autocompletion=complete("backbone")
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Recipe; see `stbench list recipes`.", autocompletion=complete("recipe")),
+    ] = None,
+    dataset: options.Dataset = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Data to train on: prepared by `stbench data prepare`, in REPA's layout, or a small folder "
+            "of images."
+        ),
+    ] = None,
+    objective: options.Objective = None,
+    steps: options.Steps = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all randomness in training.")] = None,
+    precision: options.Precision = None,
+    eval_guidance: options.EvalGuidance = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Official checkpoint that initialises the first stage.")
+    ] = None,
+    original: options.Original = None,
+    init_weights: Annotated[
+        str | None, typer.Option(help="Weights of that checkpoint to use: ema (default) or raw.")
+    ] = None,
+    overrides: options.Overrides = [],  # noqa: B006
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML, JSON or Python file with the options above; the command line takes precedence."
+        ),
+    ] = None,
+    plugin: options.Plugins = [],  # noqa: B006
+    device: options.Device = "auto",
+    output: options.Output = options.RUNS,
+    keep: options.Keep = options.KeepChoice.all,
+    reuse: Annotated[
+        bool,
+        typer.Option(
+            "--reuse/--no-reuse",
+            help="Reuse a stage that an equal run has finished; its cost is counted either way.",
+        ),
+    ] = True,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log losses and metrics to TensorBoard in the run folder.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
+) -> None:
+    """Train a backbone under a recipe and evaluate it at regular points; rerun to resume."""
+    from stbench.config.init_from import describe_start
+    from stbench.config.overrides import parse_set, read_config
+    from stbench.config.plan import prepare
+    from stbench.config.resolve import resolve_options
+    from stbench.core.device import default_precision, pick_device
+    from stbench.core.registry import load_builtins, load_plugins
+    from stbench.train.engine import RunOptions
 
-    given: Mapping[str, Any]
-    """Options that were typed."""
-    overrides: Sequence[str]
-    config: Path | None
-    plugins: Sequence[Path]
-    device: str
-    output: Path
-    keep: engine.Keep
-    reuse: bool
-    track: bool
-
-
-def prepare_run(call: Invocation) -> tuple[PreparedRun, engine.RunOptions]:
-    """Combine config file, command line and presets into a prepared run and where to run it."""
     load_builtins()
-    plugins = load_plugins(call.plugins)
-    device = pick_device(call.device)
-    values: dict[str, Any] = {"precision": default_precision(device)}
-    values |= read_config(call.config) if call.config else {}
-    overrides = values.pop("set", {}) | parse_set(call.overrides)
-    prepared = prepare(resolve_options({**values, **call.given}, overrides))
-    return prepared, engine.RunOptions(call.output, device, call.keep, call.reuse, plugins)
+    plugins = load_plugins(plugin)
+    torch_device = pick_device(device)
+
+    # Precedence: the command line, then the config file, then what suits the device.
+    typed = {
+        "backbone": backbone,
+        "recipe": recipe,
+        "dataset": dataset,
+        "data": data,
+        "objective": objective,
+        "steps": steps,
+        "seed": seed,
+        "precision": precision,
+        "eval_guidance": eval_guidance,
+        "init_from": init_from and str(init_from),
+        "original": original,
+        "init_weights": init_weights,
+    }
+    values: dict[str, Any] = {"precision": default_precision(torch_device)}
+    values |= read_config(config) if config else {}
+    settings = values.pop("set", {}) | parse_set(overrides)
+    values |= options.drop_missing(typed)
+
+    prepared = prepare(resolve_options(values, settings))
+    if prepared.spec.init is not None:
+        print(describe_start(prepared.spec.init, prepared.dataset.classes))
+    run_options = RunOptions(output, torch_device, keep.value, reuse, plugins)
+    if dry_run:
+        _print_plan(prepared, run_options)
+    else:
+        _train(prepared, run_options, tensorboard=tensorboard)
 
 
-def run(call: Invocation) -> None:
-    """Train a run, or what is left of it; print its curve and where its pictures are."""
-    prepared, options = prepare_run(call)
-    _print_start(prepared)
-    folder = OutputFolder(options.output).run(prepared.run_id)
-    hooks: list[Hook] = [progress_hook(prepared.spec.train.batch)]
-    if call.track:
+def _train(prepared: PreparedRun, run_options: RunOptions, *, tensorboard: bool) -> None:
+    """Train what is left of a run; print its curve and where its files are."""
+    from stbench.cli.progress import training_progress
+    from stbench.compare import terminal
+    from stbench.runs.folder import OutputFolder
+    from stbench.train import engine
+    from stbench.train.hooks import Hook
+    from stbench.train.tracking import Tracker
+
+    folder = OutputFolder(run_options.output).run(prepared.run_id)
+    hooks: list[Hook] = [training_progress(prepared.spec.train.batch)]
+    if tensorboard:
         hooks.append(Tracker(folder.tensorboard))
     try:
-        record, trained = engine.run(prepared, options, hooks)
+        record, trained = engine.run(prepared, run_options, hooks)
     except engine.Interrupted as stopped:
         raise KeyboardInterrupt from stopped  # main() prints the command that resumes
     finally:
         for hook in hooks:
             hook.close()
+
     if not trained:
         print(
             f"{record.path} is already finished at {record.steps} steps; nothing to do. "
@@ -83,38 +147,39 @@ def run(call: Invocation) -> None:
     print(f"run folder: {record.path}")
 
 
-def _print_start(prepared: PreparedRun) -> None:
-    if prepared.spec.init is not None:
-        print(describe_start(prepared.spec.init, prepared.dataset.classes))
+def _print_plan(prepared: PreparedRun, run_options: RunOptions) -> None:
+    """Print the stages with their cost, all settings, and the run folder."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
+    from stbench.train.cost import disk_bytes, expected_cost
 
-def dry_run(call: Invocation) -> None:
-    """Print the plan: stages, steps, images, tapped blocks, teachers, FLOPs, disk space, all settings."""
-    prepared, options = prepare_run(call)
-    _print_start(prepared)
     table = Table(
         "stage", "steps", "images", "taps", "teachers", "evaluated at", "TFLOPs", "disk MiB", title="plan"
     )
     for stage in prepared.stages:
-        cost = expected_cost(prepared, stage)
-        disk = disk_bytes(prepared, stage, options.keep) / 2**20
-        table.add_row(
+        cells = (
             stage.name,
             str(stage.steps),
             str(stage.images),
             ", ".join(map(str, stage.supervision.taps)) or "-",
-            _teachers(stage.supervision),
+            _teachers(stage.supervision) or "-",
             ", ".join(map(str, stage.points)),
-            f"{cost.total / 1e12:.2f}",
-            f"{disk:.0f}",
+            f"{expected_cost(prepared, stage).total / 1e12:.2f}",
+            f"{disk_bytes(prepared, stage, run_options.keep) / 2**20:.0f}",
         )
+        table.add_row(*map(Text, cells))  # Text, because a str would be parsed as rich markup
     Console().print(table)
     settings = prepared.spec.model_dump(mode="json") | {"stages": prepared.description()}
     print(json.dumps(settings, indent=1))
-    print(f"run folder: {options.output / prepared.run_id}")
+    print(f"run folder: {run_options.output / prepared.run_id}")
 
 
 def _teachers(supervision: Any) -> str:
+    """Earlier stages and external networks that supervise a stage, separated by commas."""
+    from stbench.core.recipe import Artifact
+
     values = (getattr(supervision, field.name) for field in fields(supervision))
-    named = [value.name for value in values if isinstance(value, Artifact)]
-    return ", ".join([*named, *filter(None, [supervision.needs])]) or "-"
+    names = [value.name for value in values if isinstance(value, Artifact)]
+    return ", ".join(filter(None, [*names, supervision.needs]))

@@ -11,12 +11,8 @@ import typer
 def show(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Show the settings, stages, costs and curve of a run."""
     from stbench.compare import terminal
-    from stbench.core.errors import UserError
     from stbench.runs.folder import RunFolder
 
     folder = RunFolder(run)
-    if not folder.exists():
-        raise UserError(
-            f"{run} is not a run folder (it has no spec.json); `stbench compare` lists run folders"
-        )
+    folder.require()
     terminal.print_run(folder.record())

@@ -1,179 +1,233 @@
-"""What `stbench sweep` does: from its arguments to jobs, the slots of this machine, and what it says at the
-end.
-"""
+"""`stbench sweep`: make many runs, several at a time, on this machine."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 
-from stbench.config.overrides import parse_set
-from stbench.core.device import default_precision, pick_device
+from stbench.cli import options
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write
-from stbench.core.registry import BACKBONES, RECIPES, load_builtins, load_plugins, names
-from stbench.runs.folder import RunFolder
-from stbench.runs.journal import JournalEntry
-from stbench.sweep import monitor, suite
-from stbench.sweep import queue as sweep
-from stbench.sweep.executor import Job, LocalExecutor, log_file
-from stbench.train import engine
+
+if TYPE_CHECKING:
+    from stbench.runs.journal import JournalEntry
+    from stbench.sweep.suite import SuiteRun, SweepRun
 
 
-@dataclass(frozen=True)
-class Invocation:
-    """The arguments of `stbench sweep`."""
+def sweep(
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Families, or families and sizes, separated by commas: dit,sit-ti/2; or all."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipes separated by commas, or all.")] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Number of seeds, counted from 0, or a list such as 0,5,7; default: 1."),
+    ] = None,
+    dataset: options.Dataset = None,
+    objective: options.Objective = None,
+    steps: options.Steps = None,
+    precision: options.Precision = None,
+    eval_guidance: options.EvalGuidance = None,
+    overrides: options.Overrides = [],  # noqa: B006
+    suite: Annotated[
+        str | None,
+        typer.Option(help="YAML file that lists the runs, or the name of a shipped suite, such as digits."),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Only runs whose folder name, or description in --dry-run, contains this text."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time; default: one per GPU, or one per core on the CPU."),
+    ] = None,
+    plugin: options.Plugins = [],  # noqa: B006
+    device: options.Device = "auto",
+    output: options.Output = options.RUNS,
+    keep: options.Keep = options.KeepChoice.all,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and exit.")] = False,
+) -> None:
+    """Make many runs, several at a time; rerun to resume and to retry failed runs."""
+    from stbench.core.device import default_precision, pick_device
+    from stbench.core.registry import load_builtins, load_plugins
+    from stbench.sweep.slots import local_slots
+    from stbench.sweep.suite import find_suite, prepare_runs, read_suite
 
-    given: Mapping[str, Any]
-    """Options that were typed, of those that name runs: backbone, recipe, seeds, steps and so on."""
-    overrides: Sequence[str]
-    suite: str | None
-    only: str | None
-    jobs: int | None
-    plugins: Sequence[Path]
-    device: str
-    output: Path
-    keep: str
-
-
-def sweep_runs(call: Invocation) -> int:
-    """Make every run asked for that is not finished; returns the exit code, 1 if any failed."""
-    expanded, device = _expanded(call)
-    for run in expanded:  # a finished run is not started again, so nobody else would say it
-        folder = RunFolder(call.output / run.entry.run_id)
-        if folder.exists():
-            engine.check_evaluation(folder, run.prepared.spec)
-    jobs = [_job(call, run, device) for run in expanded]
-    executor = LocalExecutor(call.output, slots(device, call.jobs))
-    with sweep.lock_sweep(call.output), _terminable():
-        for run in expanded:
-            content = {**run.wanted.values, "set": dict(run.wanted.overrides)}
-            atomic_write(_config_file(call.output, run.entry.run_id), json.dumps(content, indent=1) + "\n")
-        with monitor.make_monitor(call.output) as watching:
-            entries = sweep.Sweep(call.output, jobs, executor=executor, monitor=watching).run()
-    return _summary(call.output, entries)
-
-
-def dry_run(call: Invocation) -> None:
-    """Print every run that would be made and how it stands; write nothing."""
-    expanded, device = _expanded(call)
-    asked = {run.entry.run_id for run in expanded}
-    entries = [
-        e for e in sweep.initial_entries(call.output, [run.entry for run in expanded]) if e.run_id in asked
-    ]
-    for entry in entries:
-        print(f"{entry.state:8}  {entry.run_id}  {entry.steps} steps  {monitor.describe(entry)}")
-    stages = [stage for run in expanded for stage in run.stages]
-    print(
-        f"{len(entries)} runs: {monitor.count_states(entries)}; "
-        f"{len(stages)} stages, {len(set(stages))} of them different"
-    )
-    print(f"{len(slots(device, call.jobs))} at a time on {device.type}; run folders in {call.output}")
-
-
-def _expanded(call: Invocation) -> tuple[list[suite.Expanded], torch.device]:
-    """All runs asked for, resolved and checked."""
     load_builtins()
-    load_plugins(call.plugins)
-    device = pick_device(call.device)
-    wanted = [
-        replace(run, values={"precision": default_precision(device), **run.values}) for run in _wanted(call)
-    ]
-    expanded = suite.expand(wanted)
-    if call.only is None:
-        return expanded, device
-    chosen = [
-        run for run in expanded if call.only in run.entry.run_id or call.only in monitor.describe(run.entry)
-    ]
-    if not chosen:
-        raise UserError(
-            f"--only '{call.only}' fits none of the {len(expanded)} runs; "
-            f"expected a part of a name such as {expanded[0].entry.run_id}, see --dry-run"
-        )
-    return chosen, device
+    load_plugins(plugin)
+    torch_device = pick_device(device)
+
+    # Which runs: those of a suite, or a grid of backbones, recipes and seeds.
+    values = options.drop_missing(
+        {
+            "backbone": backbone,
+            "recipe": recipe,
+            "seeds": seeds,
+            "dataset": dataset,
+            "objective": objective,
+            "steps": steps,
+            "precision": precision,
+            "eval_guidance": eval_guidance,
+        }
+    )
+    if suite is None:
+        requested = grid_runs(values, overrides)
+    else:
+        _require_suite_alone(values, overrides)
+        requested = read_suite(find_suite(suite))
+    precision_default = {"precision": default_precision(torch_device)}
+    requested = [replace(run, values={**precision_default, **run.values}) for run in requested]
+    runs = prepare_runs(requested)
+    if only is not None:
+        runs = _select(runs, only)
+
+    slots = local_slots(torch_device, jobs)
+    if dry_run:
+        _print_runs(runs, output)
+        print(f"{len(slots)} at a time on {torch_device.type}; run folders in {output}")
+        return
+    arguments = ["--output", str(output), "--device", torch_device.type, "--keep", keep.value]
+    arguments += [part for file in plugin for part in ("--plugin", str(file))]
+    entries = _execute(runs, output, slots, arguments)
+    if not _print_summary(entries, output):
+        raise typer.Exit(1)
 
 
-def _wanted(call: Invocation) -> list[suite.Wanted]:
-    given = dict(call.given)
-    if call.suite is not None:
-        typed = [f"--{name.replace('_', '-')}" for name in given] + ["--set"] * bool(call.overrides)
-        if typed:
-            raise UserError(
-                f"--suite names its runs itself, found {typed[0]} beside it; "
-                f"leave it out, or choose some of the runs with --only"
-            )
-        return suite.read_suite(suite.find_suite(call.suite))
+# --- Which runs ---
+
+
+def grid_runs(values: Mapping[str, Any], overrides: Sequence[str]) -> list[SuiteRun]:
+    """Every combination of the backbones, recipes and seeds in `values`; the other values apply to all.
+
+    Raises:
+        UserError: --backbone or --recipe is missing, or --seeds or --set is malformed.
+    """
+    from stbench.config.overrides import parse_set
+    from stbench.core.registry import BACKBONES, RECIPES, names
+    from stbench.sweep.suite import grid
+
     for required in ("backbone", "recipe"):
-        if required not in given:
-            raise UserError(f"expected --{required} or --suite, found none; for example --{required} all")
-    backbones = _named(given.pop("backbone"), names(BACKBONES))
-    recipes = _named(given.pop("recipe"), names(RECIPES))
-    return suite.grid(backbones, recipes, seeds(given.pop("seeds", "1")), given, parse_set(call.overrides))
+        if required not in values:
+            raise UserError(f"--{required} or --suite is missing; for example --{required} all")
+    others = {name: value for name, value in values.items() if name not in ("backbone", "recipe", "seeds")}
+    return grid(
+        backbones=_split(values["backbone"], names(BACKBONES)),
+        recipes=_split(values["recipe"], names(RECIPES)),
+        seeds=parse_seeds(values.get("seeds", "1")),
+        values=others,
+        overrides=parse_set(overrides),
+    )
 
 
-def _named(text: str, known: Sequence[str]) -> list[str]:
-    """ "a,b" -> ["a", "b"]; "all" -> every known name, in alphabetical order."""
+def _require_suite_alone(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Raise UserError if an option that describes runs was given together with --suite."""
+    typed = [f"--{name.replace('_', '-')}" for name in values] + ["--set"] * bool(overrides)
+    if typed:
+        raise UserError(
+            f"--suite already describes its runs, so it cannot be combined with {typed[0]}; "
+            f"drop {typed[0]}, or select some of the runs with --only"
+        )
+
+
+def _split(text: str, known: Sequence[str]) -> list[str]:
+    """Split "a,b" into ["a", "b"]; "all" is every known name, in alphabetical order."""
     return sorted(known) if text == "all" else [part.strip() for part in text.split(",")]
 
 
-def seeds(text: str) -> list[int]:
-    """ "3" -> [0, 1, 2]; "0,5,7" -> [0, 5, 7]; "7," -> [7]."""
+def parse_seeds(text: str) -> list[int]:
+    """Parse --seeds: "3" -> [0, 1, 2]; "0,5,7" -> [0, 5, 7]; "7," -> [7].
+
+    Raises:
+        UserError: The text is anything else, or 0.
+    """
     parts = text.removesuffix(",").split(",")
     if text == "0" or not all(part.strip().isdecimal() for part in parts):
-        raise UserError(f"--seeds wants how many, or a list, got '{text}'; for example 3 or 0,5,7")
+        raise UserError(f"--seeds must be a positive number or a list, got '{text}'; for example 3 or 0,5,7")
     return [int(part) for part in parts] if "," in text else list(range(int(text)))
 
 
-def _job(call: Invocation, run: suite.Expanded, device: torch.device) -> Job:
-    arguments = ["run", "--config", str(_config_file(call.output, run.entry.run_id))]
-    arguments += ["--output", str(call.output), "--device", device.type, "--keep", call.keep]
-    for plugin in call.plugins:
-        arguments += ["--plugin", str(plugin)]
-    return Job(run.entry, tuple(arguments), run.stages)
+def _select(runs: Sequence[SweepRun], text: str) -> list[SweepRun]:
+    """The runs whose folder name or description contains a text; UserError if there are none."""
+    from stbench.sweep.monitor import describe
+
+    selected = [run for run in runs if text in run.entry.run_id or text in describe(run.entry)]
+    if not selected:
+        raise UserError(
+            f"--only '{text}' matches none of the {len(runs)} runs; "
+            f"expected part of a name such as {runs[0].entry.run_id}, see --dry-run"
+        )
+    return selected
 
 
-def _config_file(output: Path, run_id: str) -> Path:
-    return output / sweep.SWEEP_FOLDER / f"{run_id}.json"
+def _print_runs(runs: Sequence[SweepRun], output: Path) -> None:
+    """Print every run with its state, and the number of stages; writes nothing."""
+    from stbench.sweep.monitor import count_states, describe
+    from stbench.sweep.queue import initial_entries
+
+    requested = [run.entry for run in runs]
+    run_ids = {entry.run_id for entry in requested}
+    entries = [entry for entry in initial_entries(output, requested) if entry.run_id in run_ids]
+    for entry in entries:
+        print(f"{entry.state:8}  {entry.run_id}  {entry.steps} steps  {describe(entry)}")
+    stages = [stage for run in runs for stage in run.stages]
+    print(
+        f"{len(entries)} runs: {count_states(entries)}; "
+        f"{len(stages)} stages, {len(set(stages))} of them different"
+    )
 
 
-def slots(device: torch.device, jobs: int | None) -> list[dict[str, str]]:
-    """The environment of each slot: an equal share of this process's cores and, on CUDA, one GPU (in turn,
-    if there are more slots than GPUs). An OMP_NUM_THREADS that is set already is kept if it is smaller.
+# --- How they are made ---
+
+
+def _execute(
+    runs: Sequence[SweepRun],
+    output: Path,
+    slots: Sequence[Mapping[str, str]],
+    arguments: Sequence[str],
+) -> list[JournalEntry]:
+    """Make every run that is not finished; `arguments` are those of `stbench run` that all runs share.
+
+    Raises:
+        UserError: Another sweep is running in `output`, or an existing run has other evaluation settings.
+        KeyboardInterrupt: After Ctrl-C or SIGTERM, when the running runs have saved.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    gpus = _gpus(device)
-    count = jobs or len(gpus) or cores
-    share = max(1, cores // count)
-    fixed = os.environ.get("OMP_NUM_THREADS", "")
-    threads = str(min(share, int(fixed)) if fixed.isdecimal() and int(fixed) else share)
-    base = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    return [
-        base | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}) for slot in range(count)
-    ]
+    from stbench.core.files import atomic_write
+    from stbench.runs.folder import OutputFolder
+    from stbench.sweep.executor import Job, LocalExecutor
+    from stbench.sweep.monitor import make_monitor
+    from stbench.sweep.queue import Sweep, lock_sweep
+    from stbench.train.engine import check_evaluation
 
+    # A finished run is not started again, so `run` would not report that its evaluation settings differ.
+    folder = OutputFolder(output)
+    for run in runs:
+        run_folder = folder.run(run.entry.run_id)
+        if run_folder.exists():
+            check_evaluation(run_folder, run.prepared.spec)
 
-def _gpus(device: torch.device) -> list[str]:
-    """The GPUs to use, as CUDA_VISIBLE_DEVICES names them; none on the CPU."""
-    if device.type != "cuda":
-        return []
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = [name.strip() for name in visible.split(",") if name.strip()]
-    gpus = gpus or [str(number) for number in range(torch.cuda.device_count())]
-    return gpus if device.index is None else [gpus[device.index]]
+    with lock_sweep(output), _signals_interrupt():
+        jobs = []
+        for run in runs:
+            config = folder.run_config(run.entry.run_id)
+            content = {**run.requested.values, "set": dict(run.requested.overrides)}
+            atomic_write(config, json.dumps(content, indent=1) + "\n")
+            jobs.append(Job(run.entry, ("run", "--config", str(config), *arguments), run.stages))
+        executor = LocalExecutor(output, slots)
+        with make_monitor(output) as monitor:
+            return Sweep(output, jobs, executor=executor, monitor=monitor).run()
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Within it SIGTERM and SIGINT stop the sweep, also where a shell's `&` has SIGINT ignored."""
+def _signals_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM and SIGINT, also where a shell's `&` made SIGINT ignored."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -186,11 +240,15 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _summary(output: Path, entries: Sequence[JournalEntry]) -> int:
+def _print_summary(entries: Sequence[JournalEntry], output: Path) -> bool:
+    """Print the failed runs and what to do next; returns whether every run finished."""
+    from stbench.runs.folder import OutputFolder
+
     failed = [entry for entry in entries if entry.state == "failed"]
     for entry in failed:
-        print(f"failed: {entry.run_id}: {entry.error} (log: {log_file(output, entry.run_id)})")
+        log = OutputFolder(output).run_log(entry.run_id)
+        print(f"failed: {entry.run_id}: {entry.error} (log: {log})")
     print(f"{len(entries) - len(failed)} finished, {len(failed)} failed", end="")
     print("; rerun the same command to retry the failed runs" if failed else "")
     print(f"next: stbench compare {output}")
-    return 1 if failed else 0
+    return not failed

@@ -65,7 +65,7 @@ def read_start(
         original=original,
         heads=heads,
         classes=model.options["classes"],
-        source=model.source,
+        source=model.description,
     )
     options = _options(model, overrides, path)
     return values, {**overrides, **options}, Start(spec, model.options, model.objective)

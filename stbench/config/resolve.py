@@ -137,7 +137,7 @@ def resolve(request: RunRequest) -> RunSpec:
     info = build_backbone(backbone, objective, dataset, "meta").info
     return RunSpec(
         dataset=request.dataset,
-        data=data and data.model_copy(update={"fingerprint": dataset.fingerprint}),
+        data=data and dataset.effective(data).model_copy(update={"fingerprint": dataset.fingerprint}),
         backbone=backbone,
         objective=objective,
         recipe=_recipe_spec(request.recipe, info, train.steps, sections["recipe"]),

@@ -175,8 +175,7 @@ class Supervision(ABC):
 class NoSupervision(Supervision):
     """No auxiliary loss: the denoising loss alone."""
 
-    # Stage fingerprints contain the qualified class name. This class was called Plain when the published runs
-    # were made; with another name here, their finished stages would be trained again.
+    # Stage fingerprints contain the qualified class name, which was Plain when the published runs were made.
     __qualname__ = "Plain"
 
     def terms(self, step: Step) -> Mapping[str, Term]:

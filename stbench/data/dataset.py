@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -82,6 +81,10 @@ class Dataset(ABC):
         changes = {**cls.published.get(family, {}), **cls.published.get(f"{family}-{size}", {})}
         return replace(cls.preset, **changes)
 
+    def effective(self, data: DataSpec) -> DataSpec:
+        """The specification with the values that are used where `data` leaves them to the data set."""
+        return data
+
     @abstractmethod
     def latents(self, index: Tensor, posterior_noise: Tensor) -> Tensor:
         """Return normalised posterior samples (B,C,h,w) of rows `index` (B,), on the data set's device."""
@@ -148,7 +151,13 @@ def get_dataset(name: str, data: DataSpec | None = None) -> Dataset:
     return found
 
 
-@cache
+_built: dict[tuple[str, DataSpec | None], Dataset] = {}
+
+
 def _build(name: str, data: DataSpec | None) -> Dataset:
-    cls = lookup(DATASETS, name)
-    return cls() if data is None else cls(data)
+    if (name, data) not in _built:
+        cls = lookup(DATASETS, name)
+        _built[name, data] = dataset = cls() if data is None else cls(data)
+        if data is not None:  # a specification with effective values names the same data set
+            _built[name, dataset.effective(data)] = dataset
+    return _built[name, data]

@@ -87,6 +87,10 @@ class PathDataset(Dataset):
                 f"{data.path} has no moments of mirror images; prepare it with --flip, or leave data.flip out"
             )
 
+    def effective(self, data: DataSpec) -> DataSpec:
+        """The specification with the mirroring and the extractor that are used."""
+        return data.model_copy(update={"flip": self.flip, "extractor": self.extractor})
+
     # --- Decoding ---
 
     @property

@@ -69,7 +69,7 @@ def protocol_of(dataset: Dataset, settings: EvalSpec, weights: str = "ema") -> P
         sampler=settings.sampler,
         steps=settings.steps,
         channels=settings.channels,
-        decoder=dataset.decoder,
+        decoder=dataset.decoder[:16],
         rounding=ROUNDING,
         weights=weights,
     )

@@ -150,14 +150,14 @@ def _load_official(location: ModelLocation, device: torch.device | str) -> Sampl
             "steps": PUBLISHED_STEPS[model.family],
             "labels": "random",
             "interval": (0.0, 1.0),
-            "channels": model.guided,
+            "channels": model.guided_channels,
         },
         import_options={
             "network": f"{model.family}-{model.size}",
             "objective": model.objective,
             **{name: model.options.get(name) for name in ("heads", "noise_at_zero", "time_scale")},
         },
-        description=model.source,
+        description=model.description,
     )
 
 

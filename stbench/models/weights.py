@@ -1,4 +1,4 @@
-"""Weight files: our own (safetensors, atomic, checked by hash), and those of other programs, read as data."""
+"""Weight files: ours (safetensors, atomic, verified by hash), and those of other programs, read as data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 
 State = Mapping[str, Tensor]
+"""Tensors by name."""
+CHECKPOINT_KEYS = {"ema": "ema", "raw": "model"}
+"""Our name for a set of weights -> the key under which official training checkpoints store it."""
 
 
-CONTAINER = {"ema": "ema", "raw": "model"}
-"""Our word for a set of weights -> the key under which official training checkpoints keep it."""
+# --- Our own files ---
 
 
 def save_weights(state: State, file: Path, metadata: dict[str, str] | None = None) -> str:
-    """Write tensors to a safetensors file, whole or not at all; returns the file's sha256."""
+    """Write tensors to a safetensors file atomically; returns the file's sha256."""
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     data = safetensors.torch.save(plain, metadata)
     atomic_write(file, data)
@@ -35,9 +37,9 @@ def save_weights(state: State, file: Path, metadata: dict[str, str] | None = Non
 
 
 def load_weights(file: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """Read a safetensors file to the host.
+    """Read a safetensors file to the CPU.
 
-    Raises UserError if it is missing, unreadable, or not the file whose `sha256` was recorded.
+    Raises UserError if the file is missing, unreadable, or not the one whose `sha256` was recorded.
     """
     if not file.is_file():
         raise UserError(f"weights not found: {file}; expected a safetensors file")
@@ -51,24 +53,12 @@ def load_weights(file: Path, sha256: str | None = None) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except SafetensorError as error:
         raise UserError(
-            f"{file} is truncated or no safetensors file ({error}); delete it and run again"
+            f"{file} is truncated or not a safetensors file ({error}); delete it and run again"
         ) from error
 
 
-@dataclass(frozen=True)
-class Foreign:
-    """What a weight file of another program holds."""
-
-    state: State
-    """The chosen tensors by name, still mapped from the file where it allows that."""
-    where: str
-    """The file, and the key inside it, for messages."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The training options stored beside the weights ("args"), if there were any."""
-
-
 def tensors_sha256(state: State) -> str:
-    """Hash of names, types, shapes and values, whatever file they lie in and in whatever order."""
+    """Return a hash of names, types, shapes and values, independent of the file format and the order."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
@@ -77,35 +67,57 @@ def tensors_sha256(state: State) -> str:
     return digest.hexdigest()
 
 
-def read_foreign(file: Path, weights: Weights = "ema") -> Foreign:
-    """Read a .pt or .safetensors file: a flat state dict, or one under "ema" and "model" with "args" beside.
+# --- Files of other programs ---
 
-    Nothing in the file is run: of all Python objects argparse.Namespace alone is allowed beside tensors.
-    Raises UserError for a file that is missing, truncated, asks for another object, or lacks `weights`.
+
+@dataclass(frozen=True)
+class ExternalWeights:
+    """The contents of another program's weight file."""
+
+    state: State
+    """The chosen tensors by name, memory-mapped where the file format allows it."""
+    where: str
+    """The file and the key inside it, for messages."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The training options stored with the weights under "args"; empty if there are none."""
+
+
+def read_external(file: Path, weights: Weights = "ema") -> ExternalWeights:
+    """Read a .pt or .safetensors file that contains a state dict, or a training checkpoint.
+
+    A training checkpoint has state dicts under "ema" and "model", and options under "args". No code in the
+    file is executed: besides tensors, argparse.Namespace is the only Python object allowed. Raises UserError
+    for a file that is missing or truncated, that contains another object, or that lacks the chosen `weights`.
     """
     if not file.is_file():
         raise UserError(f"weights not found: {file}; expected a .pt or .safetensors file")
-    content: Any = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+    content: Any = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     if not isinstance(content, Mapping):
         raise UserError(f"expected a state dict in {file}, found {type(content).__name__}; save one first")
-    held = [key for key in CONTAINER.values() if isinstance(content.get(key), Mapping)]
-    if not held:
-        return Foreign(_plain(content, str(file)), str(file))
-    asked = CONTAINER[weights]
-    if asked not in held:
-        other = next(name for name, key in CONTAINER.items() if key == held[0])
+
+    # A flat state dict.
+    found = [key for key in CHECKPOINT_KEYS.values() if isinstance(content.get(key), Mapping)]
+    if not found:
+        return ExternalWeights(_plain(content, str(file)), str(file))
+
+    # A training checkpoint.
+    key = CHECKPOINT_KEYS[weights]
+    if key not in found:
+        other = next(name for name, stored in CHECKPOINT_KEYS.items() if stored == found[0])
         raise UserError(
-            f"expected '{asked}' weights in {file}, found only '{held[0]}'; type --init-weights {other}, "
+            f"expected '{key}' weights in {file}, found only '{found[0]}'; type --init-weights {other}, "
             f"or with `stbench sample` --weights {other}"
         )
     args = content.get("args")
     settings = vars(args) if isinstance(args, argparse.Namespace) else args
-    where = f"{file} ({asked})"
-    return Foreign(_plain(content[asked], where), where, settings if isinstance(settings, Mapping) else {})
+    where = f"{file} ({key})"
+    return ExternalWeights(
+        _plain(content[key], where), where, settings if isinstance(settings, Mapping) else {}
+    )
 
 
 def _plain(content: Mapping[Any, Any], where: str) -> State:
-    """Tensors by name, without the prefix that DistributedDataParallel puts before every name."""
+    """Return tensors by name, without the prefix that DistributedDataParallel adds to every name."""
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(
@@ -116,34 +128,35 @@ def _plain(content: Mapping[Any, Any], where: str) -> State:
     return {key.removeprefix("module.") if wrapped else key: value for key, value in content.items()}
 
 
-def _safetensors(file: Path) -> State:
+def _read_safetensors(file: Path) -> State:
     try:
         return safetensors.torch.load_file(file)
     except SafetensorError as error:
-        raise UserError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
+        raise UserError(f"{file} is truncated or not a safetensors file ({error}); fetch it again") from error
 
 
-def _pickled(file: Path) -> Any:
+def _read_pickle(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             try:
                 return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:  # files of torch before 1.6 cannot be mapped
+            except RuntimeError as error:
+                # Files written before torch 1.6 cannot be memory-mapped.
                 if "mmap can only be used" not in str(error):
                     raise
                 return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle may raise anything
+    except Exception as error:  # unpickling damaged bytes may raise anything
         if isinstance(error, OSError) and error.filename is not None:
-            raise
-        raise UserError(f"{file} {_refusal(str(error) or type(error).__name__)}") from error
+            raise  # a missing or forbidden file is not a damaged one
+        raise UserError(f"{file} {_explain(str(error) or type(error).__name__)}") from error
 
 
-def _refusal(message: str) -> str:
-    """What is wrong with a file and what to do, from torch's long message."""
+def _explain(message: str) -> str:
+    """Shorten torch's message about an unreadable file to one line that says what to do."""
     if named := re.search(r"GLOBAL ([A-Za-z_]\w*\.[\w.]*\w)", message):
         return (
-            f"asks for the Python object {named[1]}, which could run code: refused; "
-            f"expected tensors and argparse.Namespace, so save its state dict alone"
+            f"contains the Python object {named[1]}, which could run code, so it was refused; "
+            f"expected tensors and argparse.Namespace only: save the state dict alone"
         )
     reason = message.rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()[0][:120]
-    return f"is truncated or no weight file of torch ({reason}); fetch it again"
+    return f"is truncated or not a weight file of torch ({reason}); fetch it again"

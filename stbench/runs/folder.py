@@ -72,6 +72,19 @@ class OutputFolder:
         """The folder of a run."""
         return RunFolder(self.path / run_id)
 
+    @property
+    def sweep(self) -> Path:
+        """Files of `stbench sweep`: its lock and the config files of its runs."""
+        return self.path / ".sweep"
+
+    def run_config(self, run_id: str) -> Path:
+        """Config file with which a sweep starts a run."""
+        return self.sweep / f"{run_id}.json"
+
+    def run_log(self, run_id: str) -> Path:
+        """Log of a run that a sweep started. Every attempt appends to it."""
+        return self.path / ".logs" / f"{run_id}.log"
+
 
 @dataclass(frozen=True)
 class StageFolder:

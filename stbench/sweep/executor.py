@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stbench.runs.folder import OutputFolder
 from stbench.runs.journal import JournalEntry
 
 LOG_TAIL = 4096
@@ -62,11 +63,6 @@ class Executor(ABC):
         """Ask every running job to save its state and exit, and wait for it."""
 
 
-def log_file(root: Path, run_id: str) -> Path:
-    """Log of a run. Every attempt appends to it."""
-    return root / ".logs" / f"{run_id}.log"
-
-
 def last_line(file: Path, start: int = 0) -> str:
     """Last non-empty line of a log after byte `start`, with runs of spaces collapsed; "" if there is none."""
     if not file.exists():
@@ -96,7 +92,7 @@ class LocalExecutor(Executor):
     """
 
     def __init__(self, root: Path, slots: Sequence[Mapping[str, str]]) -> None:
-        self._root, self._slots = root, slots
+        self._output, self._slots = OutputFolder(root), slots
         self._children: dict[str, _Child] = {}
 
     def has_free_slot(self) -> bool:
@@ -107,17 +103,17 @@ class LocalExecutor(Executor):
         """Start the run in the first free slot; its output is appended to its log."""
         taken = {child.slot for child in self._children.values()}
         slot = next(index for index in range(len(self._slots)) if index not in taken)
-        log = log_file(self._root, job.run_id)
+        log = self._output.run_log(job.run_id)
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "stbench.cli.child", str(os.getpid()), *job.arguments]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self._slots[slot]}
-        with open(log, "ab") as output:
-            log_start = output.tell()
+        with open(log, "ab") as file:
+            log_start = file.tell()
             process = subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=output,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C must reach only the sweep, which then stops each child once
             )

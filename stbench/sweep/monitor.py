@@ -13,8 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from stbench.runs.folder import OutputFolder
 from stbench.runs.journal import JournalEntry
-from stbench.sweep.executor import last_line, log_file
+from stbench.sweep.executor import last_line
 from stbench.sweep.queue import Monitor
 
 STYLES = {"waiting": "dim", "running": "bold", "failed": "red", "finished": "green"}
@@ -107,7 +108,7 @@ class TableMonitor(Monitor):
     """A table that is redrawn at every update."""
 
     def __init__(self, root: Path, console: Console) -> None:
-        self._root, self._stopwatch, self._started = root, Stopwatch(), time.monotonic()
+        self._output, self._stopwatch, self._started = OutputFolder(root), Stopwatch(), time.monotonic()
         self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
 
     def __enter__(self) -> TableMonitor:
@@ -142,7 +143,7 @@ class TableMonitor(Monitor):
 
     def _details(self, entry: JournalEntry, reasons: Mapping[str, str]) -> str:
         if entry.state == "running":
-            return last_line(log_file(self._root, entry.run_id))
+            return last_line(self._output.run_log(entry.run_id))
         return entry.error or reasons.get(entry.run_id, "")
 
 

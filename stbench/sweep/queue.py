@@ -15,14 +15,12 @@ from pathlib import Path
 
 from stbench.core.errors import UserError
 from stbench.core.files import lock_folder, remove_unfinished
-from stbench.runs.folder import RunFolder
+from stbench.runs.folder import OutputFolder
 from stbench.runs.journal import JournalEntry, State, merge_journals, read_journal, reconcile, write_journal
 from stbench.runs.records import RunRecord
 from stbench.sweep.executor import Executor, Job
 
 POLL_SECONDS = 0.2
-SWEEP_FOLDER = ".sweep"
-"""Folder next to the run folders with the lock of the sweep and one config file per run."""
 
 
 class Monitor(ABC):
@@ -49,7 +47,7 @@ def lock_sweep(root: Path) -> Iterator[None]:
     Raises:
         UserError: Another sweep is running there.
     """
-    folder = root / SWEEP_FOLDER
+    folder = OutputFolder(root).sweep
     with lock_folder(folder, "wait for that sweep, stop it, or choose another --output"):
         remove_unfinished(folder)
         yield
@@ -73,7 +71,7 @@ def initial_entries(root: Path, requested: Sequence[JournalEntry]) -> list[Journ
 
 def _records(root: Path, entries: Sequence[JournalEntry]) -> Iterator[RunRecord]:
     for entry in entries:
-        folder = RunFolder(root / entry.run_id)
+        folder = OutputFolder(root).run(entry.run_id)
         if folder.exists():
             # A damaged folder counts as unfinished: starting its run then reports the damage.
             with contextlib.suppress(UserError):
@@ -92,7 +90,8 @@ class Sweep:
         monitor: Monitor,
         pause: Callable[[], None] = lambda: time.sleep(POLL_SECONDS),
     ) -> None:
-        self._root, self._executor, self._monitor, self._pause = root, executor, monitor, pause
+        self._root, self._output = root, OutputFolder(root)
+        self._executor, self._monitor, self._pause = executor, monitor, pause
         self._jobs = {job.run_id: job for job in jobs}
         self._entries: dict[str, JournalEntry] = {}
 
@@ -175,10 +174,10 @@ class Sweep:
         return ""
 
     def _is_published(self, stage: str) -> bool:
-        return (self._root / ".artifacts" / stage[:16]).is_dir()
+        return self._output.artifact(stage).is_dir()
 
     def _in_use(self, run_id: str) -> bool:
-        return RunFolder(self._root / run_id).in_use()
+        return self._output.run(run_id).in_use()
 
     def _stop(self) -> None:
         """Stop what still runs after an interruption and record it; does nothing after a normal end."""

@@ -1,6 +1,4 @@
-"""Which runs a sweep is asked for, from a suite file or from lists of names, and what each of them comes to:
-its journal entry and the fingerprints of its stages. It trains nothing.
-"""
+"""The runs of a sweep: from a suite file, or from lists of names, to prepared runs. Trains nothing."""
 
 from __future__ import annotations
 
@@ -18,29 +16,30 @@ from stbench.core.errors import UserError
 from stbench.core.registry import suggest
 from stbench.runs.journal import JournalEntry
 
-KEYS = (*OPTIONS, "seeds")
-SHIPPED = Path(str(files("stbench.recipes"))) / "suites"
+LEVEL_OPTIONS = (*OPTIONS, "seeds")
+"""Options that each level of a suite file may contain: those of a config file of `run`, and `seeds`."""
+SHIPPED_SUITES = Path(str(files("stbench.recipes"))) / "suites"
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One run, as it was asked for."""
+class SuiteRun:
+    """One run as it was requested, by a suite file or on the command line."""
 
-    where: str
-    """Its place in the suite file, for errors; "" for a run of the command line."""
+    place: str
+    """Where in the suite file, for error messages; "" for a run of the command line."""
     values: Mapping[str, Any]
-    """Options of a config file, without `set`."""
+    """Values of the options of a config file, without `set`."""
     overrides: Mapping[str, Any]
-    """Dotted key -> value."""
+    """Values of `set`, by dotted name."""
 
 
 @dataclass(frozen=True)
-class Expanded:
-    """One run, resolved and checked."""
+class SweepRun:
+    """One run of a sweep, resolved and checked."""
 
-    wanted: Wanted
-    entry: JournalEntry
+    requested: SuiteRun
     prepared: PreparedRun
+    entry: JournalEntry
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -48,74 +47,128 @@ class Expanded:
         return tuple(stage.fingerprint for stage in self.prepared.stages)
 
 
-def find_suite(name: str, shipped: Path = SHIPPED) -> Path:
-    """The suite file: a path, or the bare name of a shipped one. UserError for neither."""
+# --- Requested runs ---
+
+
+def find_suite(name: str, shipped: Path = SHIPPED_SUITES) -> Path:
+    """Return the file of a suite: `name` is a path, or the bare name of a shipped suite.
+
+    Raises:
+        UserError: No suite of that name is shipped.
+    """
     if Path(name).suffix:
         return Path(name)
     file = shipped / f"{name}.yaml"
     if not file.is_file():
         known = sorted(path.stem for path in shipped.glob("*.yaml"))
-        near = suggest(name, known) if known else "; none is shipped"
-        raise UserError(f"unknown suite '{name}': expected a shipped name or a .yaml file{near}")
+        hint = suggest(name, known) if known else "; no suites are shipped"
+        raise UserError(f"unknown suite '{name}': expected a shipped suite or a .yaml file{hint}")
     return file
 
 
-def read_suite(file: Path) -> list[Wanted]:
-    """The runs of a suite file: `defaults` < a group's `with` < a run, `set` key by key, one a seed."""
+def read_suite(file: Path) -> list[SuiteRun]:
+    """Read the runs of a suite file.
+
+    A suite has `defaults` and `groups`; a group has `with` and `runs`. The options of a run override those of
+    its group's `with`, which override `defaults`; `set` is merged key by key. Each run is made once per seed.
+
+    Raises:
+        UserError: The file is missing or malformed, or contains an unknown option; names the place.
+    """
     content = read_file(file, "suite", "--suite")
-    _only(content, ("defaults", "groups"), str(file))
-    defaults = _level(content.get("defaults", {}), f"{file}: defaults")
-    wanted: list[Wanted] = []
-    for number, group in enumerate(_listed(content, "groups", str(file)), start=1):
-        where = f"{file}: group {number}"
+    _require_known_keys(content, ("defaults", "groups"), str(file))
+    defaults = _read_level(content.get("defaults", {}), f"{file}: defaults")
+    suite_runs: list[SuiteRun] = []
+    for number, group in enumerate(_require_list(content, "groups", str(file)), start=1):
+        place = f"{file}: group {number}"
         if not isinstance(group, Mapping):
-            raise UserError(f"{where}: expected 'with' and 'runs', got {group!r}")
-        _only(group, ("with", "runs"), where)
-        shared = _merged(defaults, _level(group.get("with", {}), f"{where}, with"))
-        for index, run in enumerate(_listed(group, "runs", where), start=1):
-            place = f"{where}, run {index}"
-            wanted += _by_seed(_merged(shared, _level(run, place)), place)
-    return wanted
+            raise UserError(f"{place}: expected 'with' and 'runs', got {group!r}")
+        _require_known_keys(group, ("with", "runs"), place)
+        shared = _merge(defaults, _read_level(group.get("with", {}), f"{place}, with"))
+        for index, run in enumerate(_require_list(group, "runs", place), start=1):
+            run_place = f"{place}, run {index}"
+            suite_runs += _one_per_seed(_merge(shared, _read_level(run, run_place)), run_place)
+    return suite_runs
 
 
 def grid(
+    *,
     backbones: Sequence[str],
     recipes: Sequence[str],
     seeds: Sequence[int],
     values: Mapping[str, Any],
     overrides: Mapping[str, Any],
-) -> list[Wanted]:
-    """Every backbone under every recipe at every seed, all else equal."""
-    triples = itertools.product(backbones, recipes, seeds)
+) -> list[SuiteRun]:
+    """Return every combination of backbone, recipe and seed; `values` and `overrides` apply to all."""
     return [
-        Wanted("", {**values, "backbone": backbone, "recipe": recipe, "seed": seed}, overrides)
-        for backbone, recipe, seed in triples
+        SuiteRun("", {**values, "backbone": backbone, "recipe": recipe, "seed": seed}, overrides)
+        for backbone, recipe, seed in itertools.product(backbones, recipes, seeds)
     ]
 
 
-def expand(wanted: Iterable[Wanted]) -> list[Expanded]:
-    """Resolve and check every run; UserError that names the first that does not fit, or that comes twice."""
-    expanded: dict[str, Expanded] = {}
-    for run in wanted:
+def _require_known_keys(content: Mapping[str, Any], known: Sequence[str], place: str) -> None:
+    for name in content:
+        if name not in known:
+            raise UserError(f"{place}: unknown key '{name}'{suggest(str(name), known)}")
+
+
+def _require_list(content: Mapping[str, Any], name: str, place: str) -> list[Any]:
+    value = content.get(name)
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{place}: {name} must be a non-empty list, got {value!r}")
+    return value
+
+
+def _read_level(options: Any, place: str) -> dict[str, Any]:
+    """Check the options of one level; flattens `set` and turns `seed: 3` into `seeds: [3]`."""
+    if not isinstance(options, Mapping):
+        raise UserError(f"{place}: expected options, got {options!r}; for example {{recipe: vanilla}}")
+    level = checked_options(options, LEVEL_OPTIONS, place)
+    if "seed" in level:
+        if "seeds" in level:
+            raise UserError(f"{place}: found both seed and seeds; use only one of them")
+        level["seeds"] = [level.pop("seed")]
+    seeds = level.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
+        raise UserError(f"{place}: seeds must be a list of integers, got {seeds!r}; for example [0, 1, 2]")
+    return level
+
+
+def _merge(outer: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
+    return {**outer, **inner, "set": {**outer["set"], **inner["set"]}}
+
+
+def _one_per_seed(options: Mapping[str, Any], place: str) -> Iterator[SuiteRun]:
+    values = {name: value for name, value in options.items() if name not in ("set", "seeds")}
+    for seed in options.get("seeds", [0]):
+        yield SuiteRun(place, {**values, "seed": seed}, options["set"])
+
+
+# --- Prepared runs ---
+
+
+def prepare_runs(suite_runs: Iterable[SuiteRun]) -> list[SweepRun]:
+    """Resolve and check every run.
+
+    Raises:
+        UserError: A run is invalid, or two runs are the same; names the place in the suite file.
+    """
+    by_id: dict[str, SweepRun] = {}
+    for requested in suite_runs:
         try:
-            found = _expand(run)
+            prepared = prepare(resolve_options(requested.values, requested.overrides))
         except UserError as error:
-            raise UserError(f"{run.where}: {error}" if run.where else str(error)) from error
-        run_id = found.entry.run_id
-        if run_id in expanded:
-            first = expanded[run_id].wanted.where
-            places = f" ({first}; {run.where})" if first else ""
-            raise UserError(f"run {run_id} is named twice{places}; name it once")
-        expanded[run_id] = found
-    return list(expanded.values())
+            raise UserError(f"{requested.place}: {error}" if requested.place else str(error)) from error
+        run_id = prepared.run_id
+        if run_id in by_id:
+            first = by_id[run_id].requested.place
+            places = f" ({first}; {requested.place})" if first else ""
+            raise UserError(f"run {run_id} is requested twice{places}; remove one of them")
+        by_id[run_id] = SweepRun(requested, prepared, _journal_entry(prepared))
+    return list(by_id.values())
 
 
-def _expand(run: Wanted) -> Expanded:
-    prepared = prepare(resolve_options(run.values, run.overrides))
-    return Expanded(run, _entry(prepared), prepared)
-
-
-def _entry(prepared: PreparedRun) -> JournalEntry:
+def _journal_entry(prepared: PreparedRun) -> JournalEntry:
     spec = prepared.spec
     return JournalEntry(
         run_id=prepared.run_id,
@@ -129,41 +182,3 @@ def _entry(prepared: PreparedRun) -> JournalEntry:
         setting_hash=prepared.hashes.setting,
         row_hash=prepared.hashes.row,
     )
-
-
-def _only(content: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for name in content:
-        if name not in known:
-            raise UserError(f"{where}: unknown key '{name}'{suggest(str(name), known)}")
-
-
-def _listed(content: Mapping[str, Any], name: str, where: str) -> list[Any]:
-    found = content.get(name)
-    if not isinstance(found, list) or not found:
-        raise UserError(f"{where}: expected a list of {name}, got {found!r}; name at least one")
-    return found
-
-
-def _level(options: Any, where: str) -> dict[str, Any]:
-    """The options of one level, checked: `set` flattened, `seed: 3` as `seeds: [3]`."""
-    if not isinstance(options, Mapping):
-        raise UserError(f"{where}: expected options, got {options!r}; for example {{recipe: vanilla}}")
-    level = checked_options(options, KEYS, where)
-    if "seed" in level:
-        if "seeds" in level:
-            raise UserError(f"{where}: expected seed or seeds, found both; name one of them")
-        level["seeds"] = [level.pop("seed")]
-    seeds = level.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
-        raise UserError(f"{where}: seeds wants a list of whole numbers, got {seeds!r}; for example [0, 1, 2]")
-    return level
-
-
-def _merged(outer: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, Any]:
-    return {**outer, **inner, "set": {**outer["set"], **inner["set"]}}
-
-
-def _by_seed(options: Mapping[str, Any], where: str) -> Iterator[Wanted]:
-    values = {name: value for name, value in options.items() if name not in ("set", "seeds")}
-    for seed in options.get("seeds", [0]):
-        yield Wanted(where, {**values, "seed": seed}, options["set"])

@@ -15,9 +15,9 @@ from stbench.core.recipe import Artifact
 from stbench.runs.folder import OutputFolder, RunFolder
 from stbench.runs.records import RunRecord
 from stbench.train.environment import environment
+from stbench.train.hooks import Hook
 from stbench.train.interrupt import Interrupt
 from stbench.train.loop import Interrupted, Keep, RunOptions, StageTrainer
-from stbench.train.progress import Hook
 
 __all__ = ["Interrupted", "Keep", "RunOptions", "check_evaluation", "run"]
 

@@ -26,8 +26,8 @@ from stbench.evaluate.points import PointEvaluator
 from stbench.models.weights import load_weights, save_weights
 from stbench.runs.folder import OutputFolder, RunFolder
 from stbench.runs.records import StageRecord
+from stbench.train.hooks import Hook
 from stbench.train.interrupt import Interrupt
-from stbench.train.progress import Hook
 from stbench.train.state import TrainingState, load_state, publish_artifact, reuse_artifact, save_state
 from stbench.train.step import StageModel, make_optimizer, training_step
 

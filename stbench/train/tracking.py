@@ -8,7 +8,7 @@ from typing import Any
 
 from stbench.config.plan import PlannedStage
 from stbench.runs.records import CurvePoint
-from stbench.train.progress import Hook
+from stbench.train.hooks import Hook
 
 
 class Tracker(Hook):

@@ -16,31 +16,10 @@ from stbench.core.registry import BACKBONES, load_builtins, lookup, names
 from stbench.diffusion import VpContinuous
 from stbench.diffusion.sample import Denoiser, Guidance
 from stbench.models.layers import attend
+from tests.networks import batch, build, tiny
 
 load_builtins()
 FAMILIES = [name for name in names(BACKBONES) if name in ("dit", "sit", "uvit")]
-
-
-def build(family: str, size: str, **options: Any) -> Backbone:
-    """A preset, by default on 4x8x8 latents of ten classes."""
-    cls = lookup(BACKBONES, family)
-    facts: dict[str, Any] = dict(channels=4, input_size=8, classes=10, out_channels=4, size=size)
-    preset = {k: v for k, v in cls.presets[size].items() if k != "objective"}
-    return cls(**(facts | preset | options))
-
-
-def tiny(family: str, **options: Any) -> Backbone:
-    """A `ti/2` network with random parameters, so that no layer is zero."""
-    torch.manual_seed(0)
-    net = build(family, "ti/2", **options).eval()
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return net.requires_grad_(False)
-
-
-def batch(size: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    torch.manual_seed(1)
-    return torch.randn(size, 4, 8, 8), torch.rand(size, dtype=torch.float64), torch.arange(size)
 
 
 ADALN = {  # size -> parameters, trainable ones, GMACs, of DiT and of SiT with learned sigma

@@ -18,7 +18,7 @@ from stbench.data.prepare import PrepareOptions
 from stbench.data.spec import DataSpec
 from stbench.models.autoencoder import find_vae, to_uint8
 from tests.data.conftest import COUNT, SIZE
-from tests.datafiles import column, make_images, make_repa, make_vae, run_prepare
+from tests.datafiles import column, make_images, make_repa, make_vae, picture, run_prepare
 
 
 @pytest.fixture(scope="module")
@@ -255,3 +255,26 @@ def test_imagenet_requires_its_classes_and_size(root: Path) -> None:
             get_dataset(name)
     with pytest.raises(UserError, match="'digits' does not accept --data"):
         get_dataset("digits", DataSpec(path=str(root / "plain")))
+
+
+def test_unreadable_images_of_a_folder_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_images(tmp_path / "images", 12, 16)
+    (folder / "class1" / "img00001.png").write_bytes(b"no image")
+    data = opened(folder, vae="none")
+    assert data.size + len(data.heldout_images()) == 11
+    assert "left out: class1/img00001.png: not an image" in capsys.readouterr().err
+    for file in sorted(folder.rglob("*.*g"))[1:]:
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match="expected at least 2 readable images, found 1"):
+        Custom(DataSpec(path=str(folder), vae="none"))
+
+
+def test_images_that_are_not_square_require_a_size(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / "class").mkdir(exist_ok=True)
+        picture(number, 20, 10).save(tmp_path / "class" / f"{number}.png")
+    with pytest.raises(UserError, match="expected square images; give the size to crop them to"):
+        opened(tmp_path, vae="none")
+    assert opened(tmp_path, vae="none", size=8).image_shape == (3, 8, 8)

@@ -100,7 +100,7 @@ def test_unreadable_images_are_listed_and_left_out(
     good = (source / "class0" / "img00000.jpg").read_bytes()
     (source / "class0" / "img00000.jpg").write_bytes(good[: len(good) // 2])
     (source / "class1" / "img00001.png").write_bytes(b"no image")
-    data_commands.prepare(replace(options, source=source, vae="none"))
+    data_commands.prepare_images(replace(options, source=source, vae="none"))
     manifest = read_manifest(options.target)
     assert manifest.count == 28 == len(column(options.target, "pixels"))
     names = [name for name, _ in manifest.unreadable]

@@ -30,3 +30,9 @@ def test_every_field_of_a_protocol_changes_its_hash(digits: Dataset) -> None:
         "rounding",
         "weights",
     }
+
+
+def test_the_protocol_of_the_committed_runs_keeps_its_hash(digits: Dataset) -> None:
+    """Runs can only be compared with the committed ones while this hash is the same."""
+    settings = EvalSpec(points=[1], samples=60, sampler="euler", steps=3)
+    assert protocol_of(digits, settings).hash == "1dc1b5d7"

@@ -149,7 +149,7 @@ def test_raw_weights_can_be_sampled_and_the_checkpoint_is_described(
     code, _, err = stbench(*common, "--output", tmp_path / "a.npz")
     assert code == 2 and "with `stbench sample` --weights raw" in err
     code, _, err = stbench(*common, "--weights", "raw", "--output", tmp_path / "a.npz")
-    assert code == 0 and "sampling from REPA, sit-custom, time as ours, without its heads projectors" in err
+    assert code == 0 and "sampling from REPA, sit-custom, data at t=0, without its heads projectors" in err
 
 
 def test_a_run_is_its_last_ema_weights_with_its_own_settings(trained_run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Exported weights: official files come back to the same outputs, and diffusers computes the same."""
+"""Exported weights: official files give the same outputs when loaded, and diffusers computes the same."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ from stbench.models.official import load_official
 from stbench.models.weights import save_weights
 from stbench.runs.folder import RunFolder
 from stbench.train import engine
-from tests.backbones.test_backbones import batch
-from tests.backbones.test_backbones import tiny as network
 from tests.conftest import Command, tiny_spec
+from tests.networks import batch, tiny
 
 PLAIN: dict[str, Any] = {"backbone__qk_norm": False}
 
 
 @pytest.fixture()
 def past(tmp_path: Path) -> Callable[..., Path]:
-    """A run folder as training leaves it, with random weights; returns its path."""
+    """Make a run folder as training leaves it, but with random weights; returns its path."""
 
     def make(**more: Any) -> Path:
         spec = tiny_spec(steps=2, **more)
@@ -69,23 +68,23 @@ def original_of(family: str, options: dict[str, Any]) -> str:
         ("uvit", {}),
     ],
 )
-def test_official_exports_come_back_to_the_same_outputs(
+def test_a_loaded_official_export_gives_the_same_outputs(
     past: Callable[..., Path], tmp_path: Path, family: str, options: dict[str, Any], weights: Any
 ) -> None:
     path = past(backbone=family, **options)
     lines = export_run(path, "official", tmp_path / "w.pt", weights)
-    held = torch.load(tmp_path / "w.pt", weights_only=True)
-    assert (held.keys() == {"ema"}) is (family != "uvit") and "for: " in lines[1]
+    content = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert (content.keys() == {"ema"}) is (family != "uvit") and "for: " in lines[1]
     model = load_official(tmp_path / "w.pt", heads=2, original=original_of(family, options))
     expected = final_network(open_run(path), weights)(*batch())
     assert torch.equal(model.backbone(*batch()), expected) and expected.abs().max() > 0
 
 
-def test_the_learned_variance_is_cut_where_repa_has_none() -> None:
-    net = network("sit", learn_sigma=True, qk_norm=False)
+def test_repas_format_has_no_learned_variance() -> None:
+    net = tiny("sit", learn_sigma=True, qk_norm=False)
     state, whose = official_state(net, {"learn_sigma": True})
     assert state["final_layer.linear.weight"].shape[0] == 16 and "t=0 is data" in whose
-    plain = network("sit", qk_norm=False)
+    plain = tiny("sit", qk_norm=False)
     plain.load_state_dict(state)
     torch.testing.assert_close(plain(*batch()), net(*batch()))
 
@@ -98,7 +97,7 @@ def correct_frequencies(model: Any) -> None:
 def test_diffusers_computes_the_same_with_the_frequencies_of_dit(
     past: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """diffusers divides the exponents by 127 instead of 128: as it comes, it is another function of time."""
+    """By default diffusers divides the exponents by 127 instead of 128: another function of time."""
     from diffusers import DiTTransformer2DModel
 
     path = past(backbone="dit", **PLAIN)
@@ -110,28 +109,28 @@ def test_diffusers_computes_the_same_with_the_frequencies_of_dit(
     net = final_network(open_run(path), "ema")
     expected = net(x, steps.double() / 999, y)
 
-    def apart() -> float:
+    def difference() -> float:
         with torch.no_grad():
             out: Tensor = model(x, timestep=steps, class_labels=y).sample
         return float((out - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
-    assert apart() > 1e-4
+    assert difference() > 1e-4
     correct_frequencies(model)
-    assert apart() < 1e-5
+    assert difference() < 1e-5
 
 
 @pytest.mark.parametrize(
     "family,options,kind,message",
     [
         ("dit", {"backbone__qk_norm": True}, "diffusers", "found a DiT with qk_norm; try --format official"),
-        ("dit", {"backbone__qk_norm": True}, "official", "no qk_norm in a dit.*backbone.qk_norm=false"),
+        ("dit", {"backbone__qk_norm": True}, "official", "dit without qk_norm.*backbone.qk_norm=false"),
         ("uvit", {}, "diffusers", "found a uvit; try --format official"),
         ("sit", {}, "diffusers", "found a sit; try --format official"),
         ("dit", PLAIN | {"objective": "linear"}, "official", "found objective 'linear'"),
         ("sit", {"backbone__time_scale": 1000.0}, "official", "backbone.time_scale=1, .*found 1000"),
     ],
 )
-def test_what_other_code_has_no_place_for_is_refused(
+def test_a_network_that_other_code_cannot_express_is_refused(
     past: Callable[..., Path], tmp_path: Path, family: str, options: dict[str, Any], kind: Any, message: str
 ) -> None:
     path = past(backbone=family, **options)
@@ -140,7 +139,7 @@ def test_what_other_code_has_no_place_for_is_refused(
     assert "\n" not in str(caught.value) and not (tmp_path / "out.pt").exists()
 
 
-def test_the_command_writes_a_file_and_overwrites_none(
+def test_the_command_writes_a_file_and_does_not_overwrite_one(
     stbench: Command, past: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = past(backbone="sit")

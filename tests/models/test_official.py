@@ -1,4 +1,4 @@
-"""Official checkpoints: every kind of file, what is read from the keys, what is asked, what is refused."""
+"""Official checkpoints: every kind of file, what keys and shapes determine, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from stbench.core.errors import UserError
 from stbench.core.registry import BACKBONES, lookup
-from stbench.models.official import ORIGINALS, OfficialModel, from_state, load_official
+from stbench.models.official import OfficialModel, from_state, load_official
+from stbench.models.repositories import REPOSITORIES
 from stbench.testing.golden.backbones import original
 from stbench.testing.golden.run import Golden
-from tests.backbones.test_backbones import batch, tiny
+from tests.networks import batch, tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BACKBONE_FILES = sorted(file.stem for file in GOLDEN.glob("backbone_*.safetensors"))
@@ -53,7 +54,7 @@ def key_table(width: int, depth: int, *, out: int, heads: int = 0, patch: int = 
 
 
 def recipe_heads(kind: str, width: int) -> dict[str, Tensor]:
-    """The heads that the recipes' repositories keep beside the network."""
+    """The heads that the repositories of recipes store with the network."""
     names = {
         "repa": [f"projectors.{j}.{k}" for j in range(2) for k in (0, 2, 4)],
         "self-transcendence": ["projectors.0", "projectors.2", "projectors.4", "projectors_final.linear"],
@@ -77,7 +78,7 @@ def wrapped(state: Mapping[str, Tensor], **more: Any) -> dict[str, Any]:
 
 @pytest.fixture()
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Save content under this test's folder; returns the file."""
+    """Save content to a file of this test; returns its path."""
 
     def save(content: Any, name: str = "last.pt", **options: Any) -> Path:
         torch.save(content, tmp_path / name, **options)
@@ -90,12 +91,12 @@ def run(model: OfficialModel) -> Tensor:
     return model.backbone(*batch())
 
 
-def test_a_training_checkpoint_gives_its_average_or_its_raw_weights(write: Callable[..., Path]) -> None:
+def test_a_training_checkpoint_gives_its_ema_or_its_raw_weights(write: Callable[..., Path]) -> None:
     state = key_table(96, 2, out=4)
     file = write(wrapped(state, epoch=7))
-    asked: dict[str, Any] = {"heads": 4, "original": "repa"}
-    ema, raw = load_official(file, **asked), load_official(file, weights="raw", **asked)
-    flat = from_state(state, **asked)
+    options: dict[str, Any] = {"heads": 4, "original": "repa"}
+    ema, raw = load_official(file, **options), load_official(file, weights="raw", **options)
+    flat = from_state(state, **options)
     assert torch.equal(run(ema), run(flat)) and not torch.equal(run(raw), run(flat))
     assert ema.sha256 == flat.sha256 != raw.sha256
     assert not ema.backbone.training and not any(p.requires_grad for p in ema.backbone.parameters())
@@ -110,10 +111,10 @@ def test_a_training_checkpoint_gives_its_average_or_its_raw_weights(write: Calla
         ("sra", 8, 0, "SRA on DiT"),
     ],
 )
-def test_heads_tell_the_repository_and_are_reported(kind: str, out: int, heads: int, found: str) -> None:
+def test_heads_identify_the_repository_and_are_reported(kind: str, out: int, heads: int, found: str) -> None:
     extra = recipe_heads(kind, 96)
     model = from_state(key_table(96, 2, out=out, heads=heads) | extra, heads=4)
-    assert model.source.startswith(f"{found}, ") and model.dropped == tuple(sorted(extra))
+    assert model.description.startswith(f"{found}, ") and model.dropped == tuple(sorted(extra))
     assert (model.family, model.objective) == (("dit", "iddpm") if out == 8 else ("sit", "linear"))
     assert model.options["qk_norm"] is bool(heads)
     assert not model.options.get("noise_at_zero")
@@ -138,7 +139,7 @@ def test_the_direction_of_time_is_never_guessed() -> None:
     assert torch.equal(noise(x, t, y), -data(x, 1 - t, y))
 
 
-def test_stored_options_tell_dit_from_sit_and_the_path() -> None:
+def test_stored_options_distinguish_dit_from_sit_and_name_the_path() -> None:
     state = key_table(64, 2, out=8)
     assert from_state(state, settings={"model": "DiT-B/2"}, heads=4).family == "dit"
     settings = {"model": "SiT-B/2", "path_type": "GVP", "prediction": "velocity"}
@@ -148,7 +149,7 @@ def test_stored_options_tell_dit_from_sit_and_the_path() -> None:
         from_state(state, settings=settings | {"prediction": "noise"}, heads=4)
 
 
-def test_a_word_against_the_keys_is_refused() -> None:
+def test_options_that_contradict_the_keys_are_refused() -> None:
     with pytest.raises(UserError, match="as --original repa says, found keys of DiT"):
         from_state(key_table(64, 2, out=8), heads=4, original="repa")
     with pytest.raises(UserError, match="unknown original 'reap'; did you mean 'repa'"):
@@ -157,7 +158,7 @@ def test_a_word_against_the_keys_is_refused() -> None:
         from_state(key_table(64, 2, out=4), heads=4, family="dit")
 
 
-def test_early_files_of_repa_number_their_later_blocks_anew() -> None:
+def test_early_repa_files_restart_block_numbers_after_the_projector() -> None:
     state = key_table(64, 3, out=4)
     early = {
         key.replace("blocks.1.", "decoder_blocks.0.").replace("blocks.2.", "decoder_blocks.1."): value
@@ -165,7 +166,7 @@ def test_early_files_of_repa_number_their_later_blocks_anew() -> None:
     }
     model = from_state(early, heads=4)
     assert torch.equal(run(model), run(from_state(state, heads=4, original="repa")))
-    assert model.source.startswith("REPA")
+    assert model.description.startswith("REPA")
 
 
 @pytest.mark.parametrize(
@@ -192,39 +193,39 @@ def test_published_sizes_are_read_from_shapes(family: str, size: str, facts: dic
     assert {key: found.get(key, value) for key, value in everything.items()} == everything
 
 
-def test_uvit_takes_time_and_objective_from_its_size_or_asks() -> None:
+def test_uvit_takes_time_scale_and_objective_from_its_size_or_original() -> None:
     net = tiny("uvit")
     model = from_state(net.state_dict())
     assert (model.size, model.objective) == ("ti/2", "vp-discrete")
     assert torch.equal(run(model), net(*batch()))
     odd = tiny("uvit", depth=5).state_dict()
-    with pytest.raises(UserError, match="no published size.*--original uvit-discrete"):
+    with pytest.raises(UserError, match="of unpublished size.*--original uvit-discrete"):
         from_state(odd)
     for name, scale in (("uvit-discrete", 1000.0), ("uvit-continuous", 999.0)):
         model = from_state(odd, original=name)
-        assert (model.backbone.time_scale, model.objective) == (scale, ORIGINALS[name].objective)
+        assert (model.backbone.time_scale, model.objective) == (scale, REPOSITORIES[name].objective)
 
 
 @pytest.mark.parametrize("name", BACKBONE_FILES)
-def test_golden_outputs_come_back_from_a_file(name: str, write: Callable[..., Path]) -> None:
-    """Through the path of --init-from: the golden weights in a file as the repositories write them."""
+def test_golden_outputs_are_reproduced_from_a_file(name: str, write: Callable[..., Path]) -> None:
+    """The golden weights in a file as the repositories write them, loaded as by --init-from."""
     golden = Golden(GOLDEN, name)
     config, source = golden.meta["config"], original(golden.meta)
     file = write(wrapped(golden.group("sd/"), args=argparse.Namespace(seed=0)))
     model = load_official(file, heads=config["num_heads"], original=source)
     native = golden.t["in/t"].double() / model.backbone.time_scale
-    turned = ORIGINALS[source].noise_at_zero
-    t = 1.0 - native if turned else native
+    reversed_time = REPOSITORIES[source].noise_at_zero
+    t = 1.0 - native if reversed_time else native
     out = model.backbone(golden.t["in/x"], t, golden.t["in/y"])
-    expected = -golden.t["out/model"] if turned else golden.t["out/model"]
+    expected = -golden.t["out/model"] if reversed_time else golden.t["out/model"]
     assert golden.compare("out", out, expected, 2e-5).ok
     assert set(model.dropped) == {k for k in golden.group("sd/") if k.startswith("projectors")}
 
 
 def test_every_kind_of_file_loads(write: Callable[..., Path], tmp_path: Path) -> None:
     state = key_table(64, 2, out=4)
-    asked: dict[str, Any] = {"heads": 4, "original": "sra"}
-    expected = run(from_state(state, **asked))
+    options: dict[str, Any] = {"heads": 4, "original": "sra"}
+    expected = run(from_state(state, **options))
     save_file(state, tmp_path / "flat.safetensors")
     files = [
         tmp_path / "flat.safetensors",
@@ -234,7 +235,7 @@ def test_every_kind_of_file_loads(write: Callable[..., Path], tmp_path: Path) ->
         write(wrapped({key: value.double() for key, value in state.items()}), "double.pt"),
     ]
     for file in files:
-        assert torch.equal(run(load_official(file, **asked)), expected), file
+        assert torch.equal(run(load_official(file, **options)), expected), file
 
 
 class Malicious:
@@ -248,7 +249,7 @@ class Malicious:
 @pytest.mark.parametrize(
     "value,name", [(Malicious(), f"{os.name}.system"), (pathlib.PurePosixPath("x"), "pathlib.PurePosixPath")]
 )
-def test_other_objects_than_a_namespace_are_refused_by_name(
+def test_python_objects_other_than_a_namespace_are_refused_by_name(
     write: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -258,7 +259,7 @@ def test_other_objects_than_a_namespace_are_refused_by_name(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = write(wrapped(key_table(64, 1, out=4), opt=value), _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=f"asks for the Python object {name}.*refused") as caught:
+    with pytest.raises(UserError, match=f"contains the Python object {name}.*refused") as caught:
         load_official(file, heads=4)
     assert "\n" not in str(caught.value) and not (tmp_path / "pwned").exists()
 
@@ -269,7 +270,7 @@ def test_a_truncated_file_is_one_line(write: Callable[..., Path], zipped: bool, 
     file = write(key_table(64, 1, out=4), _use_new_zipfile_serialization=zipped)
     data = file.read_bytes()
     file.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(UserError, match=r"last\.pt is truncated or no weight file") as caught:
+    with pytest.raises(UserError, match=r"last\.pt is truncated or not a weight file") as caught:
         load_official(file, heads=4)
     assert "\n" not in str(caught.value)
 
@@ -278,11 +279,11 @@ def test_a_truncated_safetensors_file_is_one_line(tmp_path: Path) -> None:
     file = tmp_path / "w.safetensors"
     save_file(key_table(64, 1, out=4), file)
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match="truncated or no safetensors"):
+    with pytest.raises(UserError, match="truncated or not a safetensors"):
         load_official(file)
 
 
-def test_what_is_no_state_dict_is_named(write: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_file_without_a_state_dict_is_one_line(write: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weights not found: .*none.pt"):
         load_official(tmp_path / "none.pt")
     with pytest.raises(UserError, match="state dict in .*, found list"):
@@ -325,8 +326,8 @@ def test_weights_without_their_axes_are_named(key: str) -> None:
         from_state(state, heads=4, original="repa")
 
 
-def test_unpublished_widths_ask_for_the_heads() -> None:
-    with pytest.raises(UserError, match="width 64; say them, as --heads 6, or in a run"):
+def test_an_unpublished_width_needs_the_number_of_heads() -> None:
+    with pytest.raises(UserError, match="width 64, which no preset has; set it with --heads 6"):
         from_state(key_table(64, 2, out=4), original="repa")
 
 
@@ -346,7 +347,7 @@ def test_a_dit_without_learned_variance_is_refused() -> None:
         ("uvit", {"label_rows": 0, "classes": 0}),
     ],
 )
-def test_weights_tell_their_own_configuration(family: str, options: dict[str, Any]) -> None:
+def test_weights_determine_the_configuration(family: str, options: dict[str, Any]) -> None:
     net = tiny(family, **options)
     source = {"dit": "dit", "sit": "sit" if options.get("noise_at_zero") else "repa"}.get(
         family, "uvit-discrete"

@@ -1,4 +1,4 @@
-"""Stage fingerprints of the built-in recipes: finished stages of existing runs must still be recognised."""
+"""Stage fingerprints of the built-in recipes: a later version must recognise the finished stages of a run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ FINGERPRINTS = {
     "sra": ["87ee121a2611"],
     "vanilla": ["c42714a14ac8"],
 }
-"""First 12 digits per stage of SiT ti/2 on the digits, 10 steps, since schema 2.
+"""The first 12 digits per stage for SiT ti/2 on the digits with 10 steps, since schema 2.
 
-A change means that rerunning a published command trains again instead of finding its finished stages.
+A change means that rerunning a command trains its stages again. Renaming a supervision class or one of its
+fields changes them.
 """
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from stbench.sweep.executor import Executor, LocalExecutor, Outcome, last_line, log_file
+from stbench.runs.folder import OutputFolder
+from stbench.sweep.executor import Executor, LocalExecutor, Outcome, last_line
 from tests.fake_jobs import job
 
 
@@ -27,17 +28,18 @@ def test_a_process_per_run_with_slot_log_and_error(tmp_path: Path) -> None:
     executor = LocalExecutor(tmp_path, [{"COLUMNS": "33"}])
     good, bad = job("good"), replace(job("bad"), arguments=("show", "nowhere"))
     good = replace(good, arguments=("--version",))
-    log_file(tmp_path, good.run_id).parent.mkdir()
-    log_file(tmp_path, bad.run_id).write_text("an earlier attempt\n")
+    OutputFolder(tmp_path).run_log(good.run_id).parent.mkdir()
+    OutputFolder(tmp_path).run_log(bad.run_id).write_text("an earlier attempt\n")
     executor.submit(good)
     assert not executor.has_free_slot()
     assert wait_for(executor) == [Outcome(good.run_id)]
     assert executor.has_free_slot()
-    assert log_file(tmp_path, good.run_id).read_text().startswith("stbench 0.")
+    assert OutputFolder(tmp_path).run_log(good.run_id).read_text().startswith("stbench 0.")
     executor.submit(bad)
     (outcome,) = wait_for(executor)
     assert outcome.error.startswith("nowhere is not a run folder") and "\n" not in outcome.error
-    assert log_file(tmp_path, bad.run_id).read_text().startswith("an earlier attempt\nerror: nowhere")
+    log = OutputFolder(tmp_path).run_log(bad.run_id)
+    assert log.read_text().startswith("an earlier attempt\nerror: nowhere")
 
 
 @pytest.fixture()
@@ -73,7 +75,7 @@ def test_a_second_ctrl_c_kills_processes_that_do_not_stop(tmp_path: Path, child_
     )
     executor = LocalExecutor(tmp_path, [{}])
     executor.submit(job("vanilla"))
-    while last_line(log_file(tmp_path, job("vanilla").run_id)) != "deaf":
+    while last_line(OutputFolder(tmp_path).run_log(job("vanilla").run_id)) != "deaf":
         time.sleep(0.02)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.3)  # stands for the second Ctrl-C

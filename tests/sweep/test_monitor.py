@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from stbench.sweep.executor import log_file
+from stbench.runs.folder import OutputFolder
 from stbench.sweep.monitor import LineMonitor, TableMonitor, format_duration
 from tests.fake_jobs import job
 
@@ -30,8 +30,8 @@ def test_lines_print_each_change_once() -> None:
 
 def test_the_table_shows_running_runs_and_why_others_wait(tmp_path: Path) -> None:
     running, held, failed = (job(name).entry for name in ("vanilla", "held", "lost"))
-    log_file(tmp_path, running.run_id).parent.mkdir()
-    log_file(tmp_path, running.run_id).write_text("vanilla step 100/800: denoise 0.4\n")
+    OutputFolder(tmp_path).run_log(running.run_id).parent.mkdir()
+    OutputFolder(tmp_path).run_log(running.run_id).write_text("vanilla step 100/800: denoise 0.4\n")
     output = StringIO()
     console = Console(file=output, width=140)
     table = TableMonitor(tmp_path, console).table(
