@@ -132,6 +132,15 @@ def nearest_distance(images: Tensor, references: Tensor) -> float:
     return float(nearest.mean()) / math.sqrt(a.shape[1])
 
 
+def _require_computable(names: Sequence[str], count: int) -> None:
+    """Raise UserError for an unknown metric or too few images."""
+    for name in names:
+        if name not in METRICS:
+            raise UserError(f"unknown metric '{name}'{suggest(name, METRICS)}")
+    if count < MIN_IMAGES:
+        raise UserError(f"expected at least {MIN_IMAGES} images, found {count}; use --set eval.samples=1000")
+
+
 def compute_metrics(
     images: Tensor,
     dataset: Dataset,
@@ -148,13 +157,7 @@ def compute_metrics(
     other classes than the data set, "nn_distance*" for images larger than 64x64. Raises UserError for an
     unknown name and for fewer than MIN_IMAGES images.
     """
-    for name in names:
-        if name not in METRICS:
-            raise UserError(f"unknown metric '{name}'{suggest(name, METRICS)}")
-    if len(images) < MIN_IMAGES:
-        raise UserError(
-            f"expected at least {MIN_IMAGES} images, found {len(images)}; use --set eval.samples=1000"
-        )
+    _require_computable(names, len(images))
 
     # Extract the features of the samples once.
     images = images.cpu()

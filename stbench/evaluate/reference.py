@@ -33,6 +33,8 @@ from stbench.evaluate.statistics import REFERENCE_FEATURES, ImageStatistics, Mom
 
 ARRAY_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dino": ("mu_dino", "sigma_dino")}
 """Feature space -> names of its mean and covariance in a file; the first two pairs are ADM's."""
+STATISTICS_SCHEMA = 1
+"""Version of the statistics files."""
 
 Measure = Callable[[ImageSet], ImageStatistics]
 """Measures a set of images with the caller's networks, batch size and device."""
@@ -126,7 +128,7 @@ def write_statistics(
     for space, moments in measured.moments.items():
         arrays |= {name: array.numpy() for name, array in zip(ARRAY_NAMES[space], moments, strict=True)}
     about = {
-        "schema": 1,
+        "schema": STATISTICS_SCHEMA,
         "images": measured.name,
         "digest": measured.digest,
         "count": measured.count,

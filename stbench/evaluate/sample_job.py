@@ -19,8 +19,7 @@ from stbench.evaluate.generate import draw_labels
 from stbench.evaluate.progress import ProgressBar, Report, ignore, no_progress
 from stbench.evaluate.sample_batch import BatchSampler, SampleSpec, rows_per_call
 from stbench.evaluate.sample_model import ModelLocation, SamplingModel, load_model
-from stbench.evaluate.sample_parts import PartsFolder, is_finished, join_parts
-from stbench.runs.records import SCHEMA
+from stbench.evaluate.sample_parts import SETTINGS_SCHEMA, PartsFolder, is_finished, join_parts
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 """Arithmetic that the network may use."""
@@ -106,7 +105,7 @@ def sample_images(
     if model.description:
         print(f"sampling from {model.description}", file=sys.stderr)
     spec = resolve_request(request, model)
-    settings = {"schema": SCHEMA, "device": devices[0].type, **spec.fields(), **model.identity()}
+    settings = {"schema": SETTINGS_SCHEMA, "device": devices[0].type, **spec.fields(), **model.identity()}
     missing = [output for output in outputs if not is_finished(output, settings)]
     if not missing:
         return settings
@@ -139,18 +138,19 @@ def _generate_missing(
     if not missing:
         return
     if len(devices) > 1:
-        generate_in_processes(job, devices, missing, report)
+        generate_in_processes(job, devices, missing, report=report)
         return
     if devices[0].type != "cpu":
         model = load_model(job.location, devices[0])
-    _generate_shards(job, model, devices[0], missing, report)
+    _generate_shards(job, model, missing, device=devices[0], report=report)
 
 
 def _generate_shards(
     job: Job,
     model: SamplingModel,
-    device: torch.device,
     shards: Sequence[tuple[int, int]],
+    *,
+    device: torch.device,
     report: Report,
 ) -> None:
     """Generate shards (start, stop) one after the other in this process."""
@@ -164,6 +164,7 @@ def generate_in_processes(
     job: Job,
     devices: Sequence[torch.device],
     shards: Sequence[tuple[int, int]],
+    *,
     report: Report = ignore,
 ) -> None:
     """Generate shards in one process per device, each with every n-th shard.
@@ -176,7 +177,10 @@ def generate_in_processes(
     threads = torch.get_num_threads()
     workers = [
         context.Process(
-            target=_work, args=(job, device, shards[index :: len(devices)], threads, errors), daemon=True
+            target=_work,
+            args=(job, device, shards[index :: len(devices)]),
+            kwargs={"threads": threads, "errors": errors},
+            daemon=True,
         )
         for index, device in enumerate(devices)
     ]
@@ -210,12 +214,12 @@ def generate_in_processes(
 
 
 def _work(
-    job: Job, device: torch.device, shards: Sequence[tuple[int, int]], threads: int, errors: Any
+    job: Job, device: torch.device, shards: Sequence[tuple[int, int]], *, threads: int, errors: Any
 ) -> None:
     """Run in a worker process: load the model on its device and generate its shards."""
     torch.set_num_threads(threads)
     try:
-        _generate_shards(job, load_model(job.location, device), device, shards, ignore)
+        _generate_shards(job, load_model(job.location, device), shards, device=device, report=ignore)
     except KeyboardInterrupt:
         return
     except UserError as error:

@@ -20,6 +20,9 @@ from stbench.core.errors import UserError
 from stbench.core.files import atomic_file, atomic_folder, atomic_write, lock_folder, remove_unfinished
 from stbench.evaluate.image_sets import SETTINGS, open_npz, open_npz_array
 
+SETTINGS_SCHEMA = 1
+"""Version of the stored settings."""
+
 
 class PartsFolder:
     """The folder `<output>.parts/`: settings.json and one npy per shard, uint8 (B,H,W,3)."""

@@ -17,7 +17,9 @@ from stbench.evaluate.reference import load_reference, reference_size
 from stbench.evaluate.sample_parts import read_settings
 from stbench.evaluate.scores import ScoreReport, compute_scores, require_comparable
 from stbench.evaluate.statistics import measure_images
-from stbench.runs.records import SCHEMA
+
+SCORES_SCHEMA = 1
+"""Version of the files that contain scores."""
 
 
 def open_samples(samples: Path, reference: Path) -> ImageSet:
@@ -93,7 +95,7 @@ def _scores_file(samples: Path, digest: str) -> Path:
 
 def _write_scores(target: Path, scores: ScoreReport) -> None:
     content: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": SCORES_SCHEMA,
         "metrics": dict(scores.metrics),
         "warnings": scores.warnings,
         "protocol": dict(scores.protocol),

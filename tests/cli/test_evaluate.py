@@ -41,9 +41,8 @@ def test_missing_inception_weights_are_named_with_path_url_and_hash(
     assert not (tmp_path / "a.json").exists()
     with pytest.raises(UserError) as caught:  # `stbench run` has no --inception
         get_extractor("inception-v3-compat")
-    assert f"expected them at {place}; put https" in str(caught.value) and "--inception" not in str(
-        caught.value
-    )
+    message = str(caught.value)
+    assert f"expected them at {place}; put https" in message and "--inception" not in message
 
 
 MISSING: dict[str, Any] = {"inception": Path("missing.pth"), "device": "cpu"}
@@ -75,6 +74,39 @@ def test_a_run_is_not_sampled_if_its_scores_cannot_be_computed(tmp_path: Path, t
     assert not (trained_run / "evaluation").exists()
 
 
+def test_images_are_scored_against_an_adm_file(
+    tmp_path: Path, inception_file: tuple[Path, str], stbench: Command
+) -> None:
+    """The file has statistics of one feature space and no images, as the smallest that ADM publishes."""
+    file, digest = inception_file
+    options = ("--inception", file, "--inception-sha256", digest[:8], "--device", "cpu")
+    np.savez(tmp_path / "adm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "samples.npz", pictures(2, 10))
+    command = ("evaluate", tmp_path / "samples.npz", "--reference", tmp_path / "adm.npz", *options)
+    code, out, err = stbench(*command, "--output", tmp_path / "scores.json")
+    assert code == 0 and "fid10" in out and "scores and protocol: " in out, err
+    assert "warning: fid: 10 images" in err and "no statistics for sfid: left out" in err
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert content["metrics"].keys() == {"fid10", "is_adm10", "is_torch_fidelity10"}
+    assert content["protocol"]["networks"]["pool"] == f"inception-v3-compat {digest[:16]}"
+
+
+def test_mistakes_in_what_is_scored_are_one_line(tmp_path: Path, stbench: Command) -> None:
+    np.savez(tmp_path / "samples.npz", pictures(2, 10))
+    command = ("evaluate", tmp_path / "samples.npz", "--device", "cpu")
+    for options, message in (
+        ((), "to score images, add --reference REF"),
+        (
+            ("--reference", tmp_path / "samples.npz", "--samples", 20),
+            "--samples, --eval-guidance and --set apply to a run",
+        ),
+        (("--reference", tmp_path / "gone"), "gone not found; expected an ADM npz"),
+    ):
+        code, _, err = stbench(*command, *options)
+        assert code == 2 and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.slow
 def test_commands_from_images_to_scores(
     tmp_path: Path, inception_file: tuple[Path, str], dino_file: Path, stbench: Command
 ) -> None:
@@ -95,12 +127,6 @@ def test_commands_from_images_to_scores(
     assert protocol["networks"]["pool"] == f"inception-v3-compat {digest[:16]}"
     assert protocol["networks"]["dino"].startswith("vit_small_patch14_dinov2 ")
     assert protocol["reference_count"] == 10 and protocol["sampling"] is None
-    code, _, err = stbench("evaluate", tmp_path / "samples.npz")
-    assert code == 2 and "to score images, add --reference REF" in err
-    code, _, err = stbench(*command, "--samples", 20)
-    assert code == 2 and "--samples, --eval-guidance and --set apply to a run" in err
-    code, _, err = stbench("evaluate", tmp_path / "samples.npz", "--reference", tmp_path / "gone", *options)
-    assert code == 2 and err.count("\n") == 1 and "gone not found" in err
 
 
 @pytest.mark.slow

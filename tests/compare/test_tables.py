@@ -54,7 +54,7 @@ def test_a_bound_is_marked() -> None:
 def test_the_sampler_is_named_with_its_function_evaluations() -> None:
     assert sampling({"sampler": "ddim", "steps": 20}) == ["ddim sampler with 20 function evaluations"]
     assert sampling({"sampler": "heun", "steps": 10}) == ["heun sampler with 19 function evaluations"]
-    assert sampling({}) == []
+    assert sampling({}) == sampling({"sampler": "ddim"}) == []
 
 
 def test_the_function_evaluations_are_those_of_the_samplers() -> None:

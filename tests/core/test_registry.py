@@ -78,6 +78,22 @@ def test_a_plugin_file_registers_under_its_hash(plugin: Path) -> None:
     assert load_plugins([plugin]) == {str(plugin): sha256}
 
 
+def test_plugins_of_installed_packages_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "installed_plugin.py"
+    module.write_text("def register():\n    pass\n")
+    metadata = tmp_path / "installed_plugin-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: installed-plugin\nVersion: 1.0\n")
+    points = "whole = installed_plugin\nfunction = installed_plugin:register\n"
+    (metadata / "entry_points.txt").write_text(f"[stbench.test_plugins]\n{points}")
+    sha256 = hashlib.sha256(module.read_bytes()).hexdigest()
+    assert load_plugins(group="stbench.test_plugins") == {
+        "installed_plugin": sha256,
+        "installed_plugin:register": sha256,
+    }
+
+
 def test_a_failed_import_leaves_no_module(tmp_path: Path) -> None:
     file = tmp_path / "broken.py"
     file.write_text("1 / 0\n")

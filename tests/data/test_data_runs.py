@@ -167,7 +167,9 @@ def test_a_run_on_replaced_data_is_refused(root: Path, vae: Path, tmp_path: Path
     shutil.copytree(root / "set", tmp_path / "set")
     record = train(tmp_path / "runs", tmp_path / "set")
     shutil.rmtree(tmp_path / "set")
-    run_prepare(replace(options_for(root, vae), target=tmp_path / "set", flip=False))
+    shutil.copytree(root / "images", tmp_path / "images")
+    next((tmp_path / "images").rglob("*.png")).unlink()
+    run_prepare(replace(options_for(root, vae), source=tmp_path / "images", target=tmp_path / "set"))
     _built.clear()
     with pytest.raises(UserError, match="changed since the run started: expected fingerprint"):
         past_run.open_run(Path(record.path))

@@ -1,11 +1,12 @@
-"""Kills runs with SIGKILL at chosen events and lets the same command finish them; run as a process of its
-own.
+"""Kill runs with SIGKILL at chosen events and let the same command finish them. Runs as a separate process.
 
-python kill_driver.py FOLDER EVENT... EVENT: FUNCTION:N (its n-th call), FUNCTION.fsync:N (the n-th fsync in
-it), any:FRACTION (a call of the package's, by its place in the run)
+    python kill_driver.py FOLDER EVENT...
 
-Prints one JSON line an event: {"event", "killed", "same", "where"}. The events are counted by a profile
-function, so the program itself knows nothing of the test. Children are forked: the imports are paid once.
+An EVENT is FUNCTION:N (the N-th call of a function), FUNCTION.fsync:N (the N-th fsync inside it) or
+any:FRACTION (a call of the package, by its position in the run).
+
+Prints one JSON line per event: {"event", "killed", "same", "where"}. A profile function counts the events, so
+the program does not need to know about the test. Children are forked, so imports happen once.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PACKAGE = str(Path(engine.__file__).parents[1])
 
 
 def train(output: Path) -> None:
-    """The run under test: Self-Transcendence, 6 steps a stage, evaluated twice."""
+    """The run under test: Self-Transcendence with 6 steps per stage, evaluated twice."""
     spec = resolve(RunRequest("sit", "self-transcendence", steps=6, overrides=OVERRIDES))
     engine.run(prepare(spec), engine.RunOptions(output, keep="all"))
 
@@ -95,7 +96,7 @@ def child(output: Path, event: str | None) -> tuple[bool, str]:
 
 
 def digest(output: Path) -> dict[str, str]:
-    """Every weight file's hash, and the curve and stage records without their wall-clock fields."""
+    """Hashes of all weight files, and the curve and stage records without their wall-clock fields."""
     found = {}
     (folder,) = (path.parent for path in (*output.glob("*/spec.json"), *output.glob("spec.json")))
     for file in sorted(folder.rglob("checkpoints/*/[er][ma][aw]-*.safetensors")):
@@ -109,7 +110,7 @@ def digest(output: Path) -> dict[str, str]:
 
 
 def count_calls(output: Path) -> int:
-    """How many calls of the package's functions a whole run makes."""
+    """Number of calls of the package's functions in a complete run."""
     calls = 0
 
     def watch(frame: FrameType, kind: str, argument: Any) -> None:
@@ -123,7 +124,7 @@ def count_calls(output: Path) -> int:
 
 
 def main() -> None:
-    """Reference run, then one killed and resumed run an event."""
+    """Train a reference run, then one run per event that is killed and resumed."""
     folder, events = Path(sys.argv[1]), sys.argv[2:]
     load_builtins()
     get_dataset("digits")
@@ -132,7 +133,7 @@ def main() -> None:
     assert expected["status"] == "finished" and len(expected) == 8, expected
     for number, event in enumerate(events):
         output = folder / str(number)
-        # the reference statistics take longest
+        # computing the reference statistics would take most of the time
         shutil.copytree(folder / "reference" / ".cache", output / ".cache")
         if event.startswith("any:"):
             event = f"any:{max(1, int(float(event[4:]) * calls))}"

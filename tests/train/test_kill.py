@@ -1,4 +1,4 @@
-"""kill -9 anywhere, the same command again, the same bits."""
+"""A run that is killed with SIGKILL anywhere and resumed ends with the same bits."""
 
 from __future__ import annotations
 
