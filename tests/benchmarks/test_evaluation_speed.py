@@ -1,4 +1,4 @@
-"""Seconds that samplers, data loading and metrics take on the embedded digits."""
+"""Time of samplers, data loading and metrics on the embedded digits."""
 
 from __future__ import annotations
 

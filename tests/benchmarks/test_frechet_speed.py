@@ -1,4 +1,4 @@
-"""Seconds of the Frechet distance at 2048 dimensions: the symmetric eigen form, scipy's root, eigenvalues.
+"""Time of the Frechet distance at 2048 dimensions: symmetric eigenvalues, scipy's root, torch-fidelity.
 
 All three in one run, on the statistics of 2,500 rows each, and they must agree.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,3 @@ def digits() -> Dataset:
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
-
-
-def with_extractor(dataset: Dataset, extractor: str, **changes: object) -> Dataset:
-    """A copy of a data set that is measured by another extractor, with other attributes replaced."""
-    other = copy.copy(dataset)
-    for name, value in {"extractor": extractor, **changes}.items():
-        setattr(other, name, value)
-    return other

@@ -29,21 +29,21 @@ def fit(rows: Tensor, batch: int = 7) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("batch", [1, 7, 90, 500])
-def test_moments_in_batches_are_numpys_mean_and_covariance(batch: int) -> None:
+def test_running_moments_equal_numpys_mean_and_covariance(batch: int) -> None:
     rows = features(0, 90, 12)
     mean, covariance = fit(rows, batch)
     assert np.allclose(mean, rows.numpy().mean(0), rtol=1e-13)
     assert np.allclose(covariance, np.cov(rows.numpy(), rowvar=False), rtol=1e-10, atol=1e-12)
 
 
-def test_moments_of_float32_rows_are_taken_in_float64() -> None:
+def test_running_moments_of_float32_rows_are_float64() -> None:
     rows = features(1, 4000, 5).float() * 1e3
     expected = np.cov(rows.double().numpy(), rowvar=False)
     assert np.allclose(fit(rows, 64)[1], expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("count", [400, 20], ids=["full rank", "fewer rows than features"])
-def test_frechet_distance_is_that_of_a_matrix_root(count: int) -> None:
+def test_frechet_distance_equals_that_by_a_matrix_root(count: int) -> None:
     a, b = features(2, count, 40), features(3, count, 40, 0.2)
     (mu1, sigma1), (mu2, sigma2) = fit(a), fit(b)
     root = sqrtm(sigma1.numpy() @ sigma2.numpy())
@@ -52,13 +52,13 @@ def test_frechet_distance_is_that_of_a_matrix_root(count: int) -> None:
     assert frechet_distance(mu1, sigma1, mu2, sigma2) == pytest.approx(float(expected), rel=1e-6)
 
 
-def test_frechet_distance_is_symmetric_and_of_itself_zero() -> None:
+def test_frechet_distance_is_symmetric_and_zero_to_itself() -> None:
     one, two = fit(features(4, 100, 16)), fit(features(5, 100, 16))
     assert frechet_distance(*one, *two) == pytest.approx(frechet_distance(*two, *one), rel=1e-10)
     assert 0.0 <= frechet_distance(*one, *one) < 1e-9
 
 
-def test_inception_score_goes_through_the_file_in_order() -> None:
+def test_inception_score_depends_on_the_order_of_the_images() -> None:
     logits = features(6, 230, 9) * 0.5
     p = softmax(logits.numpy(), axis=1)
     scores = []
@@ -81,14 +81,14 @@ def inside(points: Tensor, centres: Tensor, k: int) -> float:
 
 @pytest.mark.parametrize("block", [5000, 64, 33])
 @pytest.mark.parametrize("k", [3, 1])
-def test_precision_and_recall_are_those_of_scikit_learns_neighbours(block: int, k: int) -> None:
+def test_precision_and_recall_agree_with_scikit_learn(block: int, k: int) -> None:
     samples, references = features(7, 150, 6), features(8, 210, 6, 0.7)
     found = precision_recall(samples, references, neighbours=k, block=block)
     assert found == pytest.approx((inside(samples, references, k), inside(references, samples, k)), abs=1e-12)
     assert 0.0 < found[1] < 1.0 and found[0] != found[1]
 
 
-def test_precision_and_recall_of_the_same_set_are_one_and_of_distant_sets_zero() -> None:
+def test_precision_and_recall_are_one_for_equal_sets_and_zero_for_distant_sets() -> None:
     rows = features(9, 60, 6)
     assert precision_recall(rows, rows) == (1.0, 1.0)
     assert precision_recall(rows, rows + 1e3) == (0.0, 0.0)

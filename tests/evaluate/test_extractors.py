@@ -19,7 +19,7 @@ from stbench.data.dataset import Dataset
 from stbench.evaluate.extractors import DigitsExtractor, extract_features, get_extractor
 from stbench.evaluate.metrics import compute_metrics
 from stbench.models.assets import asset_manifest
-from tests.evaluate.conftest import with_extractor
+from tests.measuring import with_extractor
 
 EXTRACTOR = get_extractor("stbench-digits")
 

@@ -1,4 +1,4 @@
-"""Images from an npz in ADM's format, a folder, a prepared data set; mistakes in them in one line."""
+"""Image sets from ADM files, folders and prepared data sets, and one-line errors for damaged ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read(images: ImageSet, batch: int = 3) -> np.ndarray:
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_an_npz_of_adm_is_read_in_order(tmp_path: Path, compressed: bool) -> None:
+def test_an_adm_file_is_read_in_order(tmp_path: Path, compressed: bool) -> None:
     """ADM writes positional arrays with numpy.savez: arr_0 images, arr_1 labels."""
     images = pixels()
     write = np.savez_compressed if compressed else np.savez
@@ -37,7 +37,7 @@ def test_an_npz_of_adm_is_read_in_order(tmp_path: Path, compressed: bool) -> Non
     assert [len(part) for part in found.batches(3)] == [3, 3, 1]
 
 
-def test_a_folder_is_read_by_path_and_becomes_rgb(tmp_path: Path) -> None:
+def test_a_folder_is_read_sorted_by_path_and_converted_to_rgb(tmp_path: Path) -> None:
     images = pixels()
     place = write_images(tmp_path / "x" / "class0", images)
     Image.fromarray(images[0, :, :, 0]).save(tmp_path / "x" / "grey.PNG")
@@ -58,7 +58,7 @@ def test_other_files_in_a_folder_are_counted(tmp_path: Path) -> None:
     assert (len(found), dict(found.ignored)) == (3, {".txt": 2, "README": 1})
 
 
-def test_a_folder_of_mixed_sizes_is_cropped_only_when_asked(tmp_path: Path) -> None:
+def test_a_folder_of_mixed_sizes_is_only_cropped_on_request(tmp_path: Path) -> None:
     place = write_images(tmp_path, pixels(2, 20, 30))
     Image.fromarray(pixels(1, 33, 21)[0]).save(place / "z.png")
     with pytest.raises(UserError, match=r"images of one size, found 0000.png of 30x20 and .*z.png of 21x33"):
@@ -108,7 +108,7 @@ def test_a_damaged_npz_is_one_line(tmp_path: Path, damage: str) -> None:
         read(open_images(file))
 
 
-def test_what_is_not_there_or_empty_is_one_line(tmp_path: Path) -> None:
+def test_missing_and_empty_paths_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone.npz not found; expected an npz"):
         open_images(tmp_path / "gone.npz")
     with pytest.raises(UserError, match="contains no images; expected files that end in .bmp, .gif, .jpeg"):
@@ -143,7 +143,7 @@ def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
         open_images(tmp_path)
 
 
-def test_a_prepared_data_set_gives_its_reference_images(tmp_path: Path) -> None:
+def test_a_prepared_data_set_provides_its_reference_images(tmp_path: Path) -> None:
     make_images(tmp_path / "images", 60, 32)
     job = PrepareOptions(tmp_path / "images", tmp_path / "set", "none", 32, shards=2, batch=8, references=20)
     prepare(job, open_task(job), lambda count: None)

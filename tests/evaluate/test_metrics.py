@@ -28,7 +28,7 @@ from stbench.evaluate.metrics import (
     reference_statistics,
 )
 from tests.datafiles import EXTRACTOR as COLOUR_EXTRACTOR
-from tests.evaluate.conftest import with_extractor
+from tests.measuring import with_extractor
 
 EXTRACTOR = get_extractor("stbench-digits")
 ALL = (*BASIC_METRICS, *EXTRA_METRICS)

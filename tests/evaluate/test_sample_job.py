@@ -31,7 +31,7 @@ from stbench.evaluate.sample_job import (
 )
 from stbench.evaluate.sample_model import ModelLocation, load_model
 from stbench.evaluate.sample_parts import PartsFolder, read_settings
-from tests.evaluate.test_sample_batch import small_model
+from tests.sampling import small_model
 
 CPU = torch.device("cpu")
 COUNT = 2 * CPU_ROWS + 6

@@ -43,7 +43,7 @@ def test_fewer_images_than_features_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_scores_of_two_references_are_both_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also from inside a folder of samples, which then has no name of its own."""
+    """Also if the samples are given as ".", the current folder."""
     samples = write_images(tmp_path / "samples", pictures(0, 12))
     for seed in (1, 2):
         np.savez(tmp_path / f"{seed}.npz", pictures(seed, 12))

@@ -115,7 +115,7 @@ def test_a_run_whose_sweep_is_killed_saves_and_ends(tmp_path: Path) -> None:
         lambda: has_saved(output), write_suite(tmp_path, [{"recipe": "vanilla"}], steps=100_000), output
     )
     (run,) = (RunFolder(path.parent) for path in output.glob("*/spec.json"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while run.in_use():
         assert time.monotonic() < deadline
         time.sleep(0.1)
