@@ -220,6 +220,12 @@ def test_training_does_not_change_the_global_generator(tiny: Runner) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_training_restores_the_precision_switches(tiny: Runner) -> None:
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    tiny(precision="tf32", steps=1)
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+
+
 def test_costs_add_up(tiny: Runner) -> None:
     record = tiny("self-transcendence")
     teacher, student = record.stages

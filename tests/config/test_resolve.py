@@ -1,0 +1,102 @@
+"""From a request to a prepared run: effective values, hashes and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from stbench.config.plan import PreparedRun, prepare
+from stbench.config.resolve import RunRequest, resolve
+from stbench.core.backbone import BackboneInfo
+from stbench.core.errors import UserError
+from stbench.core.recipe import NoSupervision, Stage, computed
+from stbench.core.registry import BACKBONES, RECIPES, lookup, names
+
+
+def prepared(recipe: str, backbone: str = "sit", steps: int = 40, **overrides: Any) -> PreparedRun:
+    options = {name.replace("__", "."): value for name, value in overrides.items()}
+    return prepare(resolve(RunRequest(backbone, recipe, steps=steps, overrides=options)))
+
+
+@pytest.mark.parametrize("recipe", names(RECIPES))
+def test_every_recipe_option_has_an_effective_value(recipe: str) -> None:
+    """Only options whose None means "none" may be None, never a default that is decided later."""
+    effective = prepared(recipe).spec.recipe.effective
+    assert {name for name, value in effective.items() if value is None} <= {"checkpoint"}
+    assert prepared(recipe).spec.recipe.options == {}
+
+
+@pytest.mark.parametrize("backbone", names(BACKBONES))
+def test_the_backbone_is_stored_with_all_its_options(backbone: str) -> None:
+    spec = prepared("vanilla", backbone).spec.backbone
+    preset = lookup(BACKBONES, backbone).presets["ti/2"]
+    assert spec.effective.keys() >= preset.keys() - {"objective"} and "time_scale" in spec.effective
+    assert spec.options == {}
+    changed = prepared("vanilla", backbone, backbone__heads=1).spec.backbone
+    assert changed.options == {"heads": 1} and changed.effective["heads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "option", "value"),
+    [
+        ("self-transcendence", "guidance", 10),
+        ("self-transcendence", "teacher_steps", 40),
+        ("sra", "weight", 0.2),
+    ],
+)
+def test_an_option_that_is_set_to_its_default_is_the_same_row(recipe: str, option: str, value: float) -> None:
+    plain, explicit = prepared(recipe), prepared(recipe, **{f"recipe__{option}": value})
+    assert explicit.hashes == plain.hashes and explicit.run_id == plain.run_id
+    assert explicit.spec.recipe == plain.spec.recipe
+    assert [s.fingerprint for s in explicit.stages] == [s.fingerprint for s in plain.stages]
+
+
+def test_null_is_the_default_of_a_computed_option() -> None:
+    assert prepared("sra", recipe__weight=None).spec == prepared("sra").spec
+    with pytest.raises(UserError, match=r"invalid value for 'recipe\.t_max'"):
+        prepared("sra", recipe__t_max=None)
+
+
+def test_a_default_may_depend_on_another_option() -> None:
+    """SRA's weight is 0.2, but 0.5 for a cosine; only the option that was set labels the row."""
+    spec = prepared("sra", recipe__distance="cosine").spec.recipe
+    assert spec.options == {"distance": "cosine"} and spec.effective["weight"] == 0.5
+    both = prepared("sra", recipe__distance="cosine", recipe__weight=0.5).spec.recipe
+    assert both == spec
+    other = prepared("sra", recipe__distance="cosine", recipe__weight=0.2).spec.recipe
+    assert other.options == {"distance": "cosine", "weight": 0.2}
+
+
+def test_the_hash_of_a_backbone_covers_its_effective_options() -> None:
+    plain = prepared("vanilla")
+    assert prepared("vanilla", backbone__heads=3).hashes == plain.hashes  # as in the preset
+    assert prepared("vanilla", backbone__heads=1).hashes.setting != plain.hashes.setting
+
+
+@pytest.fixture()
+def counted() -> Iterator[list[dict[str, Any]]]:
+    """A recipe that records its calls."""
+    calls: list[dict[str, Any]] = []
+
+    def recipe(info: BackboneInfo, *, block: int = computed(lambda c: c.info.depth - 1)) -> Sequence[Stage]:
+        calls.append({"block": block})
+        return [Stage("counted", lambda earlier: NoSupervision())]
+
+    RECIPES.register_module(name="counted", module=recipe)
+    yield calls
+    del RECIPES.module_dict["counted"]
+
+
+def test_the_recipe_function_is_called_once_per_run(counted: list[dict[str, Any]]) -> None:
+    run = prepared("counted")
+    assert counted == [{"block": 5}] and run.spec.recipe.effective == {"block": 5}
+
+
+def test_an_earlier_stage_is_relative_to_steps_or_absolute() -> None:
+    assert [stage.steps for stage in prepared("self-transcendence").stages] == [40, 40]
+    fixed = prepared("self-transcendence", recipe__teacher_steps=7)
+    assert [stage.steps for stage in fixed.stages] == [7, 40]
+    longer = prepared("self-transcendence", steps=80, recipe__teacher_steps=7)
+    assert longer.run_id == fixed.run_id  # it continues the shorter run
