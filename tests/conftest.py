@@ -19,6 +19,7 @@ from stbench.config.plan import prepare
 from stbench.config.resolve import RunRequest, resolve
 from stbench.config.spec import RunSpec
 from stbench.core.registry import load_builtins
+from stbench.runs.folder import OutputFolder
 from stbench.runs.records import RunRecord
 from stbench.train import engine
 from tests.weights import random_dino, random_inception
@@ -45,10 +46,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+_statistics: list[Path] = []
+"""Folder with the reference statistics of the test session, which take seconds to compute."""
+
+
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _session(tmp_path_factory: pytest.TempPathFactory) -> None:
     torch.set_num_threads(1)
     load_builtins()
+    _statistics.append(tmp_path_factory.mktemp("statistics"))
+
+
+def share_statistics(output: Path) -> Path:
+    """Let the runs in an output folder use the reference statistics of the test session."""
+    folder = OutputFolder(output).reference_statistics
+    if not folder.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        folder.symlink_to(_statistics[-1], target_is_directory=True)
+    return output
 
 
 def tiny_spec(recipe: str = "vanilla", *, backbone: str = "sit", steps: int = 4, **more: Any) -> RunSpec:
@@ -65,7 +80,7 @@ def train_tiny(
     """Train a tiny spec under `folder`/`output` and return its record."""
     options = {k: more.pop(k) for k in ("keep", "reuse") if k in more}
     prepared = prepare(tiny_spec(recipe, **more))
-    return engine.run(prepared, engine.RunOptions(folder / output, **options), hooks)[0]
+    return engine.run(prepared, engine.RunOptions(share_statistics(folder / output), **options), hooks)[0]
 
 
 @pytest.fixture()
