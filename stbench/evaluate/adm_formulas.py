@@ -40,6 +40,7 @@ class RunningMoments:
         if self.count == 0:
             self._mean, self._scatter, self.count = mean, scatter, batch
             return
+        # Merge the batch: its own scatter, plus the scatter of the two means about their common mean.
         total, shift = self.count + batch, mean - self._mean
         self._scatter += scatter + torch.outer(shift, shift) * (self.count * batch / total)
         self._mean = self._mean + shift * (batch / total)
@@ -58,6 +59,7 @@ def inception_score_in_order(logits: Tensor, split: int = SPLIT) -> float:
     """
     scores = []
     for part in torch.split(logits.double(), split):
+        # KL(p || mean p) from log-softmax: p log p stays finite where p underflows
         log_p = part.log_softmax(1)
         p = log_p.exp()
         divergence = (p * (log_p - p.mean(0, keepdim=True).log())).sum(1)
@@ -74,6 +76,7 @@ def precision_recall(
     inside any sample's ball. The radius of a ball is the distance to the k-th nearest neighbour in its own
     set; the boundary belongs to the ball. Distances are computed in blocks: 50,000 rows would need 20 GB.
     """
+    # Radii are compared as squares, so that no root rounds a point across a boundary.
     samples, references = samples.double(), references.double()
     precision = _share_inside(samples, references, _squared_radii(references, neighbours, block), block)
     recall = _share_inside(references, samples, _squared_radii(samples, neighbours, block), block)
@@ -85,6 +88,7 @@ def _squared_radii(rows: Tensor, neighbours: int, block: int) -> Tensor:
     radii = []
     for part in torch.split(rows, block):
         nearest = torch.empty(len(part), 0, dtype=rows.dtype, device=rows.device)
+        # Carry the k + 1 nearest so far from block to block.
         for others in torch.split(rows, block):
             both = torch.cat([nearest, _squared_distances(part, others)], dim=1)
             # k + 1, because every row is its own nearest neighbour
@@ -106,5 +110,6 @@ def _share_inside(points: Tensor, centres: Tensor, squared_radii: Tensor, block:
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
     """Return the squared distances (N,M) of rows (N,D) and (M,D), by the same expansion as ADM."""
+    # |a-b|^2 = |a|^2 + |b|^2 - 2ab; rounding can make it slightly negative for equal rows
     squares = a.square().sum(1, keepdim=True) + b.square().sum(1)
     return torch.addmm(squares, a, b.T, alpha=-2.0).clamp(min=0.0)

@@ -99,6 +99,7 @@ def get_extractor(name: str) -> FeatureExtractorBase:
     known = FEATURE_EXTRACTORS_REGISTRY
     if name not in known:
         raise UserError(f"unknown feature extractor '{name}'{suggest(name, known)}")
+    # torch-fidelity names layers per extractor and metric; the order here is the order of the outputs.
     layers = [known[name].get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
     return create_feature_extractor(name, layers, cuda=False, verbose=False)
 

@@ -96,6 +96,7 @@ class DinoV2(FeatureNetwork):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return "dino"."""
+        # PIL filters with antialiasing and rounds to 8 bits, as dgm-eval does; torch's bicubic differs.
         resized = [
             np.asarray(Image.fromarray(image).resize((224, 224), Image.Resampling.BICUBIC))
             for image in images.permute(0, 2, 3, 1).cpu().numpy()
@@ -146,12 +147,14 @@ def load_inception(
             f"Inception weights {INCEPTION_FILE} (sha256 {INCEPTION_SHA256}...) not found: expected them "
             f"at {path}; put {URL_INCEPTION_V3} there{option}"
         )
+    # Hash first, then parse.
     state, digest = _read_checked(path, sha256, "Inception")
 
     # torch-fidelity unpickles its file without restrictions, so it gets a new one, with the tensors we read.
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
+    # The constructor initialises every layer before it loads; forking keeps the global random state.
     with torch.random.fork_rng(devices=[]):
         try:
             net = FeatureExtractorInceptionV3(
@@ -174,6 +177,7 @@ def load_dino(file: Path) -> DinoV2:
     state, digest = _read_checked(file, "", "DINOv2")
     if "cls_token" not in state or state["cls_token"].shape[-1] not in DINO_SIZES:
         raise _wrong_weights(file, "DINOv2", "no cls_token of a known width")
+    # Size and variant are not stored in the file, but the width and the register tokens reveal them.
     registers = "_reg4" if any(key in state for key in ("reg_token", "register_tokens")) else ""
     name = f"vit_{DINO_SIZES[state['cls_token'].shape[-1]]}_patch14{registers}_dinov2"
     with torch.random.fork_rng(devices=[]):
@@ -189,6 +193,7 @@ def load_dino(file: Path) -> DinoV2:
 def _read_checked(file: Path, sha256: str, what: str) -> tuple[dict[str, Any], str]:
     """Return a file's state dict and sha256. The hash is compared before any byte is interpreted."""
     content = file.read_bytes()
+    # The bytes that were hashed are the bytes that are parsed: the file cannot change in between.
     digest = hashlib.sha256(content).hexdigest()
     if not digest.startswith(sha256.lower()):
         raise UserError(

@@ -48,6 +48,7 @@ def block_noise(seed: int, stream: str, *, start: int, stop: int, shape: tuple[i
 
     `start` must be a multiple of NOISE_BLOCK.
     """
+    # Whole blocks are drawn and cut, so the last image of a short range has the same noise as in a long one.
     blocks = [
         torch.randn((NOISE_BLOCK, *shape), generator=generator(seed, stream, first))
         for first in range(start, stop, NOISE_BLOCK)
@@ -94,6 +95,7 @@ def generate(
     images = []
     for start in range(0, n, batch):
         stop = min(start + batch, n)
+        # Noise is drawn on the CPU: CUDA generators produce other numbers.
         z = block_noise(seed, "evaluation", start=start, stop=stop, shape=shape).to(device)
         with arithmetic("fp32", torch.device(device)):
             latents = sample(
@@ -151,6 +153,7 @@ def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:
     """
     sheet = make_grid(images.cpu(), nrow=columns, padding=1, pad_value=96).permute(1, 2, 0)
     sheet = sheet.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    # Encode in memory, because PIL cannot write atomically.
     buffer = BytesIO()
     Image.fromarray(sheet.numpy()).save(buffer, format="PNG")
     atomic_write(path, buffer.getvalue())

@@ -76,6 +76,7 @@ class NpzImages(ImageSet):
     def batches(self, batch: int) -> Iterator[Tensor]:
         """Yield the images in file order."""
         height, width = self.size
+        # The member of the zip archive is a stream: batches must be read in order.
         with open_npz_array(self.path, "arr_0") as (file, _, _):
             for start in range(0, self._length, batch):
                 count = min(batch, self._length - start)
@@ -106,6 +107,7 @@ def open_npz_array(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int
             )
             raise UserError(f"{path}: expected {expected}, found {found}; {remedy}")
         with archive.open(f"{name}.npy") as file:
+            # np.load would read the whole array; the header alone gives shape and type.
             try:
                 version = np.lib.format.read_magic(file)
                 first = version == (1, 0)
@@ -143,6 +145,7 @@ class FolderImages(ImageSet):
 
     def __init__(self, path: Path, crop: int | None = None) -> None:
         self.name, self._crop = str(path), crop
+        # Everything that is not an image is counted, except our own settings file.
         found = [file for file in path.rglob("*") if file.is_file()]
         self._files = sorted(file for file in found if file.suffix.lower() in SUFFIXES)
         others = {file for file in found if file.name != SETTINGS}.difference(self._files)
@@ -207,7 +210,7 @@ class PreparedImages(ImageSet):
         """Yield the images by row."""
         for start in range(0, len(self._rows), batch):
             images = torch.from_numpy(self._data.pixels(self._rows[start : start + batch]))
-            yield images.expand(-1, 3, -1, -1)
+            yield images.expand(-1, 3, -1, -1)  # grey sets become RGB
 
 
 def open_images(path: Path, crop: int | None = None) -> ImageSet:
@@ -215,6 +218,7 @@ def open_images(path: Path, crop: int | None = None) -> ImageSet:
 
     `crop` applies to folders only. Raises UserError for anything else.
     """
+    # A prepared data set is a folder too, recognised by its manifest.
     folder = path.is_dir() and not (path / MANIFEST).is_file()
     if crop is not None and not folder:
         raise UserError(f"--size crops a folder of images, found {path}; drop --size")

@@ -78,6 +78,7 @@ def load_reference(
             images, networks, keep=REFERENCE_FEATURES, batch=batch, device=device, report=report
         )
 
+    # The arrays of an npz decide what it is; folders and data sets contain images.
     _require_exists(path)
     arrays = _array_names(path) if path.is_file() else set()
     if "about" in arrays:
@@ -135,6 +136,7 @@ def write_statistics(
         "size": list(measured.size),
         "networks": {space: network.label for network in networks for space in network.spaces},
     }
+    # numpy's own npz: `numpy.load` and ADM's evaluator read it.
     with atomic_file(output) as file:
         np.savez(file, **arrays, about=np.array(json.dumps(about)))  # type: ignore[arg-type]
     return measured
@@ -204,10 +206,13 @@ def _read_adm(
     moments: dict[str, Moments] = {}
     other_counts: dict[str, int] = {}
     features, size = None, None
+    # Moments that the file contains, checked against the dimensions of the networks.
     for network in networks:
         for space in network.spaces:
             if arrays & set(ARRAY_NAMES[space]):
                 moments[space] = _read_moments(path, space, network)
+
+    # The images in arr_0 give the features, and the moments of the other spaces.
     if "arr_0" in arrays:
         measured = measure(NpzImages(path))
         size, features = measured.size, _features_or_none(measured)

@@ -76,6 +76,8 @@ class BatchSampler:
         spec, model = self._spec, self._model
         info = model.backbone.info
         last, shape = first + self._rows, (info.channels, info.input_size, info.input_size)
+
+        # Pad the last call to full rows; label 0 exists in every network.
         labels = torch.zeros(self._rows, dtype=torch.long)
         existing = self._labels[first:last]
         labels[: len(existing)] = existing
@@ -92,8 +94,11 @@ class BatchSampler:
                     spec.seed, f"sample-step-{draw}", start=first, stop=last, shape=shape
                 ),
             )
+
+        # The decoder runs in fp32, so that --precision changes the network only.
         with arithmetic("fp32", self._device):
             images = model.decode(latents)
+        # Grey images become RGB, channels last, as in ADM's files.
         return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 

@@ -81,7 +81,7 @@ def load_model(location: ModelLocation, device: torch.device | str = "cpu") -> S
     Raises UserError if the run has no weights yet, if a file is missing or damaged, or if the decoder does
     not fit the network.
     """
-    load_builtins()
+    load_builtins()  # a worker process starts with empty registries
     return _load_official(location, device) if location.official else _load_run(location, device)
 
 
@@ -91,6 +91,7 @@ def _load_run(location: ModelLocation, device: torch.device | str) -> SamplingMo
     if not files:
         raise UserError(f"{location.path} has no weights yet; finish it with `stbench run` first")
     spec = run.prepared.spec
+    # The largest step is the final one, or the latest of an unfinished run.
     network, settings = run.load(files[max(files)]), spec.eval
     dataset = _with_decoder(run.prepared.dataset, location.vae).to(device)
     return SamplingModel(
@@ -126,6 +127,7 @@ def _load_official(location: ModelLocation, device: torch.device | str) -> Sampl
             "official weights need a decoder: add --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder, "
             "or none for pixels"
         )
+    # "none" is a value of --vae: the network generates pixels.
     vae = None if location.vae == PIXELS else find_vae(location.vae)
     model = load_official(
         location.path, weights=location.weights, heads=location.heads, original=location.original

@@ -30,6 +30,7 @@ class PartsFolder:
     def __init__(self, output: Path, settings: Mapping[str, Any], size: int) -> None:
         self.folder = output.with_name(f"{output.name}.parts")
         self.settings = settings
+        # Every shard but the last has `size` images.
         count = settings["count"]
         self.shards = [(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -69,6 +70,7 @@ class PartsFolder:
             yield array
 
     def _read(self, start: int, stop: int) -> np.ndarray | None:
+        # A shard that is missing, cut off or of another shape is generated again.
         with suppress(OSError, ValueError, EOFError):
             array = np.load(self.file(start), mmap_mode="r", allow_pickle=False)
             if array.dtype == np.uint8 and array.ndim == 4 and len(array) == stop - start:
@@ -87,6 +89,8 @@ def join_parts(parts: PartsFolder, output: Path, labels: np.ndarray) -> None:
     """
     remove_unfinished(output.parent, output.name)
     settings = parts.settings
+
+    # Shards are streamed: 50,000 images need not fit into memory.
     if output.suffix == ".npz":
         first = next(parts.arrays())
         others = {"labels": labels, "settings": np.array(json.dumps(settings))}
@@ -103,6 +107,7 @@ def write_npz(
     Uncompressed, like `numpy.savez`. Only one batch is in memory at a time.
     """
     with atomic_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        # The size is unknown when the member is opened, and may exceed 2 GiB.
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)  # type: ignore[arg-type]
@@ -132,6 +137,7 @@ def read_settings(output: Path) -> dict[str, Any] | None:
     if output.is_dir():
         file = output / SETTINGS
         return _parse(file.read_text(), file) if file.is_file() else None
+    # An npz from elsewhere, for example from ADM, has no settings.
     with open_npz(output) as archive:
         if "settings.npy" not in archive.namelist():
             return None

@@ -106,6 +106,7 @@ def compute_scores(
 
     missing = [n for n, s in FRECHET_SPACES.items() if s in samples.moments and s not in reference.moments]
     warnings += [f"{reference.name} has no statistics for {name}: left out" for name in missing]
+    # In the order of SCORES, under their full names.
     metrics = {score_name(name, samples.count): found[name] for name in SCORES if name in found}
     return ScoreReport(metrics, _protocol(samples, reference), warnings)
 

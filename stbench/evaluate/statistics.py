@@ -61,6 +61,8 @@ def measure_images(
         raise UserError(
             f"expected at least 2 images in {images.name}, found {count}; published scores use 50000"
         )
+
+    # Accumulators: moments of every space, and rows of the kept images.
     kept = evenly_spaced(count, keep)
     digest = hashlib.sha256(f"{images.size}".encode())
     moments = {space: RunningMoments() for network in networks for space in network.spaces}

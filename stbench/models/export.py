@@ -52,6 +52,7 @@ def _require_published(network: Backbone, objective: str) -> None:
         raise UserError(
             f"expected a backbone of {', '.join(TIME_SCALES)}, found {family}; no other code loads it"
         )
+    # Published code hard-codes objective and time scale, so neither can be passed along with the weights.
     scale = TIME_SCALES[family].get(objective)
     if scale is None:
         raise UserError(
@@ -156,6 +157,7 @@ def diffusers_state(state: State, depth: int) -> dict[str, Tensor]:
         elif module.startswith("blocks."):
             _, number, part = module.split(".", 2)
             prefix = f"transformer_blocks.{number}"
+            # DiT computes queries, keys and values in one layer, diffusers in three.
             if part == "attn.qkv":
                 for name, rows in zip("qkv", value.chunk(3), strict=True):
                     renamed[f"{prefix}.attn1.to_{name}.{kind}"] = rows
@@ -172,6 +174,7 @@ def _write_diffusers(network: Backbone, options: Mapping[str, Any], output: Path
             f"expected a DiT without qk_norm for diffusers' DiTTransformer2DModel, found {found}; "
             f"try --format official"
         )
+    # The arguments of DiTTransformer2DModel.
     config = {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": options["heads"],

@@ -122,6 +122,7 @@ def _without(dropped: Sequence[str]) -> str:
 
 def _renumbered(state: State) -> dict[str, Tensor]:
     """Rename decoder_blocks.k to blocks.(k+depth): early REPA files restart numbers after the projector."""
+    # Blocks before the projector keep their numbers; their count is the offset of the others.
     encoder = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
 
     def name(key: str) -> str:
@@ -169,6 +170,7 @@ def _objective(
     repository: Repository, options: Mapping[str, Any], settings: Mapping[str, Any], where: str
 ) -> str:
     """Return the objective the weights were trained with. Raises UserError for one that we do not have."""
+    # The objective of a SiT is a training option; other families have one per repository or size.
     cls = lookup(BACKBONES, repository.family)
     preset = cls.presets.get(options["size"], {})
     if repository.family != "sit":
