@@ -40,7 +40,7 @@ def file(tmp_path: Path) -> File:
     return write
 
 
-def asked(path: Path, backbone: str = "sit", recipe: str = "vanilla", **more: Any) -> RunSpec:
+def spec_from(path: Path, backbone: str = "sit", recipe: str = "vanilla", **more: Any) -> RunSpec:
     fields = {k: more.pop(k) for k in ("original", "objective", "init_weights", "seed") if k in more}
     overrides = {**QUICK, "backbone.heads": 4, **{k.replace("__", "."): v for k, v in more.items()}}
     values = {"backbone": backbone, "recipe": recipe, "steps": 2, "init_from": str(path), **fields}
@@ -56,7 +56,7 @@ def first_step(spec: RunSpec, output: Path) -> tuple[dict[str, Tensor], str]:
 
 def test_the_student_starts_from_the_file_and_the_file_decides_its_shape(file: File, tmp_path: Path) -> None:
     path = file()
-    spec = asked(path, train__lr=1e-9)
+    spec = spec_from(path, train__lr=1e-9)
     weights, folder = first_step(spec, tmp_path / "runs")
     expected = from_state(torch.load(path, weights_only=False)["ema"], heads=4).backbone.state_dict()
     assert weights.keys() == expected.keys()
@@ -68,28 +68,28 @@ def test_the_student_starts_from_the_file_and_the_file_decides_its_shape(file: F
 
 def test_the_tensors_and_not_the_name_of_the_file_are_in_the_hash(file: File, tmp_path: Path) -> None:
     path = file()
-    spec = asked(path)
+    spec = spec_from(path)
     first = prepare(spec).hashes
     moved = path.rename(tmp_path / "moved.pt")
-    assert prepare(asked(moved)).hashes == first
-    assert prepare(asked(moved, init_weights="raw")).hashes.setting != first.setting
+    assert prepare(spec_from(moved)).hashes == first
+    assert prepare(spec_from(moved, init_weights="raw")).hashes.setting != first.setting
     fresh = prepare(spec.model_copy(update={"init": None})).hashes
     assert fresh.setting != first.setting and fresh.train != first.train
 
 
 def test_a_run_resumes_and_continues_with_its_file(file: File, tmp_path: Path) -> None:
     path = file()
-    short, _ = first_step(asked(path), tmp_path / "a")
-    longer = asked(path).model_copy()
+    short, _ = first_step(spec_from(path), tmp_path / "a")
+    longer = spec_from(path).model_copy()
     again, trained = engine.run(prepare(longer), engine.RunOptions(tmp_path / "a"))
     assert not trained and again.steps == 2
-    other, _ = first_step(asked(path), tmp_path / "b")
+    other, _ = first_step(spec_from(path), tmp_path / "b")
     assert all(torch.equal(short[key], other[key]) for key in short)
 
 
 def test_only_the_first_stage_starts_from_the_file(file: File, tmp_path: Path) -> None:
     blocks = {"recipe__teacher_block": 1, "recipe__student_block": 0, "train__lr": 1e-9}
-    spec = asked(file(), recipe="self-transcendence", **blocks)
+    spec = spec_from(file(), recipe="self-transcendence", **blocks)
     record, _ = engine.run(prepare(spec), engine.RunOptions(tmp_path / "r"))
     first, second = (load_file(next(Path(record.path).glob(f"checkpoints/{k}-*/raw-*"))) for k in (0, 1))
     assert first["blocks.0.attn.qkv.bias"].abs().max() > 0.01
@@ -98,7 +98,7 @@ def test_only_the_first_stage_starts_from_the_file(file: File, tmp_path: Path) -
 
 def test_another_number_of_classes_keeps_the_null_row_and_says_so(file: File, tmp_path: Path) -> None:
     path = file(classes=3)
-    spec = asked(path, train__lr=1e-9)
+    spec = spec_from(path, train__lr=1e-9)
     assert spec.init is not None
     assert (
         "it has 3 classes and the data set has 10, so the label embedding is initialised anew"
@@ -114,20 +114,20 @@ def test_another_number_of_classes_keeps_the_null_row_and_says_so(file: File, tm
 def test_what_does_not_fit_is_one_line_that_says_what_to_type(file: File, tmp_path: Path) -> None:
     path = file()
     with pytest.raises(UserError, match="weights of a dit, found those of REPA.*--backbone sit"):
-        asked(path, "dit")
+        spec_from(path, "dit")
     with pytest.raises(UserError, match="backbone.depth=7 in .*, found 2; leave --set backbone.depth out"):
-        asked(path, backbone__depth=7)
+        spec_from(path, backbone__depth=7)
     with pytest.raises(
         UserError, match="8 predicted channels for objective 'iddpm', found 4.*--objective linear"
     ):
-        asked(path, objective="iddpm")
+        spec_from(path, objective="iddpm")
     with pytest.raises(UserError, match="--original is only used with --init-from FILE"):
         resolve_options({"backbone": "sit", "recipe": "vanilla", "original": "repa"}, QUICK)
     with pytest.raises(UserError, match="--init-weights must be raw or ema, got 'best'"):
-        asked(path, init_weights="best")
+        spec_from(path, init_weights="best")
     large = file(pos_embed=torch.zeros(1, 64, 24))
     with pytest.raises(UserError, match="weights for 4x8x8 latents of data set 'digits', found 4x16x16"):
-        asked(large)
+        spec_from(large)
 
 
 def test_a_published_size_is_taken_from_the_file(tmp_path: Path) -> None:
@@ -139,11 +139,11 @@ def test_a_published_size_is_taken_from_the_file(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="expected a sit-b/2 in .*, found a sit-ti/2; use --backbone sit-ti/2"
     ):
-        asked(tmp_path / "ti.pt", "sit-b/2", backbone__heads=3)
+        spec_from(tmp_path / "ti.pt", "sit-b/2", backbone__heads=3)
 
 
 def test_a_file_that_changes_before_training_is_refused(file: File, tmp_path: Path) -> None:
-    spec = asked(file())
+    spec = spec_from(file())
     file(pos_embed=torch.ones(1, 16, 24))  # other weights under the same name
     with pytest.raises(UserError, match="has changed: expected tensors with sha256"):
         engine.run(prepare(spec), engine.RunOptions(tmp_path / "runs"))
