@@ -77,6 +77,7 @@ def test_two_processes_generate_the_same_pixels(
     assert np.array_equal(sampled(run, tmp_path / "a.npz", "cpu,cpu"), whole)
 
 
+@pytest.mark.slow
 def test_a_worker_process_generates_the_same_pixels(
     run: ModelLocation, whole: np.ndarray, tmp_path: Path
 ) -> None:

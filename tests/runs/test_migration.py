@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,14 @@ ROOT = Path(__file__).parents[2]
 OLD = ROOT / "tests" / "fixtures" / "schema-1"
 
 
-def migrate(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "migrate_records.py"), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True)
+def migrate(folder: Path) -> int:
+    """Call the script with a folder; returns its exit code."""
+    spec = importlib.util.spec_from_file_location("migrate_records", ROOT / "scripts" / "migrate_records.py")
+    assert spec is not None and spec.loader is not None
+    script: Any = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script
+    spec.loader.exec_module(script)
+    return int(script.main([str(folder)]))
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +34,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of two finished runs and a waiting one, migrated."""
     folder = tmp_path_factory.mktemp("migrated") / "runs"
     shutil.copytree(OLD, folder)
-    done = migrate(folder)
-    assert done.returncode == 0, done.stderr
-    assert "2 run folders converted" in done.stdout
+    assert migrate(folder) == 0
     return folder
 
 
@@ -68,13 +72,15 @@ def test_seeds_of_a_row_share_its_hash_with_and_without_a_folder(migrated: Path)
     assert {entry.row_key for entry in rows.values()} == {record.row_key} and set(rows) == {0, 1}
 
 
-def test_a_run_that_resolves_to_other_values_is_refused_and_left_as_it_was(tmp_path: Path) -> None:
+def test_a_run_that_resolves_to_other_values_is_refused_and_not_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "runs"
     shutil.copytree(OLD, folder)
     (spec,) = folder.glob("digits-*sra*/spec.json")
     content = json.loads(spec.read_text())
     content["stages"][0]["recipe"]["weight"] = 0.75  # as if another default had been in force
     spec.write_text(json.dumps(content))
-    done = migrate(folder)
-    assert done.returncode == 2 and "weight=0.75, but resolves to 0.5" in done.stderr
+    assert migrate(folder) == 2
+    assert "weight=0.75, but resolves to 0.5" in capsys.readouterr().err
     assert json.loads(spec.read_text())["schema"] == 1

@@ -109,6 +109,7 @@ def digests(output: Path) -> dict[str, Any]:
     return {path.name: digest(path) for path in find_runs(output)}
 
 
+@pytest.mark.slow
 def test_a_run_whose_sweep_is_killed_saves_and_ends(tmp_path: Path) -> None:
     output = tmp_path / "runs"
     kill_when(
