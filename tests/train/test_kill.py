@@ -15,7 +15,7 @@ DRIVER = Path(__file__).with_name("kill_driver.py")
 FORCED = {
     "training": ["training_step:2", "training_step:5", "training_step:9", "training_step:12"],
     "checkpoint": ["atomic_file.fsync:5", "atomic_file.fsync:9", "_sync_folder.fsync:20", "save_state:4"],
-    "evaluation": ["generate:1", "metrics:2", "append_points:2", "validation_loss:3"],
+    "evaluation": ["generate:1", "compute_metrics:2", "append_points:2", "validation_loss:3"],
     "between stages": ["write_artifact:1", "add_stage:1", "publish_artifact:1", "setup:1"],
 }
 
