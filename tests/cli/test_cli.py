@@ -239,6 +239,7 @@ def test_a_broken_plugin_is_one_line(stbench: Command, tmp_path: Path) -> None:
     assert "broken.py failed to import: ModuleNotFoundError: No module named 'nothing_of_that_name'" in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_the_command_that_resumes(tmp_path: Path) -> None:
     run = [*tiny_options(), "--steps", "100000", "--output", str(tmp_path)]
     command = [sys.executable, "-m", "stbench", *run]

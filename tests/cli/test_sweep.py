@@ -20,6 +20,7 @@ def test_seeds_are_a_count_or_a_list() -> None:
             parse_seeds(wrong)
 
 
+@pytest.mark.slow
 def test_a_sweep_records_a_failed_run_and_continues(stbench: Command, tmp_path: Path) -> None:
     defaults = {"dataset": "digits", "backbone": "sit", "steps": 2, "precision": "fp32", "set": TINY}
     runs = [{"recipe": "vanilla", "set": {"train.lr": 1.0e30}}, {"recipe": "vanilla"}]
