@@ -195,7 +195,7 @@ def _given_options(recipe: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _effective(recipe: Any, info: BackboneInfo, steps: int, given: dict[str, Any]) -> dict[str, Any]:
-    options = effective_options(recipe, info, steps=steps, **given)
+    options = effective_options(recipe, info, given, steps=steps)
     return validate_options(recipe, options, "recipe", skip={"info"})
 
 

@@ -269,17 +269,18 @@ def is_computed(default: Any) -> bool:
 
 
 def effective_options(
-    recipe: Recipe, info: BackboneInfo, *, steps: int | None = None, **options: Any
+    recipe: Recipe, info: BackboneInfo, options: Mapping[str, Any], *, steps: int | None = None
 ) -> dict[str, Any]:
     """All options of a recipe by name: those given, and the defaults of the others for this backbone."""
     parameters = {
         name: p.default for name, p in inspect.signature(recipe).parameters.items() if name != "info"
     }
-    known = {name: default for name, default in parameters.items() if not is_computed(default)} | options
+    known = {name: default for name, default in parameters.items() if not is_computed(default)}
+    known |= options
     for name, default in parameters.items():
         if name not in known:
             known[name] = default.compute(OptionContext(info, steps, known))
-    return {name: known[name] for name in parameters} | options
+    return {**{name: known[name] for name in parameters}, **options}
 
 
 def computed_defaults(recipe: Recipe) -> Recipe:
@@ -290,6 +291,6 @@ def computed_defaults(recipe: Recipe) -> Recipe:
 
     @functools.wraps(recipe)
     def call(info: BackboneInfo, **options: Any) -> Sequence[Stage]:
-        return recipe(info, **effective_options(recipe, info, **options))
+        return recipe(info, **effective_options(recipe, info, options))
 
     return call

@@ -39,7 +39,7 @@ BUILTINS = (
     "data.digits",
     "data.path_dataset",
 )
-"""Modules of stbench that register objectives, samplers and data sets, in the order of listings."""
+"""Modules of stbench that register objectives, samplers and data sets."""
 
 
 def names(registry: Registry) -> list[str]:

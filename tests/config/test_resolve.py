@@ -11,8 +11,10 @@ from stbench.config.plan import PreparedRun, prepare
 from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
-from stbench.core.recipe import NoSupervision, Stage, computed
-from stbench.core.registry import BACKBONES, RECIPES, lookup, names
+from stbench.core.recipe import NoSupervision, Stage, computed, effective_options
+from stbench.core.registry import BACKBONES, RECIPES, load_builtins, lookup, names
+
+load_builtins()
 
 
 def prepared(recipe: str, backbone: str = "sit", steps: int = 40, **overrides: Any) -> PreparedRun:
@@ -92,6 +94,16 @@ def counted() -> Iterator[list[dict[str, Any]]]:
 def test_the_recipe_function_is_called_once_per_run(counted: list[dict[str, Any]]) -> None:
     run = prepared("counted")
     assert counted == [{"block": 5}] and run.spec.recipe.effective == {"block": 5}
+
+
+def test_a_recipe_may_call_an_option_steps() -> None:
+    def recipe(
+        info: BackboneInfo, *, steps: int = 3, block: int = computed(lambda c: c.steps)
+    ) -> Sequence[Stage]:
+        return []
+
+    info = prepared("vanilla").info
+    assert effective_options(recipe, info, {"steps": 5}, steps=40) == {"steps": 5, "block": 40}
 
 
 def test_an_earlier_stage_is_relative_to_steps_or_absolute() -> None:

@@ -128,7 +128,7 @@ def recipe(
 )
 def test_computed_defaults(options: dict[str, int], steps: int | None, expected: dict[str, object]) -> None:
     where = info("sit", "ti/2", 6)
-    assert effective_options(recipe, where, steps=steps, **options) == expected
+    assert effective_options(recipe, where, options, steps=steps) == expected
 
 
 def test_a_direct_call_fills_in_computed_defaults() -> None:
