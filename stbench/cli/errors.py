@@ -56,8 +56,8 @@ def explain(error: BaseException, arguments: Sequence[str], *, debug: bool) -> t
         return BROKEN_PIPE, ""
     if _is_out_of_memory(error):
         return USER_ERROR, (
-            f"error: out of memory: {str(error) or 'an allocation failed'}; use a smaller batch, fewer samples "
-            f"or a smaller network"
+            f"error: out of memory: {str(error) or 'an allocation failed'}; use a smaller batch, fewer "
+            f"samples or a smaller network"
         )
     if isinstance(error, OSError) and error.errno is not None:
         names = [str(name) for name in (error.filename, error.filename2) if name]
