@@ -15,7 +15,9 @@ from stbench.config.overrides import DECIDED_BY_DATA, split_backbone
 from stbench.config.spec import InitSpec, RunSpec
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.core.registry import BACKBONES, lookup
+from stbench.core.safe_load import shown
 from stbench.models.official import OfficialModel, load_official
 
 LABEL_TABLES = ("y_embedder.embedding_table.weight", "label_emb.weight")
@@ -52,9 +54,9 @@ def read_start(
                 raise UserError(f"--{name} is only used with --init-from FILE; add it, or leave --{name} out")
         return values, overrides, None
     if weights not in (None, "raw", "ema"):
-        raise UserError(f"--init-weights must be raw or ema, got {weights!r}; leave it out for ema")
+        raise UserError(f"--init-weights must be raw or ema, got {shown(weights)}; leave it out for ema")
     family, size = split_backbone(values["backbone"])
-    heads, path = overrides.get("backbone.heads"), Path(str(file)).resolve()
+    heads, path = overrides.get("backbone.heads"), absolute_path(str(file))
     model = load_official(path, weights=weights or "ema", heads=heads, original=original, family=family)
     values["backbone"] = _sized(values["backbone"], size, model, path)
     values.setdefault("objective", model.objective)

@@ -133,6 +133,18 @@ class _HashingFile:
         return self._file.write(data)
 
 
+# --- Paths ---
+
+
+def absolute_path(path: str | Path) -> Path:
+    """The absolute path without symbolic links, with `~` expanded.
+
+    Unlike `Path.resolve` and `Path.expanduser`, it raises no error for a loop of links or an unknown user;
+    such a path does not exist.
+    """
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
 # --- Hashes ---
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stbench.core.backbone import Backbone, BackboneInfo, Features, Weights
 from stbench.core.flops import forward_flops
 from stbench.core.objective import Batch, Noised, Objective
+from stbench.core.ranges import option_parameters
 
 
 @dataclass(frozen=True)
@@ -271,16 +272,18 @@ def is_computed(default: Any) -> bool:
 def effective_options(
     recipe: Recipe, info: BackboneInfo, options: Mapping[str, Any], *, steps: int | None = None
 ) -> dict[str, Any]:
-    """All options of a recipe by name: those given, and the defaults of the others for this backbone."""
-    parameters = {
-        name: p.default for name, p in inspect.signature(recipe).parameters.items() if name != "info"
+    """Options of a recipe by name: those given, and the defaults of the others for this backbone."""
+    defaults = {
+        name: p.default
+        for name, p in option_parameters(recipe).items()
+        if name != "info" and p.default is not inspect.Parameter.empty
     }
-    known = {name: default for name, default in parameters.items() if not is_computed(default)}
+    known = {name: default for name, default in defaults.items() if not is_computed(default)}
     known |= options
-    for name, default in parameters.items():
+    for name, default in defaults.items():
         if name not in known:
             known[name] = default.compute(OptionContext(info, steps, known))
-    return {**{name: known[name] for name in parameters}, **options}
+    return {**{name: known[name] for name in defaults}, **options}
 
 
 def computed_defaults(recipe: Recipe) -> Recipe:

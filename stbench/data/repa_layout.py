@@ -19,6 +19,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.data.crop import SUFFIXES, UNREADABLE, decode_image, reason, require_same_size
 from stbench.data.shard_writer import ShardRows, shard_bounds, write_shards
 from stbench.data.shards import Manifest
@@ -275,7 +276,7 @@ def convert(
 def _plan(folder: RepaFolder, decoder: DecoderInfo, shards: int | None, references: int) -> dict[str, object]:
     """Return what a rerun must have in common with the first command."""
     return {
-        "source": str(folder.path.resolve()),
+        "source": str(absolute_path(folder.path)),
         "layout": "repa",
         "images": len(folder.ids),
         "listing": folder.fingerprint(),

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.data.crop import SUFFIXES, UNREADABLE, centre_crop
 from stbench.data.open import open_data
 from stbench.data.shards import MANIFEST
@@ -197,7 +198,7 @@ class PreparedImages(ImageSet):
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._data = open_data(DataSpec(path=str(path.resolve())))
+        self._data = open_data(DataSpec(path=str(absolute_path(path))))
         self._rows = np.flatnonzero(self._data.split == REFERENCE)
         if not len(self._rows):
             raise UserError(f"{path} has no reference images; prepare it again with --references 10000")
