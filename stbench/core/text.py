@@ -16,7 +16,7 @@ from stbench.core.errors import UserError
 
 NAME_LENGTH = 48
 """Longest name: data set, backbone and recipe together are part of the name of a run folder."""
-LONGEST_TEXT = 2000
+LONGEST_TEXT = 1000
 """Characters of one cell or line in the terminal, Markdown, LaTeX and plots."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -24,19 +24,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # --- Names ---
 
 
-def check_name(name: object, what: str, *, parts: int = 1) -> str:
+def check_name(name: object, what: str, *, parts: int = 1, length: int = NAME_LENGTH) -> str:
     """Return `name` if it can be part of a path and is readable in every output.
 
-    A name has 1 to 48 of the letters A-Z and a-z, digits and . _ -, and starts with a letter or digit. With
-    `parts=2` it may be two such names with a slash between them, such as the size "b/2". Raises UserError,
-    which calls the name `what`.
+    A name has 1 to `length` of the letters A-Z and a-z, digits and . _ -, and starts with a letter or digit.
+    With `parts=2` it may be two such names with a slash between them, such as the size "b/2". Raises
+    UserError, which calls the name `what`.
     """
     found = name if isinstance(name, str) else ""
     pieces = found.split("/")
-    if len(found) <= NAME_LENGTH and len(pieces) <= parts and all(map(_NAME.fullmatch, pieces)):
+    if len(found) <= length and len(pieces) <= parts and all(map(_NAME.fullmatch, pieces)):
         return found
     raise UserError(
-        f"{what} must be 1 to {NAME_LENGTH} letters, digits and . _ -, starting with a letter or digit; "
+        f"{what} must be 1 to {length} letters, digits and . _ -, starting with a letter or digit; "
         f"found '{visible(str(name), 100)}'; rename it"
     )
 
