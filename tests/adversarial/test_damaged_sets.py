@@ -1,7 +1,7 @@
 """Seeded damages to every file of data sets, references and samples: reported, or without any effect.
 
-A damage is reported if opening raises a UserError of one line that names the damaged file or its folder. It has
-no effect if everything that is read afterwards equals what was read before.
+A damage is reported if opening raises a UserError of one line that names the damaged file or its folder.
+It has no effect if everything that is read afterwards equals what was read before.
 """
 
 from __future__ import annotations
