@@ -128,7 +128,7 @@ def import_repa(
         UserError: The folder has another layout, or is damaged.
     """
     from stbench.cli.progress import counting_progress_bar
-    from stbench.data import repa_layout
+    from stbench.data import repa_convert, repa_layout
 
     if not repa_layout.is_repa(source):
         raise UserError(
@@ -139,7 +139,7 @@ def import_repa(
     folder = repa_layout.RepaFolder(source, second)
     decoder = repa_layout.find_decoder(folder, vae)
     with counting_progress_bar("convert", len(folder.ids)) as advance:
-        manifest, written = repa_layout.convert(
+        manifest, written = repa_convert.convert(
             folder, target, decoder, shards=shards, references=references, advance=advance
         )
     if not manifest.vae_sha256:
@@ -195,9 +195,9 @@ def tokens(
 @app.command()
 def verify(target: Annotated[Path, typer.Argument(metavar="DST", help="A prepared data set.")]) -> None:
     """Check every byte of a prepared data set: sizes, shapes, hashes, labels and counts."""
-    from stbench.data import shards
+    from stbench.data import verify as verification
 
-    manifest, problems = shards.verify(target)
+    manifest, problems = verification.verify(target)
     for problem in problems:
         print_line(problem, error=True)
     if problems:

@@ -13,7 +13,7 @@ import numpy as np
 from stbench.core.device import pick_device
 from stbench.core.errors import UserError
 from stbench.core.text import print_line
-from stbench.data.crop import UNREADABLE, decode_image, reason, require_same_size
+from stbench.data.crop import UnreadableImage, decode_image, reason, require_same_size
 from stbench.data.encode import EncodingTask, encode, make_row_encoder
 from stbench.data.encoded import EncodedImages, MemoryRows
 from stbench.data.sources import ImageSource, open_source
@@ -95,9 +95,10 @@ def _common_size(source: ImageSource) -> int:
     images, names = [], []
     for number, name in enumerate(source.ids):
         try:
-            images.append(decode_image(source.content(number), 3, None))
+            shape = decode_image(source.content(number), 3, None).shape
+            images.append(np.broadcast_to(np.uint8(0), shape))  # all pixels at once may not fit into memory
             names.append(name)
-        except UNREADABLE as error:
+        except UnreadableImage as error:
             print_line(f"cannot read {name}: {reason(error)}", error=True)
     remedy = "give the size to crop them to, for example --set data.size=64"
     require_same_size(images, names, remedy)
