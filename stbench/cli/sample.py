@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stbench.core.errors import UserError
+from stbench.core.text import print_line
 
 if TYPE_CHECKING:
     from stbench.evaluate.sample_model import ModelLocation
@@ -90,7 +91,7 @@ def sample(
     )
     sample_images(location, request, output, pick_devices(device), progress=progress_bar)
     for path in output:
-        print(f"{count} images: {path}")
+        print_line(f"{count} images: {path}")
 
 
 def model_location(
