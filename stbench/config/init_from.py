@@ -57,7 +57,16 @@ def read_start(
         raise UserError(f"--init-weights must be raw or ema, got {shown(weights)}; leave it out for ema")
     family, size = split_backbone(values["backbone"])
     heads, path = overrides.get("backbone.heads"), absolute_path(str(file))
-    model = load_official(path, weights=weights or "ema", heads=heads, original=original, family=family)
+    if heads is not None and (type(heads) is not int or heads < 1):
+        raise UserError(f"backbone.heads must be a positive integer, got {heads!r}; for example 6")
+    model = load_official(
+        path,
+        weights=weights or "ema",
+        heads=heads,
+        original=original,
+        objective=values.get("objective"),
+        family=family,
+    )
     values["backbone"] = _sized(values["backbone"], size, model, path)
     values.setdefault("objective", model.objective)
     spec = InitSpec(
@@ -138,8 +147,8 @@ def describe_start(init: InitSpec, classes: int) -> str:
 
 
 @torch.no_grad()
-def load_start(student: Backbone, init: InitSpec) -> None:
-    """Load the weights of the checkpoint into a newly built student.
+def load_start(student: Backbone, init: InitSpec, objective: str) -> None:
+    """Load the weights of the checkpoint into a newly built student that is trained with `objective`.
 
     If the number of classes differs, the student keeps its initial label embedding except for the null
     label.
@@ -152,6 +161,7 @@ def load_start(student: Backbone, init: InitSpec) -> None:
         weights=init.weights,
         heads=init.heads,
         original=init.original,
+        objective=objective,
         family=student.info.name,
     )
     if model.sha256 != init.sha256:

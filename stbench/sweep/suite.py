@@ -14,7 +14,7 @@ from stbench.config.overrides import OPTIONS, checked_options
 from stbench.config.plan import PreparedRun, prepare
 from stbench.config.resolve import resolve_options
 from stbench.core.errors import UserError
-from stbench.core.limits import MAX_RUNS
+from stbench.core.limits import MAX_RUNS, MAX_SEEDS
 from stbench.core.registry import suggest
 from stbench.core.safe_load import shorten, shown
 from stbench.runs.journal import JournalEntry
