@@ -48,7 +48,7 @@ def check_outputs(outputs: Sequence[Output], inputs: Iterable[Path] = ()) -> Non
 
     Raises:
         UserError: An output is a device, pipe, link, folder in place of a file, or something that the command
-            did not write; it is read-only or cannot be written; or it is, or is in, an input or another output.
+            did not write; it is read-only or cannot be written; or it is, or is in, an input or other output.
     """
     for output in outputs:
         try:
