@@ -7,7 +7,6 @@ artifact. Shapes and conventions are listed in `stbench.core.backbone`.
 from __future__ import annotations
 
 import functools
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
