@@ -21,6 +21,7 @@ from typing import Literal, final
 import numpy as np
 
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.core.npy import read_npy
 from stbench.core.safe_load import parse_json, read_text
 from stbench.core.verified import verify_unchanged
@@ -56,7 +57,7 @@ def require_not_repa(path: Path) -> None:
 
     Its subfolders would be taken for classes.
     """
-    place = path.resolve()
+    place = absolute_path(path)
     if place.name in (IMAGES, FEATURES) and is_repa(place.parent):
         raise UserError(
             f"{path} is a part of a folder in REPA's layout; give the whole folder, {place.parent}"
