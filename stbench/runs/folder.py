@@ -16,7 +16,7 @@ from stbench.core.errors import UserError
 from stbench.core.files import absolute_path, atomic_write, is_locked, lock_folder, remove_unfinished
 from stbench.core.text import check_name
 from stbench.runs import schema
-from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord
+from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord, network_name
 from stbench.runs.schema import REMEDY, Fields, convert, parse, plain
 
 State = Literal["running", "stopped", "failed", "finished"]
@@ -238,7 +238,8 @@ class RunFolder:
         """
         spec, file = self.spec(), self.path / "spec.json"
         fields = convert(spec, schema.SPEC, file)
-        backbone = convert(fields["backbone"], {"name": schema.text, "size": schema.text}, file)
+        given = {"options": {}, "effective": {}, **fields["backbone"]}  # records of older versions lack them
+        backbone = convert(given, schema.BACKBONE, file)
         recipe = convert(
             fields["recipe"], {"name": schema.text, "options": schema.mapping, "needs": schema.text}, file
         )
@@ -250,7 +251,7 @@ class RunFolder:
             path=str(self.path),
             status=convert(self.status(), {"state": schema.text}, self.path / "status.json")["state"],
             dataset=fields["dataset"],
-            backbone=f"{backbone['name']}-{backbone['size']}",
+            backbone=network_name(**backbone),
             objective=fields["objective"],
             recipe=recipe["name"],
             options=recipe["options"],

@@ -13,6 +13,24 @@ SCHEMA = 2
 """Version of every file in a run folder."""
 
 
+SHAPE = ("depth", "width", "heads", "patch")
+"""Options of a backbone that the name of a size stands for."""
+
+
+def size_name(size: str, options: Mapping[str, Any]) -> str:
+    """The size of a network: "custom" if `options`, those that differ from the preset, change its shape."""
+    return "custom" if any(name in options for name in SHAPE) else size
+
+
+def network_name(name: str, size: str, options: Mapping[str, Any], effective: Mapping[str, Any]) -> str:
+    """The name of a network, with its shape if no preset has it: "sit-custom (depth 3, width 96)"."""
+    size = size_name(size, options)
+    if size != "custom":
+        return f"{name}-{size}"
+    shape = ", ".join(f"{key} {effective[key]}" for key in SHAPE if type(effective.get(key)) is int)
+    return f"{name}-{size} ({shape})" if shape else f"{name}-{size}"
+
+
 @dataclass(frozen=True)
 class CurvePoint:
     """One evaluation of one stage's EMA weights under one protocol at one guidance scale."""

@@ -125,6 +125,7 @@ STAGE: Fields = {
     "sha256": mapping,
     "reused": flag,
 }
+BACKBONE: Fields = {"name": text, "size": text, "options": mapping, "effective": mapping}
 SPEC: Fields = {
     "run_id": text,
     "dataset": text,
