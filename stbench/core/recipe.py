@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stbench.core.backbone import Backbone, BackboneInfo, Features, Weights
 from stbench.core.flops import forward_flops
 from stbench.core.objective import Batch, Noised, Objective
+from stbench.core.phases import phase
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Step:
         shape = tuple(tokens.shape[1:])
         one = forward_flops(module, lambda m: m(torch.empty(1, *shape, device="meta")), ("head", shape))
         self.cost.heads += 3.0 * one * tokens.shape[0]
-        return module(tokens)
+        with phase("heads"):
+            return module(tokens)
 
     def teach(self, teacher: Backbone, x: Tensor, t: Tensor, y: Tensor, *, block: int) -> Tensor:
         """Return the features (b,N,D) of one block of a frozen network, float32.
@@ -124,7 +126,7 @@ class Step:
 @contextmanager
 def _frozen_forward(x: Tensor) -> Iterator[None]:
     """Disable gradients, and autocast on the device of x."""
-    with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+    with phase("teachers"), torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
         yield
 
 
