@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stbench.core.errors import UserError
+from stbench.core.text import print_line
 
 if TYPE_CHECKING:
     from stbench.core.backbone import Backbone, Weights
@@ -48,7 +49,7 @@ def export(
 
     load_builtins()
     for line in export_run(run, format.value, output, weights.value):
-        print(line)
+        print_line(line)
 
 
 def export_run(path: Path, kind: Kind, output: Path, weights: Weights) -> list[str]:

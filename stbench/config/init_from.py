@@ -15,7 +15,9 @@ from stbench.config.overrides import DECIDED_BY_DATA, split_backbone
 from stbench.config.spec import InitSpec, RunSpec
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.core.registry import BACKBONES, lookup
+from stbench.core.safe_load import shown
 from stbench.models.official import OfficialModel, load_official
 
 LABEL_TABLES = ("y_embedder.embedding_table.weight", "label_emb.weight")
@@ -52,10 +54,19 @@ def read_start(
                 raise UserError(f"--{name} is only used with --init-from FILE; add it, or leave --{name} out")
         return values, overrides, None
     if weights not in (None, "raw", "ema"):
-        raise UserError(f"--init-weights must be raw or ema, got {weights!r}; leave it out for ema")
+        raise UserError(f"--init-weights must be raw or ema, got {shown(weights)}; leave it out for ema")
     family, size = split_backbone(values["backbone"])
-    heads, path = overrides.get("backbone.heads"), Path(str(file)).resolve()
-    model = load_official(path, weights=weights or "ema", heads=heads, original=original, family=family)
+    heads, path = overrides.get("backbone.heads"), absolute_path(str(file))
+    if heads is not None and (type(heads) is not int or heads < 1):
+        raise UserError(f"backbone.heads must be a positive integer, got {heads!r}; for example 6")
+    model = load_official(
+        path,
+        weights=weights or "ema",
+        heads=heads,
+        original=original,
+        objective=values.get("objective"),
+        family=family,
+    )
     values["backbone"] = _sized(values["backbone"], size, model, path)
     values.setdefault("objective", model.objective)
     spec = InitSpec(
@@ -136,8 +147,8 @@ def describe_start(init: InitSpec, classes: int) -> str:
 
 
 @torch.no_grad()
-def load_start(student: Backbone, init: InitSpec) -> None:
-    """Load the weights of the checkpoint into a newly built student.
+def load_start(student: Backbone, init: InitSpec, objective: str) -> None:
+    """Load the weights of the checkpoint into a newly built student that is trained with `objective`.
 
     If the number of classes differs, the student keeps its initial label embedding except for the null
     label.
@@ -150,6 +161,7 @@ def load_start(student: Backbone, init: InitSpec) -> None:
         weights=init.weights,
         heads=init.heads,
         original=init.original,
+        objective=objective,
         family=student.info.name,
     )
     if model.sha256 != init.sha256:

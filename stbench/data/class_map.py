@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from stbench.core.errors import UserError
+from stbench.core.safe_load import parse_json, read_text
+from stbench.data.crop import reason
 
 
 def read_class_map(file: Path) -> dict[str, int]:
@@ -17,11 +19,12 @@ def read_class_map(file: Path) -> dict[str, int]:
     """
     expected = 'expected JSON {"name": label} or lines "name label"'
     try:
-        text = file.read_text()
-        pairs = json.loads(text).items() if file.suffix == ".json" else _pairs(text)
-        class_map = {str(name): int(label) for name, label in pairs}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot read map file {file} ({error}); {expected}") from error
+        text = read_text(file)
+        class_map = _read_json(text) if file.suffix.lower() == ".json" else _read_lines(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read map file {file} ({reason(error)}); {expected}") from error
+    if not class_map:
+        raise UserError(f"map file {file} is empty; {expected}")
     labels = set(class_map.values())
     if labels != set(range(len(labels))):
         raise UserError(
@@ -31,15 +34,35 @@ def read_class_map(file: Path) -> dict[str, int]:
     return class_map
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
-    """Split lines "name label"; a name may contain spaces."""
+def _read_json(text: str) -> dict[str, int]:
+    """Read {name: label}. Raises ValueError for anything else, and for a name that occurs twice."""
+    content = parse_json(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"found a {type(content).__name__}")
+    return {name: _label(name, label) for name, label in content.items()}
+
+
+def _read_lines(text: str) -> dict[str, int]:
+    """Read lines "name label"; a name may contain spaces. Raises ValueError as `_read_json` does."""
     pairs = []
     for line in filter(str.strip, text.splitlines()):
         fields = line.rsplit(maxsplit=1)
         if len(fields) != 2:
-            raise ValueError(f"no label after '{fields[0]}'")
-        pairs.append((fields[0], fields[1]))
-    return pairs
+            raise ValueError(f"no label after '{fields[0][:80]}'")
+        pairs.append((fields[0], _label(*fields)))
+    labels: dict[str, int] = {}
+    for name, label in pairs:
+        if labels.setdefault(name, label) != label:
+            raise ValueError(f"'{name[:80]}' has two labels")
+    return labels
+
+
+def _label(name: str, value: Any) -> int:
+    """Return a label. Raises ValueError unless it is a non-negative integer of at most nine digits."""
+    text = str(value) if type(value) in (int, str) else ""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ValueError(f"the label of '{name[:80]}' must be a non-negative integer, found {value!r:.40}")
+    return int(text)
 
 
 def label_images(

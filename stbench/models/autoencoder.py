@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stbench.core.errors import UserError
-from stbench.core.files import hash_file
+from stbench.core.files import absolute_path, hash_file
+from stbench.core.safe_load import parse_json, read_text
 from stbench.models.assets import asset_manifest, load_asset
 
 ROUNDING = "clamp, round half to even of (x+1)*127.5"
@@ -154,12 +155,13 @@ def find_vae(name: str) -> VAEInfo:
     Raises UserError if it is not in the cache, or if the folder does not contain diffusers' AutoencoderKL.
     """
     published = is_published(name)
-    folder = _cached(name) if published else Path(name).expanduser().resolve()
+    folder = _cached(name) if published else absolute_path(name)
     if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(
             f"expected an autoencoder (config.json and {WEIGHTS}) in {folder}, found none; "
             f"for example type {download('sd-vae-ft-ema')} and give that folder"
         )
+    _require_hub_hash(folder / WEIGHTS)
     config = _config(folder)
     return VAEInfo(
         name=name if published else str(folder),
@@ -171,6 +173,18 @@ def find_vae(name: str) -> VAEInfo:
         scale=float(config.get("scaling_factor") or PUBLISHED_SCALE),
         shift=float(config.get("shift_factor") or 0.0),
     )
+
+
+def _require_hub_hash(file: Path) -> None:
+    """Check a file of the Hugging Face cache, where a file is named by its sha256. Raises UserError."""
+    blob = file.resolve()
+    if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return
+    if (found := hash_file(blob)) != blob.name:
+        raise UserError(
+            f"{file} is damaged: expected sha256 {blob.name[:12]}, found {found[:12]}; "
+            f"delete {blob} and download it again"
+        )
 
 
 def is_published(name: str) -> bool:
@@ -200,10 +214,14 @@ def _cached(name: str) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     """Read the configuration of an AutoencoderKL."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = parse_json(read_text(folder / "config.json"))
         if config["_class_name"] != "AutoencoderKL" or int(config["in_channels"]) not in (1, 3):
             raise KeyError("_class_name")
-        return {**config, "latent_channels": config["latent_channels"]}  # KeyError if it is missing
+        for name in ("scaling_factor", "shift_factor"):
+            float(config.get(name) or 0.0)
+        if not 0 < int(config["latent_channels"]) <= 1024 or not 0 < len(config["block_out_channels"]) <= 10:
+            raise ValueError("unexpected latent_channels or block_out_channels")
+        return dict(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder}/config.json: expected diffusers' AutoencoderKL for 1 or 3 channels, "

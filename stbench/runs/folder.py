@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write, is_locked, lock_folder, remove_unfinished
+from stbench.core.files import absolute_path, atomic_write, is_locked, lock_folder, remove_unfinished
+from stbench.core.text import check_name
 from stbench.runs import schema
 from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord
 from stbench.runs.schema import REMEDY, Fields, convert, parse, plain
@@ -35,7 +36,7 @@ def find_runs(root: Path | Sequence[Path]) -> list[Path]:
             raise UserError(
                 f"no run folder (with a spec.json) found at or below {path}; create one with `stbench run`"
             )
-        found.update((run.resolve(), run) for run in runs)
+        found.update((absolute_path(run), run) for run in runs)
     return sorted(found.values())
 
 
@@ -69,8 +70,8 @@ class OutputFolder:
         return self.artifacts / fingerprint[:16]
 
     def run(self, run_id: str) -> RunFolder:
-        """The folder of a run."""
-        return RunFolder(self.path / run_id)
+        """The folder of a run. Raises UserError for a run id that is not the name of a folder."""
+        return RunFolder(self.path / _checked_id(run_id))
 
     @property
     def sweep(self) -> Path:
@@ -79,11 +80,11 @@ class OutputFolder:
 
     def run_config(self, run_id: str) -> Path:
         """Config file with which a sweep starts a run."""
-        return self.sweep / f"{run_id}.json"
+        return self.sweep / f"{_checked_id(run_id)}.json"
 
     def run_log(self, run_id: str) -> Path:
         """Log of a run that a sweep started. Every attempt appends to it."""
-        return self.path / ".logs" / f"{run_id}.log"
+        return self.path / ".logs" / f"{_checked_id(run_id)}.log"
 
 
 @dataclass(frozen=True)
@@ -267,12 +268,12 @@ class RunFolder:
         )
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(plain({"schema": SCHEMA, **content}), indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(plain({"schema": SCHEMA, **content}), indent=1, allow_nan=False)
         atomic_write(self.path / name, text + "\n")
 
     def _write_lines(self, name: str, records: Sequence[CurvePoint | StageRecord]) -> None:
         rows = [plain({"schema": SCHEMA, **asdict(record)}) for record in records]
-        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
         if lines:
             atomic_write(self.path / name, "".join(lines))
 
@@ -298,6 +299,11 @@ class RunFolder:
                 raise UserError(f"{where} has an unknown field '{unknown[0]}'; {REMEDY}")
             rows.append(cls(**convert(row, fields, where)))
         return rows
+
+
+def _checked_id(run_id: str) -> str:
+    """Return a run id, which a journal may contain, if it is the name of a folder."""
+    return check_name(run_id, "the id of a run", length=200)
 
 
 def _walk(path: Path) -> Iterator[Path]:

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from stbench.config.spec import TrainSpec
 from stbench.core.backbone import Backbone
 from stbench.core.device import autocast, tf32
+from stbench.core.errors import UserError
 from stbench.core.objective import Batch, Objective
 from stbench.core.phases import phase
-from stbench.core.recipe import Cost, Step, Supervision
+from stbench.core.recipe import Cost, Step, Supervision, Term
 from stbench.core.rng import Rng, key
+from stbench.core.safe_load import shown
 from stbench.data.dataset import Dataset
 
 
@@ -104,11 +106,25 @@ class StageModel(nn.Module):
             global_batch=batch.rng.global_batch,
             cost=self.cost,
         )
-        for name, term in self.supervision.terms(step).items():
+        for name, term in _terms(self.supervision, step).items():
             mean = term.value.mean()
             total = total + term.weight * mean
             parts[name] = mean.detach()
         return Losses(total, parts)
+
+
+def _terms(supervision: Supervision, step: Step) -> Mapping[str, Term]:
+    """The terms of a step. Raises UserError if the supervision returns anything else."""
+    terms = supervision.terms(step)
+    if not isinstance(terms, Mapping) or not all(
+        isinstance(name, str) and isinstance(term, Term) and isinstance(term.value, Tensor)
+        for name, term in terms.items()
+    ):
+        raise UserError(
+            f"{type(supervision).__name__}.terms must return a mapping of names to Term(tensor, weight), got "
+            f"{shown(terms)}; fix the supervision"
+        )
+    return terms
 
 
 def training_step(
