@@ -21,6 +21,7 @@ from typing import Literal, final
 import numpy as np
 
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.core.npy import read_npy
 from stbench.core.verified import verify_unchanged
 from stbench.data.crop import SUFFIXES, UnreadableImage, decode_image, reason, require_same_size
@@ -55,7 +56,7 @@ def require_not_repa(path: Path) -> None:
 
     Its subfolders would be taken for classes.
     """
-    place = path.resolve()
+    place = absolute_path(path)
     if place.name in (IMAGES, FEATURES) and is_repa(place.parent):
         raise UserError(
             f"{path} is a part of a folder in REPA's layout; give the whole folder, {place.parent}"

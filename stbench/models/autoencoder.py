@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stbench.core.errors import UserError
-from stbench.core.files import hash_file
+from stbench.core.files import absolute_path, hash_file
 from stbench.models.assets import asset_manifest, load_asset
 
 ROUNDING = "clamp, round half to even of (x+1)*127.5"
@@ -155,7 +155,7 @@ def find_vae(name: str) -> VAEInfo:
     Raises UserError if it is not in the cache, or if the folder does not contain diffusers' AutoencoderKL.
     """
     published = is_published(name)
-    folder = _cached(name) if published else Path(name).expanduser().resolve()
+    folder = _cached(name) if published else absolute_path(name)
     if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(
             f"expected an autoencoder (config.json and {WEIGHTS}) in {folder}, found none; "
