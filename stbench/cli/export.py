@@ -77,7 +77,7 @@ def export_run(
 ) -> list[str]:
     """Write a run's final weights; returns lines that say what was written and which code loads it.
 
-    `with_heads` is a recipe whose repository stores heads with the network, "none", or None for the run's own.
+    `with_heads` is a recipe whose repository stores heads with the network, or "none"; by default the run's.
 
     Raises:
         UserError: The other codebase cannot express the network, or the output exists.
@@ -92,26 +92,26 @@ def export_run(
     if kind == "diffusers":
         if with_heads not in (None, "none"):
             raise UserError("--with-heads applies to --format official; leave it out for diffusers")
-        heads, found = {}, "none"
-    else:
-        heads, found = _heads(run, with_heads, network.info)
+        with_heads = "none"
+    heads, found = _heads(run, with_heads, network.info)
     written = export_network(
         network, spec.backbone.effective, spec.objective, kind=kind, output=output, heads=heads
     )
     return [written[0], f"heads: {found}", *written[1:]]
 
 
-def _heads(
-    run: PastRun, with_heads: str | None, info: BackboneInfo
-) -> tuple[dict[str, Tensor], str]:
+def _heads(run: PastRun, with_heads: str | None, info: BackboneInfo) -> tuple[dict[str, Tensor], str]:
     """The heads to store under their repository's names, and what they are in words."""
+    from stbench.evaluate.stored_heads import stored_heads
     from stbench.models.export_heads import rename_heads, stores_heads, zero_heads
 
     recipe = run.prepared.spec.recipe.name
     wanted = with_heads or (recipe if stores_heads(recipe) else "none")
     if wanted == "none":
         return {}, "none"
-    own = run.heads() if wanted == recipe else None
+    stage, own = run.last_stage, {}
+    if wanted == recipe:
+        own = stored_heads(run.folder.stage(stage.index, stage.name), max(run.weight_files("ema")))
     if own:
         return rename_heads(wanted, own), f"{wanted}, trained"  # type: ignore[arg-type]
     if with_heads is None:

@@ -165,11 +165,12 @@ def write_diffusers(network: Backbone, options: Mapping[str, Any], output: Path)
         for name, values in (("config", config), ("scheduler_config", SCHEDULER)):
             atomic_write(draft / f"{name}.json", json.dumps(values, indent=1) + "\n")
         atomic_write(draft / f"{MODULE}.py", SOURCE)
-    guided = "" if info.classes <= PIPELINE_NULL_LABEL else ", without guidance, which takes label 1000 as null"
+    loader = f"AutoModel.from_pretrained({str(output)!r}, trust_remote_code=True)"
+    guided = "" if info.classes <= PIPELINE_NULL_LABEL else ", without guidance: its null label is 1000"
     return [
         f"weights: {output}",
-        f"loaded by: diffusers' AutoModel.from_pretrained({str(output)!r}, trust_remote_code=True); equal to this "
-        f"network, and runs in DiTPipeline with DDIMScheduler.from_pretrained({str(output)!r}){guided}",
+        f"loaded by: diffusers' {loader}, with the outputs of this network",
+        f"runs in: DiTPipeline with DDIMScheduler.from_pretrained({str(output)!r}){guided}",
     ]
 
 

@@ -58,7 +58,7 @@ def zero_heads(recipe: HeadsOf, info: BackboneInfo) -> dict[str, Tensor]:
         layers = {f"{prefix}.{2 * k}": shape for k, shape in enumerate(shapes)}
         if recipe == "vae-align":
             layers["projectors_final.linear"] = (info.patch**2 * info.channels, width)
-    zeros = {}
+    zeros: dict[str, Tensor] = {}
     for name, shape in layers.items():
         zeros |= {f"{name}.weight": torch.zeros(shape), f"{name}.bias": torch.zeros(shape[0])}
     return zeros

@@ -33,7 +33,7 @@ class Exported:
 
     @property
     def published(self) -> bool:
-        """Whether the repositories' tables of models contain this network, for latents that scripts sample."""
+        """Whether the tables of models contain this network, for latents that the scripts can sample."""
         name, _, patch = self.info.size.partition("/")
         known = name in ("s", "b", "l", "xl") and patch in ("2", "4", "8")
         return known and self.info.channels == 4 and self.info.input_size in RESOLUTIONS
