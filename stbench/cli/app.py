@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from stbench import __version__
-from stbench.cli import compare, data, evaluate, export, run, sample, show, sweep
+from stbench.cli import bench, compare, data, evaluate, export, run, sample, show, sweep
 from stbench.cli import list as list_registry
 from stbench.cli.errors import (
     BROKEN_PIPE,
@@ -36,6 +36,7 @@ app.command(name="list")(list_registry.list_registry)
 app.command()(sample.sample)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
+app.command()(bench.bench)
 app.add_typer(data.app, name="data")
 
 
