@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stbench.cli import options
 from stbench.core.errors import UserError
 
 if TYPE_CHECKING:
     from stbench.core.backbone import Backbone, Weights
     from stbench.evaluate.past_run import PastRun
+    from stbench.evaluate.run_plugins import PluginChoice
     from stbench.models.export import Kind
 
 
@@ -42,25 +44,32 @@ def export(
     weights: Annotated[
         WeightsChoice, typer.Option(help="EMA weights, or raw weights of the last step.")
     ] = WeightsChoice.ema,
+    plugin: options.Plugins = [],  # noqa: B006
+    allow_changed_plugin: options.AllowChangedPlugin = False,
 ) -> None:
     """Write a run's final weights for the published repositories or for diffusers."""
     from stbench.core.registry import load_builtins
+    from stbench.evaluate.run_plugins import PluginChoice
 
     load_builtins()
-    for line in export_run(run, format.value, output, weights.value):
+    chosen = PluginChoice(tuple(plugin), allow_changed_plugin)
+    for line in export_run(run, format.value, output, weights.value, plugins=chosen):
         print(line)
 
 
-def export_run(path: Path, kind: Kind, output: Path, weights: Weights) -> list[str]:
+def export_run(
+    path: Path, kind: Kind, output: Path, weights: Weights, *, plugins: PluginChoice | None = None
+) -> list[str]:
     """Write a run's final weights; returns lines that say what was written and which code loads it.
 
     Raises:
         UserError: The other codebase cannot express the network, or the output exists.
     """
     from stbench.evaluate.past_run import open_run
+    from stbench.evaluate.run_plugins import PluginChoice
     from stbench.models.export import export_network
 
-    run = open_run(path)
+    run = open_run(path, plugins or PluginChoice())
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
     network, spec = final_network(run, weights), run.prepared.spec
@@ -73,7 +82,4 @@ def final_network(run: PastRun, weights: Weights) -> Backbone:
     Raises:
         UserError: The run has no such weights yet.
     """
-    files = run.weight_files(weights)
-    if not files:
-        raise UserError(f"{run.folder.path} has no {weights} weights yet; finish it with `stbench run` first")
-    return run.load(files[max(files)])
+    return run.load(run.final_file(weights))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from stbench.config.build import build_objective
 from stbench.config.plan import PlannedStage, PreparedRun
 from stbench.config.spec import EvalSpec
 from stbench.core.backbone import Backbone
+from stbench.core.registry import SAMPLERS, lookup, plugin_hash
 from stbench.data.dataset import Dataset
 from stbench.diffusion.guidance import Guidance
 from stbench.evaluate.extractors import extractor_hash, get_extractor, tensors_hash
@@ -46,10 +48,12 @@ class Protocol:
     rounding: str
     weights: str
     """ "ema" or "raw"."""
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    """Code of plug-ins that the run's own hashes do not cover: what it provides -> sha256."""
 
     def fields(self) -> dict[str, Any]:
-        """All fields as plain data."""
-        return asdict(self)
+        """All fields as plain data; `plugins` only if there are any."""
+        return {name: value for name, value in asdict(self).items() if name != "plugins" or value}
 
     @property
     def hash(self) -> str:
@@ -57,9 +61,19 @@ class Protocol:
         return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def protocol_of(dataset: Dataset, settings: EvalSpec, weights: str = "ema") -> Protocol:
-    """The protocol of evaluation settings on a data set."""
+def protocol_of(
+    dataset: Dataset,
+    settings: EvalSpec,
+    weights: str = "ema",
+    *,
+    changed: Mapping[str, str] = MappingProxyType({}),
+) -> Protocol:
+    """The protocol of evaluation settings on a data set.
+
+    `changed` are parts of the run from plug-ins that differ from the recorded ones: kind -> sha256.
+    """
     images = dataset.references["train"]()
+    sampler = plugin_hash(lookup(SAMPLERS, settings.sampler))[:16]
     return Protocol(
         reference=f"{dataset.name}/train {tensors_hash([images])[:16]}",
         extractor=f"{dataset.extractor} {extractor_hash(get_extractor(dataset.extractor))[:16]}",
@@ -72,6 +86,7 @@ def protocol_of(dataset: Dataset, settings: EvalSpec, weights: str = "ema") -> P
         decoder=dataset.decoder[:16],
         rounding=ROUNDING,
         weights=weights,
+        plugins={**changed, **({"sampler": sampler} if sampler else {})},
     )
 
 
@@ -86,12 +101,14 @@ class PointEvaluator:
         *,
         dataset: Dataset,
         device: torch.device,
+        changed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """`changed` are parts of the run from plug-ins that differ from the recorded ones: kind -> sha256."""
         self._spec, self._stage, self._folder = prepared.spec, stage, folder
         self._dataset, self._device = dataset, device
         self._cache = OutputFolder(folder.path.parent).reference_statistics
         self._objective = build_objective(prepared.spec.objective)
-        self.protocol = protocol_of(dataset, prepared.spec.eval)
+        self.protocol = protocol_of(dataset, prepared.spec.eval, changed=changed)
 
     def evaluate(self, ema: Backbone, step: int, *, seconds: float, flops: float) -> list[CurvePoint]:
         """Evaluate at every guidance scale that is due at this step.
@@ -177,11 +194,13 @@ def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> Se
     """Evaluate the stored weights of a run's last stage under other settings; returns the added rows."""
     spec = run.prepared.spec.model_copy(update={"eval": settings})
     prepared, stage = replace(run.prepared, spec=spec), run.last_stage
-    known = {(p.stage_index, p.step): p for p in run.folder.points()}
+    known = {(p.stage_index, p.step): p for p in run.folder.record().curve}
     added: list[CurvePoint] = []
     with run.folder.lock():
         dataset = prepared.dataset.to(device)
-        evaluator = PointEvaluator(prepared, stage, run.folder, dataset=dataset, device=device)
+        evaluator = PointEvaluator(
+            prepared, stage, run.folder, dataset=dataset, device=device, changed=run.changed
+        )
         for step, file in run.weight_files("ema").items():
             before = known.get((stage.index, step))
             if before is not None:  # only points that training has reached have a cost

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from stbench.core.device import arithmetic
+from stbench.core.registry import SAMPLERS, lookup, plugin_hash
 from stbench.diffusion.sample import Guidance, sample
 from stbench.evaluate.generate import draw_labels, image_noise
 from stbench.evaluate.sample_model import SamplingModel
@@ -39,6 +40,7 @@ class SampleSpec:
 
     def fields(self) -> dict[str, Any]:
         """Return plain data for the settings that are stored with the images."""
+        plugin = plugin_hash(lookup(SAMPLERS, self.sampler))
         return {
             "count": self.count,
             "cfg": self.guidance.scale,
@@ -50,6 +52,7 @@ class SampleSpec:
             "seed": self.seed,
             "batch": self.batch,
             "precision": self.precision,
+            **({"sampler_plugin": plugin} if plugin else {}),
         }
 
 

@@ -57,6 +57,14 @@ def load_weights(file: Path, sha256: str | None = None) -> dict[str, Tensor]:
         ) from error
 
 
+def require_finite(state: State, where: str, remedy: str) -> None:
+    """Raise UserError, which names the first tensor, if a tensor contains NaN or an infinite value."""
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            kind = "NaN" if bool(value.isnan().any()) else "infinite values"
+            raise UserError(f"{where} contains {kind} in '{name}'; {remedy}")
+
+
 def tensors_sha256(state: State) -> str:
     """Return a hash of names, types, shapes and values, independent of the file format and the order."""
     digest = hashlib.sha256()

@@ -101,6 +101,8 @@ class StageTrainer:
         record = reuse_artifact(self._output, self._folder, self._stage.fingerprint)
         if record is None:
             return None
+        for kind, sha256 in record.sha256.items():
+            self._folder.record_weights(kind, record.steps, sha256)
         for hook in self._hooks:
             hook.on_stage(self._stage, self._stage.steps)
         ema = self._load("ema", record.sha256["ema"]).to(self._options.device)
@@ -228,7 +230,7 @@ class StageTrainer:
     def _evaluate_point(self, model: StageModel) -> None:
         """Store the EMA weights of this point and evaluate them."""
         step = self._state.step
-        save_weights(model.ema.state_dict(), self._folder.weights("ema", step))
+        self._store("ema", step, model.ema)
         if self._options.keep == "last":
             for other, file in self._folder.weight_files("ema").items():
                 if other != step:
@@ -240,12 +242,18 @@ class StageTrainer:
             for hook in self._hooks:
                 hook.on_point(self._stage, point)
 
+    def _store(self, kind: Weights, step: int, network: torch.nn.Module) -> str:
+        """Write the weights of a step and record their sha256, which is returned."""
+        sha256 = save_weights(network.state_dict(), self._folder.weights(kind, step))
+        self._folder.record_weights(kind, step, sha256)
+        return sha256
+
     def _record(self, model: StageModel) -> StageRecord:
         """Store the final weights and describe the finished stage."""
         steps = self._stage.steps
         sha256 = {
-            "raw": save_weights(model.student.state_dict(), self._folder.weights("raw", steps)),
-            "ema": save_weights(model.ema.state_dict(), self._folder.weights("ema", steps)),
+            "raw": self._store("raw", steps, model.student),
+            "ema": self._store("ema", steps, model.ema),
         }
         return StageRecord(
             name=self._stage.name,
