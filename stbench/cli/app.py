@@ -1,8 +1,8 @@
-"""The `stbench` command line: the Typer app, its entry point, and one-line error messages."""
+"""The `stbench` command line: the Typer app and its entry point."""
 
 from __future__ import annotations
 
-import shlex
+import os
 import sys
 import traceback
 from typing import Annotated
@@ -12,13 +12,7 @@ import typer
 from stbench import __version__
 from stbench.cli import compare, data, evaluate, export, run, sample, show, sweep
 from stbench.cli import list as list_registry
-from stbench.core.errors import UserError
-
-USER_ERROR, INTERRUPTED = 2, 130
-"""Exit codes: a mistake that the user can fix, and Ctrl-C."""
-
-click_exceptions = sys.modules[typer.BadParameter.__module__]
-"""`click.exceptions`, or the copy of it that newer versions of typer bundle."""
+from stbench.cli.errors import BROKEN_PIPE, INTERRUPTED, explain, one_line, stopped
 
 app = typer.Typer(
     add_completion=True,
@@ -55,33 +49,25 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line. An error is one line and exit code 2; --debug adds its traceback."""
+    """Run the command line.
+
+    A mistake of the user is one line and exit code 2, an unexpected exception one line and exit code 70, with
+    its traceback in a file; --debug prints the traceback of either.
+    """
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    stopped = f"stopped; rerun the same command to resume: {shlex.join(['stbench', *arguments])}"
+    message = ""
     try:
-        code = app(args=arguments or ["--help"], prog_name="stbench", standalone_mode=False)
+        code = app(args=arguments or ["--help"], prog_name="stbench", standalone_mode=False) or 0
+        sys.stdout.flush()
         if code == INTERRUPTED:  # typer returns it for a KeyboardInterrupt
-            _report(stopped, debug)
-    except UserError as error:
-        code = USER_ERROR
-        _report(f"error: {error}", debug)
-    except click_exceptions.UsageError as error:
-        code = USER_ERROR
-        command = error.ctx.command_path if error.ctx else "stbench"
-        _report(f"error: {error.format_message().rstrip('.')}; see `{command} --help`", debug)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-        _report(stopped, debug)
-    except OSError as error:
-        code = USER_ERROR
-        where = f": {error.filename}" if error.filename else ""
-        _report(f"error: {error.strerror or error}{where}; choose another path", debug)
-    sys.exit(code or 0)
-
-
-def _report(message: str, debug: bool) -> None:
-    """Print a message in one line on standard error, below the traceback with --debug."""
-    if debug:
-        traceback.print_exc()
-    typer.echo(" ".join(message.split()), err=True)
+            message = stopped(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = explain(error, arguments, debug=debug)
+        if debug:
+            traceback.print_exc()
+    if message:
+        typer.echo(one_line(message), err=True)
+    if code == BROKEN_PIPE:  # nothing can be printed, not even when Python flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from stbench.config.files import read_file
 from stbench.core.errors import UserError
 from stbench.core.recipe import is_computed
 from stbench.core.registry import BACKBONES, lookup, names, suggest
@@ -66,30 +67,10 @@ def _value(text: str) -> Any:
 def read_config(file: Path) -> dict[str, Any]:
     """Read a config file of `stbench run` as {option: value}, with `set` flattened to dotted names.
 
-    YAML, JSON and Python files are read by mmengine's Config, so `_base_` works.
-
     Raises:
         UserError: If the file is missing or malformed, or contains an unknown option.
     """
     return checked_options(read_file(file, "config", "--config"), OPTIONS, str(file))
-
-
-def read_file(file: Path, what: str, option: str) -> dict[str, Any]:
-    """Read a YAML, JSON or Python file. `what` and `option` name it in error messages.
-
-    Raises:
-        UserError: If the file is missing or malformed.
-    """
-    from mmengine.config import Config  # imports yapf and numpy, so only when a file is given
-
-    if not file.is_file():
-        raise UserError(f"{what} file not found: {file}; give a .yaml, .json or .py file after {option}")
-    try:
-        return dict(Config.fromfile(str(file)).to_dict())
-    except Exception as error:  # mmengine passes on whatever its parsers raise
-        raise UserError(
-            f"cannot read {what} file {file}: {type(error).__name__}: {error}".splitlines()[0]
-        ) from error
 
 
 def checked_options(content: Mapping[str, Any], known: Sequence[str], where: str) -> dict[str, Any]:
@@ -112,7 +93,7 @@ def checked_options(content: Mapping[str, Any], known: Sequence[str], where: str
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= _flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value

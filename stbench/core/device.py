@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.amp import is_autocast_available
 
 from stbench.core.errors import UserError
 
@@ -25,8 +26,10 @@ def tf32(enabled: bool) -> Iterator[None]:
             switch.allow_tf32 = value
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
     """The autocast context of a precision: bfloat16 for "bf16", disabled otherwise."""
+    if not is_autocast_available(device.type):  # the meta device
+        return nullcontext()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

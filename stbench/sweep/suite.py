@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from stbench.config.overrides import OPTIONS, checked_options, read_file
+from stbench.config.files import read_file
+from stbench.config.overrides import OPTIONS, checked_options
 from stbench.config.plan import PreparedRun, prepare
 from stbench.config.resolve import resolve_options
 from stbench.core.errors import UserError

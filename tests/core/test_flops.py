@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,3 +57,37 @@ def test_the_cache_does_not_keep_a_module_alive() -> None:
     del layer
     gc.collect()
     assert reference() is None
+
+
+class Repeated(nn.Module):
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.layer, self.times = nn.Linear(8, 8), times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.times):
+            x = self.layer(x)
+        return x
+
+
+def test_modules_of_one_structure_share_a_count() -> None:
+    assert linear_flops(Repeated(2), rows=3) == 2 * 2 * 3 * 8 * 8
+    assert forward_flops(Repeated(2), lambda m: 1 / 0, ("rows", 3)) == 2 * 2 * 3 * 8 * 8
+
+
+def test_modules_that_differ_in_an_attribute_are_counted_apart() -> None:
+    assert [linear_flops(Repeated(times), rows=3) // (2 * 3 * 8 * 8) for times in (1, 4)] == [1, 4]
+
+
+def test_a_module_with_a_function_as_attribute_is_counted_alone() -> None:
+    class Applied(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.function(x)
+
+    once, twice = nn.Linear(8, 8, device="meta"), nn.Linear(8, 16, device="meta")
+    counts = [linear_flops(Applied(layer.forward), rows=3) for layer in (once, twice)]
+    assert counts == [2 * 3 * 8 * 8, 2 * 3 * 8 * 16]
