@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
@@ -169,7 +170,7 @@ class PointEvaluator:
     def _measure(self, ema: Backbone, step: int, scale: float, extras: bool) -> dict[str, float]:
         """Generate images at one guidance scale, store a grid of them, and compute the metrics."""
         settings = self._spec.eval
-        images, labels = generate(
+        images, labels, finite = generate(
             ema,
             self._objective,
             self._dataset,
@@ -185,9 +186,11 @@ class PointEvaluator:
         picture = self._folder.sample_file(self._stage.index, self._stage.name, step, scale)
         save_grid(images[: 10 * columns], picture, columns)
         names = BASIC_METRICS + (EXTRA_METRICS if extras else ())
-        return compute_metrics(
+        metrics = compute_metrics(
             images, self._dataset, names, cache_dir=self._cache, labels=labels, device=self._device
         )
+        # Metrics of images that were decoded from NaN would look like numbers.
+        return metrics if finite else dict.fromkeys(metrics, math.nan)
 
 
 def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> Sequence[CurvePoint]:

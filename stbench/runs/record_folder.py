@@ -96,7 +96,7 @@ class RecordFolder:
         rows = []
         for number, line in enumerate(lines, start=1):
             where = f"{path} line {number}"
-            row = unseal(parse(line, where), self.binding, f"{name}:{number}", where)
+            row = unseal(parse(line, where), self.binding, f"{name}:{number}", where, line=line)
             if unknown := sorted(row.keys() - fields.keys()):
                 raise UserError(f"{where} has an unknown field {unknown[0]!r}; {REMEDY}")
             rows.append(cls(**convert(row, fields, where)))

@@ -68,8 +68,8 @@ text, flag, mapping, sequence = _typed(str), _typed(bool), _typed(dict), _typed(
 
 
 def whole(value: Any) -> int:
-    """Check a non-negative integer; True and False are not integers."""
-    if type(value) is not int or value < 0:
+    """Check a non-negative integer below 2^63; True and False are not integers."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
         raise TypeError
     return value
 

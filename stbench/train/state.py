@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.core.recipe import Cost
-from stbench.models.weights import load_weights, save_weights
+from stbench.models.weights import load_weights, require_finite, save_weights
 from stbench.runs import schema
 from stbench.runs.folder import OutputFolder
 from stbench.runs.records import StageRecord
@@ -84,6 +84,7 @@ def load_state(
         tensors = load_weights(folder.path / file, values.pop("sha256"))
     except UserError as error:
         raise UserError(f"{str(error).rsplit(';', 1)[0]}; {_remedy(folder)}") from error
+    require_finite(tensors, str(folder.path / file), _remedy(folder))
     try:
         values["cost"] = asdict(Cost(**values["cost"]))
         for name, network in networks.items():

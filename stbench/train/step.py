@@ -15,7 +15,7 @@ from stbench.core.backbone import Backbone
 from stbench.core.device import autocast, tf32
 from stbench.core.objective import Batch, Objective
 from stbench.core.recipe import Cost, Step, Supervision
-from stbench.core.rng import Rng, key
+from stbench.core.rng import Rng, key, seeded_globals
 from stbench.data.dataset import Dataset
 
 
@@ -37,6 +37,8 @@ class StageModel(nn.Module):
 
     ema: Backbone
     supervision: Supervision
+    gradient_norm: Tensor | None
+    """Norm of the last gradient before clipping, on the device; None without clipping."""
 
     def __init__(
         self,
@@ -57,6 +59,7 @@ class StageModel(nn.Module):
         object.__setattr__(self, "supervision", supervision)
         self.objective, self.dataset_size = objective, dataset_size
         self.cost = Cost()
+        self.gradient_norm: Tensor | None = None
         self._student_flops = float(student.flops())
 
     def prepare(self, device: torch.device, compile_student: bool = False) -> None:
@@ -135,7 +138,8 @@ def training_step(
     """
     losses: dict[str, Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
-    with tf32(train.precision == "tf32"):
+    globals_seeded = seeded_globals(seed, "global", step * train.batch, device)
+    with tf32(train.precision == "tf32"), globals_seeded:
         for batch in draw_batches(dataset, train, model.supervision, seed=seed, step=step):
             # Corrupt, forward, denoising loss and terms. Autocast must not cover the backward pass, which
             # runs in the types that the forward pass chose.
@@ -150,7 +154,8 @@ def training_step(
 
     # Clip.
     if train.clip is not None:
-        torch.nn.utils.clip_grad_norm_(model.trained_parameters(), train.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.trained_parameters(), train.clip)
+        model.gradient_norm = norm.detach()
 
     # Optimiser.
     for group in optimizer.param_groups:
