@@ -108,7 +108,7 @@ def column(folder: Path, array: str) -> np.ndarray:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Read all files of a folder, by name."""
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {f.name: f.read_bytes() for f in folder.iterdir() if not f.name.startswith(".verified-")}
 
 
 @final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ import typer
 
 from stbench.cli import options
 from stbench.core.errors import UserError
+from stbench.core.text import print_line
 
 if TYPE_CHECKING:
     from stbench.data.prepare import PrepareOptions
@@ -128,7 +128,7 @@ def import_repa(
         UserError: The folder has another layout, or is damaged.
     """
     from stbench.cli.progress import counting_progress_bar
-    from stbench.data import repa_layout
+    from stbench.data import repa_convert, repa_layout
 
     if not repa_layout.is_repa(source):
         raise UserError(
@@ -139,13 +139,13 @@ def import_repa(
     folder = repa_layout.RepaFolder(source, second)
     decoder = repa_layout.find_decoder(folder, vae)
     with counting_progress_bar("convert", len(folder.ids)) as advance:
-        manifest, written = repa_layout.convert(
+        manifest, written = repa_convert.convert(
             folder, target, decoder, shards=shards, references=references, advance=advance
         )
     if not manifest.vae_sha256:
-        print(
+        print_line(
             f"{vae} was not found: recorded its scale {manifest.scale}, but no hash of its weights",
-            file=sys.stderr,
+            error=True,
         )
     _print_summary(target, manifest, written)
 
@@ -188,24 +188,24 @@ def tokens(
     task = cache_tokens.open_task(token_options)
     with counting_progress_bar("tokens", len(task.ids)) as advance:
         spec = cache_tokens.cache(token_options, task, advance)
-    print(f"tokens of {len(task.ids)} images from {spec.name}, width {spec.width}: {target}")
-    print(f"to train with them: --recipe repa --set recipe.encoder={target} --set data.flip=false")
+    print_line(f"tokens of {len(task.ids)} images from {spec.name}, width {spec.width}: {target}")
+    print_line(f"to train with them: --recipe repa --set recipe.encoder={target} --set data.flip=false")
 
 
 @app.command()
 def verify(target: Annotated[Path, typer.Argument(metavar="DST", help="A prepared data set.")]) -> None:
     """Check every byte of a prepared data set: sizes, shapes, hashes, labels and counts."""
-    from stbench.data import shards
+    from stbench.data import verify as verification
 
-    manifest, problems = shards.verify(target)
+    manifest, problems = verification.verify(target)
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print_line(problem, error=True)
     if problems:
         raise UserError(
             f"{target}: {len(problems)} damaged files; copy them again, or prepare the data again"
         )
     files = sum(len(shard.files) for shard in manifest.shards)
-    print(f"{target}: {manifest.count} images, {files} files, all intact")
+    print_line(f"{target}: {manifest.count} images, {files} files, all intact")
 
 
 @app.command()
@@ -240,20 +240,20 @@ def statistics(
     networks = NetworkFiles(inception, inception_sha256, dino).load(torch_device)
     with progress_bar("images", transient=True) as report:
         done = write_statistics(found, networks, output, batch=batch, device=torch_device, report=report)
-    print(f"{done.count} images of {done.size[1]}x{done.size[0]}: {output}")
+    print_line(f"{done.count} images of {done.size[1]}x{done.size[0]}: {output}")
 
 
 def _print_summary(target: Path, manifest: Manifest, written: bool) -> None:
     """Print the size of a data set and, on standard error, which files are not in it."""
     for name, why in manifest.unreadable[:LISTED]:
-        print(f"left out: {name}: {why}", file=sys.stderr)
+        print_line(f"left out: {name}: {why}", error=True)
     if len(manifest.unreadable) > LISTED:
-        print(f"left out: {len(manifest.unreadable) - LISTED} more, listed in the manifest", file=sys.stderr)
+        print_line(f"left out: {len(manifest.unreadable) - LISTED} more, listed in the manifest", error=True)
     if manifest.ignored:
         others = ", ".join(f"{count} {suffix}" for suffix, count in sorted(manifest.ignored.items()))
-        print(f"ignored, not images: {others}", file=sys.stderr)
+        print_line(f"ignored, not images: {others}", error=True)
     if not written:
-        print(f"{target} is already finished; nothing to do")
+        print_line(f"{target} is already finished; nothing to do")
     left_out = f", {len(manifest.unreadable)} left out" if manifest.unreadable else ""
     shards = f"{len(manifest.shards)} shards of {manifest.kind} {'x'.join(map(str, manifest.shape))}"
-    print(f"{manifest.count} images in {len(manifest.classes)} classes{left_out}; {shards}: {target}")
+    print_line(f"{manifest.count} images in {len(manifest.classes)} classes{left_out}; {shards}: {target}")

@@ -15,6 +15,7 @@ import typer
 
 from stbench.core.errors import UserError
 from stbench.core.files import DISK_FULL
+from stbench.core.text import visible
 
 USER_ERROR, INTERNAL_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 """Exit codes: a mistake that the user can fix; an unexpected exception (EX_SOFTWARE of sysexits.h); Ctrl-C;
@@ -77,10 +78,7 @@ def stopped(arguments: Sequence[str]) -> str:
 
 def one_line(message: str) -> str:
     """A message in one line of printable characters; others are shown as escape sequences."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in " ".join(message.split())
-    )
+    return visible(" ".join(message.split()))
 
 
 def _explain_usage(error: Any) -> str:

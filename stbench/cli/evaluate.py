@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from stbench.cli import options
 from stbench.core.errors import UserError
+from stbench.core.text import print_line, visible
 
 if TYPE_CHECKING:
     from stbench.config.spec import EvalSpec
@@ -107,8 +107,8 @@ def evaluate_run(path: Path, run_options: RunOptions, device: str) -> None:
     run = open_run(path, run_options.choice())
     added = evaluate_again(run, settings, pick_device(device))
     for point in added:
-        print(point_line(point))
-    print(f"{len(added)} rows added to {path}")
+        print_line(point_line(point))
+    print_line(f"{len(added)} rows added to {path}")
 
 
 def score_run(path: Path, reference: Path, measure: MeasureOptions, run_options: RunOptions) -> None:
@@ -221,22 +221,23 @@ def print_ignored(images: ImageSet) -> None:
     """Print which files of a folder are not images, on standard error."""
     if images.ignored:
         others = ", ".join(f"{count} {suffix}" for suffix, count in sorted(images.ignored.items()))
-        print(f"ignored, not images: {others}", file=sys.stderr)
+        print_line(f"ignored, not images: {others}", error=True)
 
 
 def _print_scores(scores: ScoreReport, target: Path) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from stbench.evaluate.scores import SCORES, score_name
 
     count = scores.protocol["count"]
-    table = Table("score", "value", "meaning", title=escape(f"{scores.protocol['samples']}: {count} images"))
+    title = f"{scores.protocol['samples']}: {count} images"
+    table = Table("score", "value", "meaning", title=Text(visible(title)))
     for name, meaning in SCORES.items():
         if (full := score_name(name, count)) in scores.metrics:
-            table.add_row(full, f"{scores.metrics[full]:.5g}", escape(meaning))
+            table.add_row(full, f"{scores.metrics[full]:.5g}", Text(meaning))
     Console().print(table)
     for warning in scores.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    print(f"scores and protocol: {target}")
+        print_line(f"warning: {warning}", error=True)
+    print_line(f"scores and protocol: {target}")

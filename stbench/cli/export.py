@@ -10,6 +10,7 @@ import typer
 
 from stbench.cli import options
 from stbench.core.errors import UserError
+from stbench.core.text import print_line
 
 if TYPE_CHECKING:
     from stbench.core.backbone import Backbone, Weights
@@ -54,7 +55,7 @@ def export(
     load_builtins()
     chosen = PluginChoice(tuple(plugin), allow_changed_plugin)
     for line in export_run(run, format.value, output, weights.value, plugins=chosen):
-        print(line)
+        print_line(line)
 
 
 def export_run(

@@ -45,6 +45,7 @@ def list_registry(
     from rich.text import Text
 
     from stbench.core.registry import load_builtins, load_plugins
+    from stbench.core.text import visible
 
     load_builtins()
     load_plugins(plugin)
@@ -54,7 +55,9 @@ def list_registry(
         return
     table = Table(*rows[0]) if rows else Table(kind.value)
     for row in rows:
-        table.add_row(*(Text(str(value)) for value in row.values()))  # a str would be parsed as rich markup
+        # Text, because a str would be parsed as rich markup; the help of a recipe has several lines.
+        lines = [map(visible, str(value).splitlines()) for value in row.values()]
+        table.add_row(*(Text("\n".join(cell)) for cell in lines))
     Console().print(table)
 
 

@@ -24,6 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from stbench.config.plan import PlannedStage
+from stbench.core.text import visible
 from stbench.runs.records import CurvePoint, StageRecord
 from stbench.train.hooks import Hook
 
@@ -56,14 +57,14 @@ def progress_bar(label: str, total: int | None = None, *, transient: bool = Fals
     """
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         RateColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=transient) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(visible(label), total=total)
         yield lambda done: bar.update(task, completed=done)
 
 
@@ -121,10 +122,10 @@ class TrainingBar(Hook):
 
     def __init__(self, batch: int, console: Console) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s"),
+            TextColumn("loss {task.fields[loss]}  {task.fields[rate]} images/s", markup=False),
             TimeRemainingColumn(),
         )
         self._progress, self._speed, self._task = Progress(*columns, console=console), Speed(batch), TaskID(0)
@@ -138,7 +139,7 @@ class TrainingBar(Hook):
         """Start a new bar."""
         self._speed.reset(step)
         self._task = self._progress.add_task(
-            stage.name, total=stage.steps, completed=step, loss="-", rate="-"
+            visible(stage.name), total=stage.steps, completed=step, loss="-", rate="-"
         )
 
     def on_step(self, stage: PlannedStage, step: int, losses: Mapping[str, float]) -> None:
@@ -148,7 +149,7 @@ class TrainingBar(Hook):
 
     def on_point(self, stage: PlannedStage, point: CurvePoint) -> None:
         """Print the evaluation above the bar."""
-        self._progress.console.print(point_line(point), highlight=False, markup=False)
+        self._progress.console.print(Text(visible(point_line(point))))
         self._speed.reset(point.step)  # evaluation does not count as training time
 
     def close(self) -> None:
@@ -165,7 +166,7 @@ class TrainingLog(Hook):
         self._console, self._speed = console, Speed(batch)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(Text(visible(text)), soft_wrap=True)
 
     def on_notice(self, text: str) -> None:
         """Print a line."""

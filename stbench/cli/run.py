@@ -11,6 +11,7 @@ import typer
 
 from stbench.cli import options
 from stbench.cli.completion import complete
+from stbench.core.text import print_line, visible
 
 if TYPE_CHECKING:
     from stbench.config.plan import PreparedRun
@@ -106,7 +107,7 @@ def run(
 
     prepared = prepare(resolve_options(values, settings))
     if prepared.spec.init is not None:
-        print(describe_start(prepared.spec.init, prepared.dataset.classes))
+        print_line(describe_start(prepared.spec.init, prepared.dataset.classes))
     run_options = RunOptions(output, torch_device, keep.value, reuse, plugins)
     if dry_run:
         _print_plan(prepared, run_options)
@@ -136,15 +137,15 @@ def _train(prepared: PreparedRun, run_options: RunOptions, *, tensorboard: bool)
             hook.close()
 
     if not trained:
-        print(
+        print_line(
             f"{record.path} is already finished at {record.steps} steps; nothing to do. "
             f"Use a larger --steps to continue it"
         )
     terminal.print_curve(record)
     pictures = folder.sample_files(record.final_stage)
     if pictures:
-        print(f"samples: {pictures[-1].parent}")
-    print(f"run folder: {record.path}")
+        print_line(f"samples: {pictures[-1].parent}")
+    print_line(f"run folder: {record.path}")
 
 
 def _print_plan(prepared: PreparedRun, run_options: RunOptions) -> None:
@@ -169,11 +170,12 @@ def _print_plan(prepared: PreparedRun, run_options: RunOptions) -> None:
             f"{expected_cost(prepared, stage).total / 1e12:.2f}",
             f"{disk_bytes(prepared, stage, run_options.keep) / 2**20:.0f}",
         )
-        table.add_row(*map(Text, cells))  # Text, because a str would be parsed as rich markup
+        # Text, because a str would be parsed as rich markup.
+        table.add_row(*(Text(visible(cell)) for cell in cells))
     Console().print(table)
     settings = prepared.spec.model_dump(mode="json") | {"stages": prepared.description()}
     print(json.dumps(settings, indent=1))
-    print(f"run folder: {run_options.output / prepared.run_id}")
+    print_line(f"run folder: {run_options.output / prepared.run_id}")
 
 
 def _teachers(supervision: Any) -> str:

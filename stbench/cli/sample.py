@@ -11,6 +11,7 @@ import typer
 
 from stbench.cli import options
 from stbench.core.errors import UserError
+from stbench.core.text import print_line
 
 if TYPE_CHECKING:
     from stbench.evaluate.sample_model import ModelLocation
@@ -51,6 +52,9 @@ def sample(
     heads: Annotated[
         int | None, typer.Option(min=1, help="Attention heads of --checkpoint, if its width is unpublished.")
     ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="Objective of --checkpoint, if it does not say the path of its SiT.")
+    ] = None,
     weights: Annotated[str, typer.Option(help="Weights of a training checkpoint: ema or raw.")] = "ema",
     seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
     batch: Annotated[int, typer.Option(min=1, help="Images per network call on a GPU, and per shard.")] = 64,
@@ -68,7 +72,15 @@ def sample(
     from stbench.evaluate.run_plugins import PluginChoice
     from stbench.evaluate.sample_job import SampleRequest, sample_images
 
-    location = model_location(run, checkpoint, vae=vae, original=original, heads=heads, weights=weights)
+    location = model_location(
+        run,
+        checkpoint,
+        vae=vae,
+        original=original,
+        heads=heads,
+        objective=objective,
+        weights=weights,
+    )
     location = replace(location, plugins=PluginChoice(tuple(plugin), allow_changed_plugin))
     _require_valid_outputs(output)
     request = SampleRequest(
@@ -85,7 +97,7 @@ def sample(
     )
     sample_images(location, request, output, pick_devices(device), progress=progress_bar)
     for path in output:
-        print(f"{count} images: {path}")
+        print_line(f"{count} images: {path}")
 
 
 def model_location(
@@ -95,6 +107,7 @@ def model_location(
     vae: str | None = None,
     original: str | None = None,
     heads: int | None = None,
+    objective: str | None = None,
     weights: str = "ema",
 ) -> ModelLocation:
     """Turn the options into the location of a network.
@@ -109,9 +122,19 @@ def model_location(
     if checkpoint is not None:
         if weights not in ("ema", "raw"):
             raise UserError(f"--weights must be ema or raw, found '{weights}'; the default is ema")
-        return ModelLocation(checkpoint, True, vae, original, heads, weights)  # type: ignore[arg-type]
-    if (original, heads, weights) != (None, None, "ema"):
-        raise UserError("--original, --heads and --weights apply to --checkpoint, not to a run; drop them")
+        return ModelLocation(
+            checkpoint,
+            official=True,
+            vae=vae,
+            original=original,
+            heads=heads,
+            weights=weights,  # type: ignore[arg-type]
+            objective=objective,
+        )
+    if (original, heads, objective, weights) != (None, None, None, "ema"):
+        raise UserError(
+            "--original, --heads, --objective and --weights apply to --checkpoint, not to a run; drop them"
+        )
     return ModelLocation(run or Path(), vae=vae)
 
 

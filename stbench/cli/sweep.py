@@ -15,6 +15,7 @@ import typer
 
 from stbench.cli import options
 from stbench.core.errors import UserError
+from stbench.core.text import print_line
 
 if TYPE_CHECKING:
     from stbench.runs.journal import JournalEntry
@@ -92,7 +93,7 @@ def sweep(
     slots = local_slots(torch_device, jobs)
     if dry_run:
         _print_runs(runs, output)
-        print(f"{len(slots)} at a time on {torch_device.type}; run folders in {output}")
+        print_line(f"{len(slots)} at a time on {torch_device.type}; run folders in {output}")
         return
     arguments = ["--output", str(output), "--device", torch_device.type, "--keep", keep.value]
     arguments += [part for file in plugin for part in ("--plugin", str(file))]
@@ -176,9 +177,9 @@ def _print_runs(runs: Sequence[SweepRun], output: Path) -> None:
     run_ids = {entry.run_id for entry in requested}
     entries = [entry for entry in initial_entries(output, requested) if entry.run_id in run_ids]
     for entry in entries:
-        print(f"{entry.state:8}  {entry.run_id}  {entry.steps} steps  {describe(entry)}")
+        print_line(f"{entry.state:8}  {entry.run_id}  {entry.steps} steps  {describe(entry)}")
     stages = [stage for run in runs for stage in run.stages]
-    print(
+    print_line(
         f"{len(entries)} runs: {count_states(entries)}; "
         f"{len(stages)} stages, {len(set(stages))} of them different"
     )
@@ -247,8 +248,8 @@ def _print_summary(entries: Sequence[JournalEntry], output: Path) -> bool:
     failed = [entry for entry in entries if entry.state == "failed"]
     for entry in failed:
         log = OutputFolder(output).run_log(entry.run_id)
-        print(f"failed: {entry.run_id}: {entry.error} (log: {log})")
-    print(f"{len(entries) - len(failed)} finished, {len(failed)} failed", end="")
-    print("; rerun the same command to retry the failed runs" if failed else "")
-    print(f"next: stbench compare {output}")
+        print_line(f"failed: {entry.run_id}: {entry.error} (log: {log})")
+    retry = "; rerun the same command to retry the failed runs" if failed else ""
+    print_line(f"{len(entries) - len(failed)} finished, {len(failed)} failed{retry}")
+    print_line(f"next: stbench compare {output}")
     return not failed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +13,7 @@ from stbench.compare.rows import BASELINE
 from stbench.compare.tables import heading
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
+from stbench.core.text import to_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +26,8 @@ PANEL_HEIGHTS = (5.0, 4.4, 4.0)
 """Height of a table's panels in inches, for one, two, and three or more tables."""
 LABEL_WIDTH = 44
 """Characters after which a legend label is wrapped."""
+LABEL_LENGTH, TITLE_LENGTH = 400, 300
+"""Characters after which a legend label and the title of a table are cut."""
 LEGEND_WIDTH = 150
 """Characters of a line of the legend."""
 
@@ -96,7 +98,7 @@ def _plot_table(subfigure: Any, table: Table, styles: dict[str, Style]) -> None:
     seeds = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     plural = "" if counts == [1] else "s"
     what = f"protocol {table.protocol}, mean over {seeds} seed{plural}, band: one standard deviation"
-    subfigure.suptitle(f"{heading(table)}\n{what}", fontsize=11)
+    subfigure.suptitle(f"{to_plot(heading(table), TITLE_LENGTH)}\n{to_plot(what)}", fontsize=11)
     for row in sorted(table.rows, key=lambda row: (row.recipe != BASELINE, row.recipe, row.length)):
         _plot_row(left, row, earlier_images=0, style=styles[row.recipe])
         _plot_row(right, row, earlier_images=row.earlier_images, style=styles[row.recipe])
@@ -160,4 +162,4 @@ def _legend_columns(names: Sequence[str]) -> int:
 
 
 def _wrapped(label: str) -> str:
-    return "\n".join(textwrap.wrap(label, LABEL_WIDTH))
+    return to_plot(label, LABEL_LENGTH, width=LABEL_WIDTH)

@@ -1,11 +1,12 @@
 """Leaderboards and single runs in the terminal.
 
-Names may contain square brackets, which rich would read as markup: all text is printed without markup.
+All text is made visible and printed without markup: names come from run folders and may contain anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +15,7 @@ from stbench.compare.format import Section
 from stbench.compare.leaderboard import Leaderboard
 from stbench.compare.published import PublishedValue
 from stbench.compare.run_report import curves, facts, stages
+from stbench.core.text import visible
 from stbench.runs.folder import RunFolder
 from stbench.runs.records import RunRecord
 
@@ -31,7 +33,8 @@ def print_leaderboard(
     console = console or _console()
     for block in blocks(leaderboard, published):
         if block.heading:
-            _print_text(f"\n{block.heading}", console, "bold")
+            console.print()
+            _print_text(block.heading, console, "bold")
         if block.text:
             _print_text(block.text, console, "dim")
         for section in block.sections:
@@ -67,7 +70,9 @@ def _console() -> Console:
 
 
 def _print_text(text: str, console: Console, style: str = "") -> None:
-    console.print(text, style=style, markup=False, highlight=False)
+    from rich.text import Text
+
+    console.print(Text(visible(text), style))  # a str would be searched for markup and emoji codes
 
 
 def _print_section(section: Section, console: Console, title: bool = True) -> None:
@@ -75,6 +80,7 @@ def _print_section(section: Section, console: Console, title: bool = True) -> No
     from rich.table import Table as Grid
     from rich.text import Text
 
+    section = _visible(section)
     grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for i, (name, width) in enumerate(zip(section.header, _widths(section, console.width), strict=True)):
         words = i in section.left
@@ -83,8 +89,14 @@ def _print_section(section: Section, console: Console, title: bool = True) -> No
     for row in section.rows:
         grid.add_row(*map(Text, row))
     if title:
-        _print_text(f"\n{section.title}", console, "italic")
+        console.print()
+        _print_text(section.title, console, "italic")
     console.print(grid)
+
+
+def _visible(section: Section) -> Section:
+    rows = tuple(tuple(map(visible, row)) for row in section.rows)
+    return replace(section, header=tuple(map(visible, section.header)), rows=rows)
 
 
 def _widths(section: Section, width: int) -> list[int]:

@@ -1,6 +1,7 @@
 """A leaderboard as Markdown, CSV, JSON or LaTeX text.
 
-Markdown and LaTeX contain what the terminal shows. CSV and JSON contain all values at full precision.
+Markdown and LaTeX contain what the terminal shows. CSV and JSON contain all values at full precision. Each
+writer escapes all text with the function of its format in stbench/core/text.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from stbench.compare.blocks import blocks
 from stbench.compare.leaderboard import Leaderboard, Row, Table, UnfinishedRow
 from stbench.compare.published import PUBLISHED_FILE, TITLE, PublishedValue
 from stbench.core.errors import UserError
+from stbench.core.text import to_csv, to_latex, to_latex_comment, to_markdown
 from stbench.runs.schema import plain
 
 Format = Literal["md", "csv", "json", "tex"]
@@ -39,15 +41,17 @@ def render(leaderboard: Leaderboard, form: Format, published: Sequence[Published
 def _markdown(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
     lines: list[str] = []
     for block in blocks(leaderboard, published):
-        for text in (f"## {block.heading}" if block.heading else "", block.text):
-            lines += [text, ""] if text else []
+        lines += [f"## {to_markdown(block.heading)}", ""] if block.heading else []
+        lines += [to_markdown(block.text, block=True), ""] if block.text else []
         for section in block.sections:
             rule = [":--" if i in section.left else "--:" for i in range(len(section.header))]
-            body = [tuple(value.replace("|", "\\|") for value in row) for row in section.rows]
-            lines += [f"**{section.title}**", ""] if section.title != block.heading else []
-            lines += [f"| {' | '.join(row)} |" for row in (section.header, rule, *body)]
+            header, *body = [tuple(map(to_markdown, row)) for row in (section.header, *section.rows)]
+            title = f"**{to_markdown(section.title)}**"
+            lines += [title, ""] if section.title != block.heading else []
+            lines += [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
             lines += [""]
-        lines += [*(f"- {note}" for note in block.notes), *([""] if block.notes else [])]
+        lines += [f"- {to_markdown(note, block=True)}" for note in block.notes]
+        lines += [""] if block.notes else []
     return _text(lines)
 
 
@@ -62,7 +66,7 @@ def _json(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
     content: dict[str, Any] = {"schema": LEADERBOARD_SCHEMA, **asdict(leaderboard)}
     if published:
         content["reported"] = {"title": TITLE, "rows": [asdict(value) for value in published]}
-    return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
 
 
 # --- CSV: one line per row, with the fields of its table ---
@@ -85,9 +89,9 @@ def _csv(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
         rows += [_csv_row(table, row) for row in table.absent]
     columns = dict.fromkeys(name for row in rows for name in row)
     file = io.StringIO()
-    writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(map(to_csv, columns))
+    writer.writerows([row.get(name, "") for name in columns] for row in rows)
     return file.getvalue()
 
 
@@ -100,45 +104,43 @@ def _csv_row(table: Table, row: Row | UnfinishedRow) -> dict[str, Any]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a tree: fid.mean becomes fid_mean, sequences are joined by spaces, None is omitted."""
+    """Flatten a tree: fid.mean becomes fid_mean, sequences are joined by spaces, None is omitted.
+
+    Text is escaped, numbers are not.
+    """
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}_")
         elif value is not None:
-            flat[prefix + name] = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            flat[prefix + name] = (
+                " ".join(map(_cell, value)) if isinstance(value, (list, tuple)) else _cell(value)
+            )
     return flat
 
 
-# --- LaTeX: tabulars, with all other text as comments ---
+def _cell(value: Any) -> str:
+    return str(value) if isinstance(value, (int, float)) else to_csv(str(value))
 
-_TEX_ESCAPES = {letter: f"\\{letter}" for letter in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "±": r"$\pm$",
-    "†": r"$\dagger$",
-    "<": "$<$",
-    ">": "$>$",
-}
+
+# --- LaTeX: tabulars, with all other text as comments ---
 
 
 def _tex(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
     lines: list[str] = []
     for block in blocks(leaderboard, published):
-        lines += [f"% {text}" for text in (block.heading, block.text) if text]
+        lines += [to_latex_comment(text) for text in (block.heading, block.text) if text]
         for section in block.sections:
             columns = "".join("l" if i in section.left else "r" for i in range(len(section.header)))
-            lines += ["", f"% {section.title}", f"\\begin{{tabular}}{{{columns}}}", "\\hline"]
+            lines += ["", to_latex_comment(section.title), f"\\begin{{tabular}}{{{columns}}}", "\\hline"]
             lines += [_tex_line(section.header), "\\hline", *map(_tex_line, section.rows)]
             lines += ["\\hline", "\\end{tabular}"]
-        lines += [*(f"% {note}" for note in block.notes), ""]
+        lines += [*map(to_latex_comment, block.notes), ""]
     return _text(lines)
 
 
 def _tex_line(values: Sequence[str]) -> str:
-    cells = ("".join(_TEX_ESCAPES.get(letter, letter) for letter in value) for value in values)
-    return " & ".join(cells) + r" \\"
+    return " & ".join(map(to_latex, values)) + r" \\"
 
 
 _WRITERS: Mapping[Format, Callable[[Leaderboard, Sequence[PublishedValue]], str]] = {

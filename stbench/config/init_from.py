@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,17 @@ def read_start(
     if weights not in (None, "raw", "ema"):
         raise UserError(f"--init-weights must be raw or ema, got {weights!r}; leave it out for ema")
     family, size = split_backbone(values["backbone"])
-    heads, path = overrides.get("backbone.heads"), Path(str(file)).resolve()
-    model = load_official(path, weights=weights or "ema", heads=heads, original=original, family=family)
+    heads, path = overrides.get("backbone.heads"), _absolute(str(file))
+    if heads is not None and (type(heads) is not int or heads < 1):
+        raise UserError(f"backbone.heads must be a positive integer, got {heads!r}; for example 6")
+    model = load_official(
+        path,
+        weights=weights or "ema",
+        heads=heads,
+        original=original,
+        objective=values.get("objective"),
+        family=family,
+    )
     values["backbone"] = _sized(values["backbone"], size, model, path)
     values.setdefault("objective", model.objective)
     spec = InitSpec(
@@ -69,6 +79,14 @@ def read_start(
     )
     options = _options(model, overrides, path)
     return values, {**overrides, **options}, Start(spec, model.options, model.objective)
+
+
+def _absolute(file: str) -> Path:
+    """The absolute path of a file, links resolved."""
+    if "\0" in file:
+        raise UserError(f"--init-from must be the path of a file, got {file!r}; remove the NUL character")
+    # Not Path.resolve(), which raises RuntimeError for a loop of symbolic links before Python 3.13.
+    return Path(os.path.realpath(file))
 
 
 def _sized(typed: str, size: str | None, model: OfficialModel, path: Path) -> str:
@@ -136,8 +154,8 @@ def describe_start(init: InitSpec, classes: int) -> str:
 
 
 @torch.no_grad()
-def load_start(student: Backbone, init: InitSpec) -> None:
-    """Load the weights of the checkpoint into a newly built student.
+def load_start(student: Backbone, init: InitSpec, objective: str) -> None:
+    """Load the weights of the checkpoint into a newly built student that is trained with `objective`.
 
     If the number of classes differs, the student keeps its initial label embedding except for the null
     label.
@@ -150,6 +168,7 @@ def load_start(student: Backbone, init: InitSpec) -> None:
         weights=init.weights,
         heads=init.heads,
         original=init.original,
+        objective=objective,
         family=student.info.name,
     )
     if model.sha256 != init.sha256:

@@ -15,6 +15,7 @@ from stbench.core.backbone import Backbone, BackboneInfo, Weights
 from stbench.core.errors import UserError
 from stbench.core.recipe import Artifact, Stage, Supervision
 from stbench.core.registry import plugin_hash
+from stbench.core.text import check_name
 from stbench.data.dataset import Dataset, get_dataset
 
 
@@ -75,8 +76,9 @@ def prepare(spec: RunSpec) -> PreparedRun:
 
     Raises:
         UserError: If the settings do not fit together: a block out of range, a stage without steps, guidance
-            on a network without a null label, data that have changed.
+            on a network without a null label, data that have changed, a name that cannot be part of a path.
     """
+    _check_names(spec)
     dataset = get_dataset(spec.dataset, spec.data)
     info = build_backbone(spec.backbone, spec.objective, dataset, "meta").info
     _require_null_label(spec, info)
@@ -96,6 +98,17 @@ def prepare(spec: RunSpec) -> PreparedRun:
         stages=tuple(stages),
         hashes=hashes(spec, earlier_steps, dataset.fingerprint, contents),
     )
+
+
+def _check_names(spec: RunSpec) -> None:
+    """Raise UserError for a name that cannot be part of a path, as in a specification that was changed."""
+    check_name(spec.dataset, "the name of the data set")
+    check_name(spec.backbone.name, "the name of the backbone")
+    check_name(spec.backbone.size, "the size of the backbone", parts=2)
+    check_name(spec.recipe.name, "the name of the recipe")
+    for section in (spec.backbone, spec.recipe):
+        for option in (*section.options, *section.effective):
+            check_name(option, f"the name of an option of {section.name}")
 
 
 def _require_null_label(spec: RunSpec, info: BackboneInfo) -> None:

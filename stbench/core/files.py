@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
@@ -29,6 +30,9 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LOCK = ".lock"
 """Name of the lock file in a locked folder. It contains the process id of its last owner."""
 
+LOCK_LENGTH = 20
+"""Longest content of a lock."""
+
 LOCK_WAIT = 0.1
 """Seconds that `lock_folder` waits: longer than the instant for which `is_locked` takes the lock."""
 
@@ -47,10 +51,11 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     UserError if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     with disk_full_errors(path):
         try:
-            with open(temporary, "wb") as file:
+            temporary.unlink(missing_ok=True)  # never written through: it may be a link
+            with open(temporary, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -68,7 +73,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     `path` must not exist or must be an empty folder. Files in it are synced only if they are written with the
     functions of this module. Raises UserError if the disk is full.
     """
-    temporary = _temporary(path)
+    temporary = temporary_path(path)
     with disk_full_errors(path):
         try:
             temporary.mkdir(parents=True)
@@ -107,7 +112,7 @@ def remove_unfinished(folder: Path, target: str | None = None, *, recursive: boo
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Where `path` is written first: beside it, because a rename is atomic only within a file system."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -179,17 +184,18 @@ def require_free_space(folder: Path, needed: int) -> None:
 def lock_folder(folder: Path, remedy: str) -> Iterator[None]:
     """Own `folder`, which is created, for a `with` block. The kernel frees the lock of a killed process.
 
-    Raises a UserError that names the owning process, and ends with `remedy`, if the folder is in use.
+    Raises a UserError that names the owning process, and ends with `remedy`, if the folder is in use, or if
+    its lock is not a file of its own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK
-    if file.is_symlink():  # filelock does not follow it either, but its error says less
-        raise UserError(f"{file} is a symbolic link, which cannot be used as a lock; delete it")
+    _require_lock_file(file)
     lock = FileLock(file, timeout=LOCK_WAIT, on_acquired=_write_owner)
     try:
         lock.acquire()
     except Timeout:
-        owner = file.read_text().strip() or "unknown"
+        with file.open("rb") as opened:
+            owner = _owner(opened.fileno()) or "unknown"
         raise UserError(f"{folder} is in use by process {owner}; {remedy}") from None
     try:
         yield
@@ -198,7 +204,8 @@ def lock_folder(folder: Path, remedy: str) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process owns `folder` now."""
+    """Whether a process owns `folder` now. Raises UserError if its lock is not a file of its own."""
+    _require_lock_file(folder / LOCK)
     try:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -211,6 +218,26 @@ def is_locked(folder: Path) -> bool:
         os.close(descriptor)
 
 
+def _require_lock_file(file: Path) -> None:
+    """Raise UserError for a link, a device and the like, whose target another folder or person may own."""
+    try:
+        found = file.lstat()
+    except FileNotFoundError:
+        return
+    regular, linked = stat.S_ISREG(found.st_mode), stat.S_ISLNK(found.st_mode)
+    if not regular or found.st_nlink > 1:
+        what = "a link" if linked or regular else "not a file"
+        raise UserError(f"{file} is {what}, which cannot be used as a lock; delete it")
+
+
 def _write_owner(descriptor: int) -> None:
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    """Write the process id into the lock, unless it contains something else."""
+    if _owner(descriptor) is not None:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+
+
+def _owner(descriptor: int) -> str | None:
+    """The process id in a lock; "" if it is empty, None if it contains something else."""
+    content = os.pread(descriptor, LOCK_LENGTH + 1, 0).strip()
+    return content.decode() if len(content) <= LOCK_LENGTH and (not content or content.isdigit()) else None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from stbench.core.backbone import Backbone, BackboneInfo, Features, Weights
 from stbench.core.flops import forward_flops
 from stbench.core.objective import Batch, Noised, Objective
+from stbench.core.text import check_name
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,10 @@ class Stage:
     """Absolute number of steps; replaces `length`."""
     init: Literal["scratch", "previous"] = "scratch"
     """Initial weights: fresh, or the EMA weights of the previous stage."""
+
+    def __post_init__(self) -> None:
+        """Raise UserError unless the name can be part of a path."""
+        check_name(self.name, "the name of a stage")
 
     def length_at(self, steps: int) -> int:
         """Steps of this stage, as an earlier stage, when the last stage has `steps` steps."""

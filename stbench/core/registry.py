@@ -18,11 +18,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mmengine.registry import Registry
+from mmengine.registry import Registry as MMEngineRegistry
 
 from stbench.core.errors import UserError
 from stbench.core.files import hash_file
 from stbench.core.renamed import renamed_imports
+from stbench.core.text import check_name
+
+
+class Registry(MMEngineRegistry):
+    """A registry whose names can be part of a path and are readable in every output."""
+
+    def _register_module(
+        self, module: Any, module_name: str | list[str] | None = None, force: bool = False
+    ) -> None:
+        """Check the names before mmengine registers them. Raises UserError for one that is not allowed."""
+        given = module_name if isinstance(module_name, list) else [module_name or module.__name__]
+        for name in given:
+            check_name(name, f"the name of a {self.name}")
+        super()._register_module(module, module_name, force)
+
 
 BACKBONES = Registry("backbone")
 RECIPES = Registry("recipe")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stbench.core.errors import UserError
 from stbench.core.files import require_free_space
-from stbench.data.crop import UNREADABLE, decode_image, reason
+from stbench.data.crop import UnreadableImage, decode_image, reason
 from stbench.data.encode import Advance
 from stbench.data.repa_layout import RepaFolder, is_repa
 from stbench.data.shards import Manifest, open_array, read_manifest
@@ -116,7 +116,7 @@ def _image_reader(
     def read_image(name: str) -> np.ndarray:
         try:
             return decode_image(source.content(number[name]), channels, size)
-        except UNREADABLE as error:
+        except UnreadableImage as error:
             raise UserError(f"image '{name}' is no longer readable ({reason(error)}); restore it") from error
 
     return read_image

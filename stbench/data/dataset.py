@@ -142,14 +142,23 @@ def get_dataset(name: str, data: DataSpec | None = None) -> Dataset:
     if data is None:
         return _build(name, None)
     # Two runs on the same path share one data set, whether the fingerprint is known yet or not.
-    found = _build(name, data.model_copy(update={"fingerprint": ""}))
+    found = _build(name, data.model_copy(update=UNKNOWN))
     if data.fingerprint not in ("", found.fingerprint):
         raise UserError(
             f"{data.path} changed since the run started: expected fingerprint {data.fingerprint[:12]}, "
             f"found {found.fingerprint[:12]}; restore the original data"
         )
+    decoder = found.effective(data).vae_sha256 if data.vae_sha256 else ""
+    if decoder not in ("", data.vae_sha256):
+        raise UserError(
+            f"the autoencoder of {data.path} changed since the run started: expected sha256 "
+            f"{data.vae_sha256[:12]}, found {decoder[:12]}; restore the original one"
+        )
     return found
 
+
+UNKNOWN = {"fingerprint": "", "vae_sha256": ""}
+"""Fields of a `DataSpec` that are not known before the data are opened."""
 
 _built: dict[tuple[str, DataSpec | None], Dataset] = {}
 
@@ -159,5 +168,5 @@ def _build(name: str, data: DataSpec | None) -> Dataset:
         cls = lookup(DATASETS, name)
         _built[name, data] = dataset = cls() if data is None else cls(data)
         if data is not None:  # a specification with effective values names the same data set
-            _built[name, dataset.effective(data)] = dataset
+            _built[name, dataset.effective(data).model_copy(update=UNKNOWN)] = dataset
     return _built[name, data]

@@ -13,7 +13,7 @@ import torch
 
 from stbench.core.device import arithmetic
 from stbench.core.errors import UserError
-from stbench.data.crop import UNREADABLE, decode_image, reason
+from stbench.data.crop import UnreadableImage, decode_image, reason
 from stbench.data.shard_writer import ShardRows
 from stbench.data.shards import Kind
 from stbench.data.sources import ImageSource
@@ -191,7 +191,7 @@ def _batches(
     def load(number: int) -> np.ndarray | str:
         try:
             return decode_image(task.source.content(number), channels, size)
-        except UNREADABLE as error:
+        except UnreadableImage as error:
             return reason(error)
 
     def submit(batch: Sequence[int]) -> list[Future[np.ndarray | str]]:

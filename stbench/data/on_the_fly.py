@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import numpy as np
 
 from stbench.core.device import pick_device
 from stbench.core.errors import UserError
-from stbench.data.crop import UNREADABLE, decode_image, reason, require_same_size
+from stbench.core.text import print_line
+from stbench.data.crop import UnreadableImage, decode_image, reason, require_same_size
 from stbench.data.encode import EncodingTask, encode, make_row_encoder
 from stbench.data.encoded import EncodedImages, MemoryRows
 from stbench.data.sources import ImageSource, open_source
@@ -49,7 +49,7 @@ def encode_folder(path: Path, data: DataSpec) -> EncodedImages:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         encoded = encode(task, range(len(source.ids)), pool=pool, advance=lambda count: None)
     for name, why in encoded.unreadable:
-        print(f"left out: {name}: {why}", file=sys.stderr)
+        print_line(f"left out: {name}: {why}", error=True)
     if len(encoded.ids) < 2:
         raise UserError(f"{path}: expected at least 2 readable images, found {len(encoded.ids)}; add images")
     # Everything that training depends on.
@@ -95,10 +95,11 @@ def _common_size(source: ImageSource) -> int:
     images, names = [], []
     for number, name in enumerate(source.ids):
         try:
-            images.append(decode_image(source.content(number), 3, None))
+            shape = decode_image(source.content(number), 3, None).shape
+            images.append(np.broadcast_to(np.uint8(0), shape))  # all pixels at once may not fit into memory
             names.append(name)
-        except UNREADABLE as error:
-            print(f"cannot read {name}: {reason(error)}", file=sys.stderr)
+        except UnreadableImage as error:
+            print_line(f"cannot read {name}: {reason(error)}", error=True)
     remedy = "give the size to crop them to, for example --set data.size=64"
     require_same_size(images, names, remedy)
     if not images or images[0].shape[1] != images[0].shape[2]:

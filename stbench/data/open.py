@@ -19,6 +19,7 @@ from stbench.data.shard_writer import PLAN
 from stbench.data.shards import MANIFEST, ShardedRows, open_array, read_manifest
 from stbench.data.spec import PIXELS, DataSpec
 from stbench.data.split import REFERENCES, TRAIN, assign_split
+from stbench.data.verify import require_intact
 
 
 def open_data(data: DataSpec) -> EncodedImages:
@@ -66,6 +67,7 @@ def _latents_error(data: DataSpec) -> UserError:
 def _open_prepared(path: Path) -> EncodedImages:
     """Open a prepared data set, memory-mapped."""
     manifest = read_manifest(path)
+    require_intact(path, manifest)
     arrays = {
         name: [open_array(manifest, path, shard, name) for shard in manifest.shards]
         for name in (manifest.kind, "labels", "split", "images")
@@ -103,6 +105,7 @@ def _open_prepared(path: Path) -> EncodedImages:
 def _open_repa(path: Path, vae: str) -> EncodedImages:
     """Open a folder in REPA's layout, which stores neither a split nor mirror images."""
     folder = RepaFolder(path)
+    folder.require_unchanged()
     decoder = find_decoder(folder, vae)
     facts = [folder.fingerprint(), decoder.scale, decoder.shift]
     return EncodedImages(

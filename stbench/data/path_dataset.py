@@ -88,8 +88,12 @@ class PathDataset(Dataset):
             )
 
     def effective(self, data: DataSpec) -> DataSpec:
-        """The specification with the mirroring and the extractor that are used."""
-        return data.model_copy(update={"flip": self.flip, "extractor": self.extractor})
+        """The specification with the mirroring, the extractor and the autoencoder that are used."""
+        try:
+            vae = "" if self._found.kind == "pixels" else self._vae().sha256
+        except UserError:  # missing or a wrong one, which only decoding requires
+            vae = ""
+        return data.model_copy(update={"flip": self.flip, "extractor": self.extractor, "vae_sha256": vae})
 
     # --- Decoding ---
 

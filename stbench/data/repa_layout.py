@@ -1,4 +1,4 @@
-"""REPA's folder layout (sihyun-yu/REPA, preprocessing): read as it is, and converted to a prepared data set.
+"""REPA's folder layout (sihyun-yu/REPA, preprocessing), read as it is.
 
 images/**/*.png are the cropped images. vae-sd/**/*.npy are moments (2C,h,w): the mean of the posterior, then
 its standard deviation. vae-sd/dataset.json is {"labels": [[file name, label], ...]}. The image of a moment
@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import operator
+import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, final
-from zipfile import BadZipFile
 
 import numpy as np
 
 from stbench.core.errors import UserError
-from stbench.data.crop import SUFFIXES, UNREADABLE, decode_image, reason, require_same_size
-from stbench.data.shard_writer import ShardRows, shard_bounds, write_shards
-from stbench.data.shards import Manifest
-from stbench.data.split import TRAIN, assign_split
+from stbench.core.npy import read_npy
+from stbench.core.verified import verify_unchanged
+from stbench.data.crop import SUFFIXES, UnreadableImage, decode_image, reason, require_same_size
+from stbench.data.listing import list_files
 from stbench.models.autoencoder import PUBLISHED_SCALE, VAEInfo, find_vae, is_published
 
 FEATURES, IMAGES, LABELS = "vae-sd", "images", "dataset.json"
 
 DEFAULT_VAE = "sd-vae-ft-mse"
 """The autoencoder of REPA's preprocessing."""
+
+VERIFIED = 50_000
+"""A folder with more files is not verified: reading ImageNet's takes too long at the start of a run."""
+
+MAX_CLASSES = 1_000_000
+"""Labels from this number on are not labels: the class embedding would not fit into memory."""
 
 SAMPLED = 256
 """Number of moment files that are hashed for the fingerprint of a folder that is read as it is."""
@@ -40,6 +48,24 @@ SecondHalf = Literal["std", "logvar"]
 def is_repa(path: Path) -> bool:
     """Whether a folder has REPA's layout."""
     return (path / FEATURES / LABELS).is_file()
+
+
+def require_not_repa(path: Path) -> None:
+    """Raise a UserError for a folder in REPA's layout, or a part of one, that is about to be read as images.
+
+    Its subfolders would be taken for classes.
+    """
+    place = path.resolve()
+    if place.name in (IMAGES, FEATURES) and is_repa(place.parent):
+        raise UserError(
+            f"{path} is a part of a folder in REPA's layout; give the whole folder, {place.parent}"
+        )
+    if is_repa(path):
+        raise UserError(f"{path} is a folder in REPA's layout; convert it with `stbench data import`")
+    if any((path / FEATURES).rglob("*.npy")):
+        raise UserError(
+            f"{path} has REPA's layout, but {FEATURES}/{LABELS} with the labels is missing; copy it too"
+        )
 
 
 @final
@@ -66,12 +92,30 @@ class RepaFolder:
     def image_names(self) -> list[str]:
         """Sorted names under images/, one per moment file."""
         found = _relative_names(self.path / IMAGES, SUFFIXES)
-        if len(found) != len(self.ids):
+        problem = _unpaired(self.ids, found)
+        if len(found) != len(self.ids) or problem:
             raise UserError(
                 f"expected {len(self.ids)} images under {self.path / IMAGES}, one per moment file, "
-                f"found {len(found)}; the evaluation requires them: copy the whole folder"
+                f"found {len(found)}{problem}; the evaluation requires them: copy the whole folder"
             )
         return found
+
+    def require_unchanged(self) -> None:
+        """Compare all files with those of the first use on this machine: nothing records their hashes.
+
+        Raises UserError if one of them has changed. A folder with more than `VERIFIED` files is not read.
+        """
+        images = list_files(self.path / IMAGES).names if (self.path / IMAGES).is_dir() else []
+        names = [f"{FEATURES}/{name}" for name in (LABELS, *self.ids)]
+        names += [f"{IMAGES}/{name}" for name in images]
+        if len(names) > VERIFIED:
+            print(
+                f"{self.path} contains {len(names)} files without recorded hashes, too many to verify; "
+                f"`stbench data import` records a hash of every file",
+                file=sys.stderr,
+            )
+            return
+        verify_unchanged(self.path, names, "copy it again")
 
     def fingerprint(self) -> str:
         """Return a hash of names, labels and at most 256 evenly spaced moment files.
@@ -87,16 +131,15 @@ class RepaFolder:
     def _load(self, index: int) -> np.ndarray:
         path = self._features / self.ids[index]
         try:
-            moments = np.load(path, allow_pickle=False)
-            if not isinstance(moments, np.ndarray):
-                raise ValueError("an archive instead of an array")
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            moments = read_npy(path)
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{path} is truncated or not an .npy file ({reason(error)}); copy it again"
             ) from error
-        if moments.ndim != 3 or moments.shape[0] % 2 or moments.shape[1] != moments.shape[2]:
+        shape = moments.shape
+        if moments.dtype.kind != "f" or len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2] or 0 in shape:
             raise UserError(
-                f"{path}: expected moments (2C,h,h), found {moments.shape}; see REPA's preprocessing"
+                f"{path}: expected moments (2C,h,h), found {moments.dtype} {shape}; see REPA's preprocessing"
             )
         return moments
 
@@ -146,31 +189,62 @@ class RepaFolder:
         path = self.path / IMAGES / self.image_names[row]
         try:
             return decode_image(path.read_bytes(), channels, None)
-        except UNREADABLE as error:
+        except UnreadableImage as error:
             raise UserError(f"cannot read {path} ({reason(error)}); copy it again") from error
 
 
 def _relative_names(folder: Path, suffixes: set[str] | frozenset[str]) -> list[str]:
     """Return the sorted paths, relative to the folder, of all files with one of the suffixes."""
-    files = (file for file in folder.rglob("*") if file.suffix.lower() in suffixes)
-    return sorted(file.relative_to(folder).as_posix() for file in files)
+    if not folder.is_dir():
+        return []
+    return [name for name in list_files(folder).names if PurePosixPath(name).suffix.lower() in suffixes]
+
+
+def _unpaired(moments: Sequence[str], images: Sequence[str]) -> str:
+    """Name the first moment file without image and image without moment file, by folder and number.
+
+    Returns "" if there is none, or if the names are not numbered as REPA's are.
+    """
+
+    def numbered(names: Sequence[str]) -> dict[tuple[str, int], str]:
+        found = {}
+        for name in names:
+            if match := re.search(r"(\d{1,18})$", PurePosixPath(name).stem):
+                found[name.rpartition("/")[0], int(match[1])] = name
+        return found
+
+    left, right = numbered(moments), numbered(images)
+    if (len(left), len(right)) != (len(moments), len(images)):
+        return ""
+    lonely = [f"no image for {left[key]}" for key in sorted(left.keys() - right.keys())[:1]]
+    lonely += [f"no moments for {right[key]}" for key in sorted(right.keys() - left.keys())[:1]]
+    return "".join(f"; {text}" for text in lonely)
 
 
 def _read_labels(file: Path, ids: Sequence[str]) -> np.ndarray:
     """Return the labels (N,) int64 of the moment files."""
     try:
-        known = {str(name): int(label) for name, label in json.loads(file.read_bytes())["labels"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        pairs = json.loads(file.read_bytes())["labels"]
+        known = {name: operator.index(label) for name, label in pairs if isinstance(name, str)}
+        if len(known) < len(pairs):
+            raise ValueError(f"{len(pairs)} rows with {len(known)} names")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f'{file}: expected {{"labels": [[file name, label], ...]}}, found something else ({error!r}); '
             f"make it again with REPA's preprocessing"
         ) from error
+    if absent := sorted(known.keys() - set(ids)):
+        raise UserError(
+            f"{file.parent / absent[0]} is missing ({len(absent)} of {len(known)} moment files in {LABELS}); "
+            f"copy the whole folder"
+        )
     if missing := [name for name in ids if name not in known]:
         raise UserError(f"{file} has no label for {missing[0]} ({len(missing)} missing); add it to the list")
-    labels = np.array([known[name] for name in ids], np.int64)
-    if labels.min() < 0:
-        raise UserError(f"{file}: labels must be 0..K-1, found {labels.min()}; renumber them")
-    return labels
+    numbers = [known[name] for name in ids]
+    if min(numbers) < 0 or max(numbers) >= MAX_CLASSES:
+        wrong = min(numbers) if min(numbers) < 0 else max(numbers)
+        raise UserError(f"{file}: labels must be 0..K-1, found {wrong}; renumber them")
+    return np.array(numbers, np.int64)
 
 
 # --- The autoencoder that encoded the moments ---
@@ -211,75 +285,3 @@ def find_decoder(folder: RepaFolder, vae: str) -> DecoderInfo:
         return DecoderInfo(vae, "", PUBLISHED_SCALE, 0.0, (3, 8 * folder.shape[1], 8 * folder.shape[2]))
     size = found.factor * folder.shape[1]
     return DecoderInfo(found.name, found.sha256, found.scale, found.shift, (found.channels, size, size))
-
-
-# --- Conversion ---
-
-
-def convert(
-    folder: RepaFolder,
-    target: Path,
-    decoder: DecoderInfo,
-    *,
-    shards: int | None,
-    references: int,
-    advance: Callable[[int], None],
-) -> tuple[Manifest, bool]:
-    """Write a prepared data set; return its manifest and whether anything was missing.
-
-    Unlike `prepare`, this leaves no image out: a damaged file is an error. Raises UserError as `write_shards`
-    does.
-    """
-    split = assign_split(folder.ids, references)
-    draft = Manifest(
-        kind="moments",
-        shape=folder.shape,
-        views=1,
-        flip=False,
-        image_shape=decoder.image_shape,
-        classes=[str(label) for label in range(int(folder.labels.max()) + 1)],
-        vae=decoder.vae,
-        vae_sha256=decoder.sha256,
-        scale=decoder.scale,
-        shift=decoder.shift,
-        plan=_plan(folder, decoder, shards, references),
-        shards=(),
-    )
-
-    def make(start: int, stop: int) -> ShardRows:
-        # Moments of all images; pixels of held-out and reference images.
-        data = np.empty((stop - start, 1, *folder.shape), np.float16)
-        for row in range(start, stop):
-            data[row - start, 0] = folder.moments(row)
-            advance(1)
-        kept = [row for row in range(start, stop) if split[row] != TRAIN]
-        return ShardRows(
-            ids=folder.ids[start:stop],
-            labels=folder.labels[start:stop].tolist(),
-            split=split[start:stop].tolist(),
-            data=data,
-            images=folder.pixels(kept, decoder.image_shape),
-        )
-
-    pixel_bytes = int((split != TRAIN).sum()) * int(np.prod(decoder.image_shape))
-    return write_shards(
-        target,
-        draft,
-        bounds=shard_bounds(len(folder.ids), shards),
-        total_bytes=len(folder.ids) * int(np.prod(folder.shape)) * 2 + pixel_bytes,
-        make=make,
-        advance=advance,
-    )
-
-
-def _plan(folder: RepaFolder, decoder: DecoderInfo, shards: int | None, references: int) -> dict[str, object]:
-    """Return what a rerun must have in common with the first command."""
-    return {
-        "source": str(folder.path.resolve()),
-        "layout": "repa",
-        "images": len(folder.ids),
-        "listing": folder.fingerprint(),
-        "autoencoder": [decoder.vae, decoder.sha256],
-        "shards": shards,
-        "references": references,
-    }

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from stbench.core.errors import UserError
-from stbench.core.files import LOCK, atomic_write, lock_folder, require_free_space, write_array
+from stbench.core.files import LOCK, atomic_write, hash_file, lock_folder, require_free_space, write_array
 from stbench.data.shards import (
     DTYPES,
     MANIFEST,
@@ -202,16 +202,16 @@ def _record(folder: Path, number: int) -> Path:
 
 
 def _finished_shard(folder: Path, number: int) -> Shard | None:
-    """Return the record of a shard that an earlier command finished, if all of its files are there."""
-    file = _record(folder, number)
-    if not file.is_file():
+    """Return the record of a shard that an earlier command finished, if all of its files are intact."""
+    try:
+        shard = parse_shard(json.loads(_record(folder, number).read_bytes()))
+        for array, written in shard.files.items():
+            path = shard.path(folder, array)
+            if path.stat().st_size != written.bytes or hash_file(path) != written.sha256:
+                return None
+    except (OSError, ValueError, RecursionError):  # missing or damaged: the shard is written again
         return None
-    shard = parse_shard(json.loads(file.read_text()))
-    for array, written in shard.files.items():
-        path = shard.path(folder, array)
-        if not path.is_file() or path.stat().st_size != written.bytes:
-            return None
-    return shard
+    return shard if shard.name == f"{number:05d}" else None
 
 
 def _write_shard(folder: Path, number: int, kind: str, rows: ShardRows) -> Shard:

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
-from zipfile import BadZipFile
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from stbench.core.errors import UserError
-from stbench.core.files import hash_file
+from stbench.core.npy import map_npy
 
 FORMAT = "stbench-latents"
 SCHEMA = 1
@@ -36,7 +37,8 @@ class ShardFile:
     """Size and hash of an .npy file when it was written."""
 
     bytes: int
-    sha256: str
+    sha256: str = ""
+    """"" in a set that was prepared by a version that recorded no hashes."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Shard:
     """Consecutive rows of the data set, in one file `<name>-<array>.npy` per array."""
 
     name: str
+    """Digits: "00000" for the first shard."""
     count: int
     """Number of rows."""
     images: int
@@ -132,7 +135,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"expected a prepared data set in {folder}, found no {MANIFEST} ({error.strerror}); "
             f"make or finish one with `stbench data prepare`"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({error!r}); prepare the data again") from error
     if version != (FORMAT, SCHEMA):
         raise UserError(
@@ -145,17 +148,38 @@ def read_manifest(folder: Path) -> Manifest:
             f"{file} was changed after it was written: expected sha256 {str(expected)[:12]}, "
             f"found {found[:12]}; prepare the data again"
         )
-    fields = {name: content[name] for name in Manifest.__dataclass_fields__}
-    fields["shape"], fields["image_shape"] = tuple(content["shape"]), tuple(content["image_shape"])
-    fields["shards"] = tuple(parse_shard(row) for row in content["shards"])
-    return Manifest(**fields)
+    try:
+        manifest = TypeAdapter(Manifest).validate_python(content)
+        _require_sensible(manifest)
+    except ValueError as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{file} is not a manifest of stbench ({where}: {first['msg']}); prepare the data again"
+        ) from error
+    return manifest
+
+
+def _require_sensible(manifest: Manifest) -> None:
+    """Raise ValueError for names and numbers that `write_shards` never writes."""
+    arrays = {manifest.kind, "labels", "split", "ids", "images"}
+    for shard in manifest.shards:
+        if not re.fullmatch(r"\d{5,}", shard.name) or shard.files.keys() != arrays:
+            raise ValueError(f"unexpected shard '{shard.name}' with {', '.join(sorted(shard.files))}")
+        if shard.count < 0 or not 0 <= shard.images <= shard.count:
+            raise ValueError(f"unexpected number of rows in shard '{shard.name}'")
+    if not manifest.shards or manifest.count < 1 or not manifest.classes:
+        raise ValueError("no images or no classes")
+    if manifest.views not in (1, 2) or len(manifest.shape) != 3 or min(manifest.shape) < 1:
+        raise ValueError("unexpected shape of a row")
 
 
 def parse_shard(row: Mapping[str, Any]) -> Shard:
-    """Return the shard that `dataclasses.asdict` and JSON made `row` from."""
-    files = {name: ShardFile(**values) for name, values in row["files"].items()}
-    unreadable = tuple((name, why) for name, why in row["unreadable"])
-    return Shard(row["name"], row["count"], row["images"], files, unreadable)
+    """Return the shard that `dataclasses.asdict` and JSON made `row` from.
+
+    Raises ValueError if it is damaged.
+    """
+    return TypeAdapter(Shard).validate_python(row)
 
 
 # --- The arrays ---
@@ -174,20 +198,10 @@ def open_array(manifest: Manifest, folder: Path, shard: Shard, array: str) -> np
     Raises UserError if the file is missing or truncated, or has another dtype or shape than expected.
     """
     path, shape = shard.path(folder, array), expected_shape(manifest, shard, array)
-    if not path.is_file():
-        raise UserError(f"{path} is missing; {REMEDY}")
-    size = path.stat().st_size
-    if size != shard.files[array].bytes:
-        raise UserError(
-            f"{path} is truncated or changed: expected {shard.files[array].bytes} bytes, found {size}; "
-            f"{REMEDY}"
-        )
+    require_size(path, shard.files[array].bytes)
     try:
-        # A file without rows cannot be mapped.
-        found = np.load(path, mmap_mode="r" if shape[0] else None, allow_pickle=False)
-        if not isinstance(found, np.ndarray):
-            raise ValueError("an archive instead of an array")
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        found = map_npy(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}); {REMEDY}") from error
     dtype = DTYPES.get(array, found.dtype.name)
     if found.shape != shape or found.dtype.name != dtype or (array == "ids" and found.dtype.kind != "S"):
@@ -195,35 +209,12 @@ def open_array(manifest: Manifest, folder: Path, shard: Shard, array: str) -> np
     return found
 
 
-def verify(folder: Path) -> tuple[Manifest, list[str]]:
-    """Read every byte of a prepared data set; return its manifest and one line per damaged file.
-
-    Checks sizes, dtypes, shapes, hashes, labels and counts. Raises UserError if the manifest cannot be read.
-    """
-    manifest, problems = read_manifest(folder), []
-    for shard in manifest.shards:
-        for array in shard.files:
-            if problem := _problem(manifest, folder, shard, array):
-                problems.append(problem)
-    return manifest, problems
-
-
-def _problem(manifest: Manifest, folder: Path, shard: Shard, array: str) -> str | None:
-    """Return what is wrong with a file, None if nothing is."""
-    path, expected = shard.path(folder, array), shard.files[array].sha256
-    try:
-        values = open_array(manifest, folder, shard, array)
-    except UserError as error:
-        return str(error).partition(";")[0]
-    found = hash_file(path)
-    if found != expected:
-        return f"{path}: expected sha256 {expected[:12]}, found {found[:12]}"
-    classes = len(manifest.classes)
-    if array == "labels" and shard.count and not (values.min() >= 0 and values.max() < classes):
-        return f"{path}: expected labels in 0..{classes - 1}, found {values.min()}..{values.max()}"
-    if array == "split" and (kept := int((values > 0).sum())) != shard.images:
-        return f"{path}: expected {shard.images} rows with pixels, found {kept}"
-    return None
+def require_size(path: Path, expected: int) -> None:
+    """Raise a UserError if a file is missing or has another size in bytes."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {REMEDY}")
+    if (size := path.stat().st_size) != expected:
+        raise UserError(f"{path} is truncated or changed: expected {expected} bytes, found {size}; {REMEDY}")
 
 
 @final

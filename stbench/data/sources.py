@@ -18,6 +18,8 @@ from typing import Any, final
 from stbench.core.errors import UserError
 from stbench.data.class_map import label_images, read_class_map
 from stbench.data.crop import SUFFIXES, reason
+from stbench.data.listing import list_files
+from stbench.data.repa_layout import require_not_repa
 
 
 class ImageSource(ABC):
@@ -64,11 +66,16 @@ def open_source(path: Path, classes: Path | None = None) -> ImageSource:
     """
     if not path.exists():
         raise UserError(f"expected images at {path}, found nothing; give a folder, a .tar or a saved dataset")
+    require_not_repa(path)
     class_map = None if classes is None else read_class_map(classes)
     if path.is_file():
         return ImageTar(path, class_map)
+    if not path.is_dir():
+        raise UserError(f"expected a folder, a .tar or a saved dataset, found something else at {path}")
     # Files that Hugging Face's `save_to_disk` writes for a dataset, and for a dictionary of splits.
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        if classes is not None:
+            raise UserError(f"{path} is a saved dataset, which contains its labels; leave --classes out")
         return SavedDataset(path)
     if (path / "dataset_dict.json").is_file():
         splits = _splits(path / "dataset_dict.json")
@@ -83,7 +90,7 @@ def _splits(file: Path) -> list[str]:
     """Return the names of the splits of a saved Hugging Face DatasetDict."""
     try:
         return [str(name) for name in json.loads(file.read_bytes())["splits"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f'{file}: expected {{"splits": [...]}}, found something else ({reason(error)}); save it again'
         ) from error
@@ -103,29 +110,18 @@ def _image_names(names: Iterable[str], where: Path) -> tuple[list[str], dict[str
 
 @final
 class ImageFolder(ImageSource):
-    """Image files under a directory. Links to directories are followed."""
+    """Image files under a directory. Links are followed, except to a parent folder."""
 
     def __init__(self, path: Path, class_map: Mapping[str, int] | None = None) -> None:
         self._path = path
-        names = [
-            os.path.relpath(os.path.join(root, file), path).replace(os.sep, "/")
-            for root, _, files in os.walk(path, onerror=_raise_listing_error, followlinks=True)
-            for file in files
-        ]
-        self.ids, self.ignored = _image_names(names, path)
+        names, left_out = list_files(path)
+        self.ids, others = _image_names(names, path)
+        self.ignored = {**others, **left_out}
         self.labels, self.classes = label_images(self.ids, class_map, path)
 
     def read(self, index: int) -> bytes:
         """See `ImageSource.read`."""
         return (self._path / self.ids[index]).read_bytes()
-
-
-def _raise_listing_error(error: OSError) -> None:
-    """Fail for a directory that cannot be listed; `os.walk` would skip its images without a word."""
-    raise UserError(
-        f"cannot list the folder {error.filename} ({error.strerror}); "
-        f"make it readable, or give another folder"
-    ) from error
 
 
 @final
@@ -138,7 +134,7 @@ class ImageTar(ImageSource):
             with tarfile.open(path, "r:") as archive:
                 members = list(archive)
                 end = archive.offset
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
             raise UserError(
                 f"expected an uncompressed tar of images, found {path} ({error}); unpack or decompress it"
             ) from error
@@ -149,6 +145,12 @@ class ImageTar(ImageSource):
         links = Counter(_kind(m) for m in members if not _is_plain(m) and not m.isdir())
         self.ignored = {**ignored, **links}
         self._places = [places[name] for name in self.ids]
+        length = path.stat().st_size
+        for name, (offset, size) in zip(self.ids, self._places, strict=True):
+            if size < 0 or offset + size > length:
+                raise UserError(
+                    f"{path} is truncated or damaged: '{name}' ends after it; copy or pack it again"
+                )
         # tarfile stops without an error at a damaged header or at the end of a truncated file.
         self._file = os.open(path, os.O_RDONLY)
         if os.pread(self._file, tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):

@@ -13,7 +13,7 @@ from stbench.core.errors import UserError
 PIXELS = "none"
 """The value of `--vae` and `data.vae` for training on pixels, without an autoencoder."""
 
-RESERVED = ("path", "fingerprint")
+RESERVED = ("path", "fingerprint", "vae_sha256")
 """Fields of `DataSpec` that `--set` cannot change."""
 
 
@@ -42,6 +42,8 @@ class DataSpec(SpecModel):
     """Whether all moments are kept in the memory of the device."""
     extractor: str | None = None
     """torch-fidelity feature extractor for the evaluation; None for the data set's default."""
+    vae_sha256: str = ""
+    """Hash of the autoencoder that decodes, when the run started; "" for pixels, or if it is not known."""
     fingerprint: str = ""
     """Fingerprint of the data set when the run started; "" if it is not known yet."""
 

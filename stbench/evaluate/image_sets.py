@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -14,11 +15,12 @@ from typing import IO, final
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from stbench.core.errors import UserError
-from stbench.data.crop import SUFFIXES, UNREADABLE, centre_crop
+from stbench.core.npy import read_header
+from stbench.data.crop import SUFFIXES, UnreadableImage, decode_image, reason
+from stbench.data.listing import list_files
 from stbench.data.open import open_data
 from stbench.data.shards import MANIFEST
 from stbench.data.spec import DataSpec
@@ -27,8 +29,20 @@ from stbench.data.split import REFERENCE
 SETTINGS = "settings.json"
 """File that `stbench sample` writes next to its PNG files."""
 EXPECTED_ARRAY = "arr_0 uint8 (N,H,W,3)"
-NPZ_ERRORS = (zipfile.BadZipFile, EOFError, OSError, ValueError, zlib.error)
-"""Exceptions that reading a damaged npz raises."""
+NPZ_ERRORS = (
+    zipfile.BadZipFile,
+    EOFError,
+    NotImplementedError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    ValueError,
+    zlib.error,
+    lzma.LZMAError,
+)
+"""Exceptions that reading a damaged, encrypted or exotic npz raises."""
+MAX_TEXT = 1 << 20
+"""Largest text in an npz, in bytes."""
 
 
 class ImageSet(ABC):
@@ -81,13 +95,19 @@ class NpzImages(ImageSet):
             for start in range(0, self._length, batch):
                 count = min(batch, self._length - start)
                 yield torch.from_numpy(self._read(file, count, height, width)).permute(0, 3, 1, 2)
+            # Reading to the end compares the checksum of the archive, also of a shape that was too small.
+            if self._read_bytes(file, 1):
+                raise damaged_npz(self.path, "arr_0 is longer than its shape")
+
+    def _read_bytes(self, file: IO[bytes], count: int) -> bytes:
+        try:
+            return file.read(count)
+        except NPZ_ERRORS as error:
+            raise damaged_npz(self.path, error) from error
 
     def _read(self, file: IO[bytes], count: int, height: int, width: int) -> np.ndarray:
         expected = count * height * width * 3
-        try:
-            content = file.read(expected)
-        except NPZ_ERRORS as error:
-            raise damaged_npz(self.path, error) from error
+        content = self._read_bytes(file, expected)
         if len(content) < expected:
             raise damaged_npz(self.path, "arr_0 ends early")
         return np.frombuffer(bytearray(content), np.uint8).reshape(count, height, width, 3)
@@ -109,30 +129,50 @@ def open_npz_array(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int
         with archive.open(f"{name}.npy") as file:
             # np.load would read the whole array; the header alone gives shape and type.
             try:
-                version = np.lib.format.read_magic(file)
-                first = version == (1, 0)
-                read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-                shape, fortran, dtype = read(file)
+                shape, fortran, dtype = read_header(file)
             except NPZ_ERRORS as error:
-                raise damaged_npz(path, error) from error
+                raise damaged_npz(path, f"{name}: {error}") from error
             if fortran and len(shape) > 1:
                 raise UserError(f"{path}: expected {name} in C order, found Fortran order; save it again")
             yield file, shape, dtype
 
 
+def read_npz_text(path: Path, name: str) -> str:
+    """Read a string that `numpy.savez` stored as an array. Raises UserError for anything else."""
+    with open_npz_array(path, name) as (file, shape, dtype):
+        if dtype.kind != "U" or shape != () or dtype.itemsize > MAX_TEXT:
+            raise damaged_npz(path, f"{name}: expected one string, found {dtype} of shape {shape}")
+        try:
+            return str(np.frombuffer(file.read(), dtype)[0])
+        except (*NPZ_ERRORS, IndexError) as error:
+            raise damaged_npz(path, f"{name}: {error}") from error
+
+
 def open_npz(path: Path) -> zipfile.ZipFile:
-    """Open an npz as a zip archive. Raises UserError if it is missing, truncated or another kind of file."""
+    """Open an npz as a zip archive.
+
+    Raises UserError if it is missing, truncated or another kind of file, or if its table of contents is
+    damaged.
+    """
     if not path.is_file():
         raise UserError(f"{path} not found; expected an npz with {EXPECTED_ARRAY}, or a folder of images")
     try:
-        return zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(path)
+        # Opening a member compares its name with that in the table of contents: a damaged name would
+        # otherwise be a missing array, which is valid.
+        for member in archive.infolist():
+            archive.open(member).close()
+        if len(set(archive.namelist())) < len(archive.namelist()):
+            raise ValueError("two arrays of one name")
     except NPZ_ERRORS as error:
         raise damaged_npz(path, error) from error
+    return archive
 
 
 def damaged_npz(path: Path, why: object) -> UserError:
     """Return the error for an npz that cannot be read."""
-    return UserError(f"{path} is truncated, damaged or not an npz file ({why}); make it again")
+    reason = " ".join(str(why).split())[:160] or type(why).__name__
+    return UserError(f"{path} is truncated, damaged or not an npz file ({reason}); make it again")
 
 
 @final
@@ -146,10 +186,11 @@ class FolderImages(ImageSet):
     def __init__(self, path: Path, crop: int | None = None) -> None:
         self.name, self._crop = str(path), crop
         # Everything that is not an image is counted, except our own settings file.
-        found = [file for file in path.rglob("*") if file.is_file()]
+        names, left_out = list_files(path)
+        found = [path / name for name in names]
         self._files = sorted(file for file in found if file.suffix.lower() in SUFFIXES)
         others = {file for file in found if file.name != SETTINGS}.difference(self._files)
-        self.ignored = dict(Counter(file.suffix.lower() or file.name for file in others))
+        self.ignored = {**Counter(file.suffix.lower() or file.name for file in others), **left_out}
         if not self._files:
             raise UserError(
                 f"{path} contains no images; expected files that end in {', '.join(sorted(SUFFIXES))}"
@@ -179,16 +220,9 @@ class FolderImages(ImageSet):
 def read_image(file: Path, crop: int | None = None) -> np.ndarray:
     """Read an image as uint8 (H,W,3). Raises UserError for an unreadable file and for more than 8 bits."""
     try:
-        with Image.open(file) as image:
-            # Modes I and F have 16 or 32 bits per channel; PIL's conversion to RGB would clip them.
-            if image.mode.startswith(("I", "F")):
-                raise UserError(
-                    f"{file}: expected 8 bits per channel, found mode {image.mode}; convert it first"
-                )
-            colours = image.convert("RGB")
-            return np.array(colours if crop is None else centre_crop(colours, crop))
-    except UNREADABLE as error:
-        raise UserError(f"cannot read image {file} ({error}); delete or replace it") from error
+        return decode_image(file.read_bytes(), 3, crop).transpose(1, 2, 0)
+    except (UnreadableImage, OSError) as error:
+        raise UserError(f"cannot read image {file} ({reason(error)}); delete or replace it") from error
 
 
 @final

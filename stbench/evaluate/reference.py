@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from stbench.core.errors import UserError
@@ -27,6 +27,7 @@ from stbench.evaluate.image_sets import (
     open_images,
     open_npz,
     open_npz_array,
+    read_npz_text,
 )
 from stbench.evaluate.progress import Report, ignore
 from stbench.evaluate.statistics import REFERENCE_FEATURES, ImageStatistics, Moments, measure_images
@@ -35,6 +36,25 @@ ARRAY_NAMES = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s"), "dino": 
 """Feature space -> names of its mean and covariance in a file; the first two pairs are ADM's."""
 STATISTICS_SCHEMA = 1
 """Version of the statistics files."""
+
+
+@dataclass(frozen=True)
+class About:
+    """The description in a statistics file."""
+
+    digest: str
+    """Hash of the images."""
+    count: int
+    size: tuple[int, int]
+    """(H,W)."""
+    networks: Mapping[str, str]
+    """Feature space -> name and hash of the weights."""
+    images: str = ""
+    """Path of the images."""
+    schema: int = STATISTICS_SCHEMA
+    arrays: Sequence[str] | None = None
+    """Names of the other arrays; None in files of earlier versions."""
+
 
 Measure = Callable[[ImageSet], ImageStatistics]
 """Measures a set of images with the caller's networks, batch size and device."""
@@ -93,8 +113,7 @@ def reference_size(path: Path) -> tuple[int, int] | None:
     _require_exists(path)
     arrays = _array_names(path) if path.is_file() else set()
     if "about" in arrays:
-        height, width = _read_about(path)["size"]
-        return int(height), int(width)
+        return _read_about(path).size
     return None if arrays and "arr_0" not in arrays else open_images(path).size
 
 
@@ -128,17 +147,17 @@ def write_statistics(
     arrays = {} if features is None else {"features": features.numpy()}
     for space, moments in measured.moments.items():
         arrays |= {name: array.numpy() for name, array in zip(ARRAY_NAMES[space], moments, strict=True)}
-    about = {
-        "schema": STATISTICS_SCHEMA,
-        "images": measured.name,
-        "digest": measured.digest,
-        "count": measured.count,
-        "size": list(measured.size),
-        "networks": {space: network.label for network in networks for space in network.spaces},
-    }
+    about = About(
+        digest=measured.digest,
+        count=measured.count,
+        size=measured.size,
+        networks={space: network.label for network in networks for space in network.spaces},
+        images=measured.name,
+        arrays=list(arrays),
+    )
     # numpy's own npz: `numpy.load` and ADM's evaluator read it.
     with atomic_file(output) as file:
-        np.savez(file, **arrays, about=np.array(json.dumps(about)))  # type: ignore[arg-type]
+        np.savez(file, **arrays, about=np.array(json.dumps(asdict(about))))  # type: ignore[arg-type]
     return measured
 
 
@@ -153,7 +172,7 @@ def _read_statistics(path: Path, networks: Sequence[FeatureNetwork]) -> Referenc
     moments = {}
     for network in networks:
         for space in network.spaces:
-            made_with = about["networks"].get(space)
+            made_with = about.networks.get(space)
             if made_with != network.label:
                 found = f"with {made_with}" if made_with else f"without '{space}' features"
                 raise UserError(
@@ -166,9 +185,9 @@ def _read_statistics(path: Path, networks: Sequence[FeatureNetwork]) -> Referenc
         features = _read_array(path, "features", (None, len(moments["pool"][0])))
     return Reference(
         name=str(path),
-        digest=about["digest"],
-        count=about["count"],
-        size=tuple(about["size"]),  # type: ignore[arg-type]
+        digest=about.digest,
+        count=about.count,
+        size=about.size,
         moments=moments,
         features=features,
         other_counts={},
@@ -183,16 +202,14 @@ def _require_exists(path: Path) -> None:
         )
 
 
-def _read_about(path: Path) -> dict[str, Any]:
-    with open_npz_array(path, "about") as (file, _, dtype):
-        text = str(np.frombuffer(file.read(), dtype)[0])
+def _read_about(path: Path) -> About:
+    text = read_npz_text(path, "about")
     try:
-        about = json.loads(text)
-        complete = about.keys() >= {"digest", "count", "size", "networks"}
-    except (AttributeError, ValueError) as error:
-        raise damaged_npz(path, error) from error
-    if not complete:
-        raise damaged_npz(path, "its description is incomplete")
+        about = TypeAdapter(About).validate_json(text)
+    except ValueError as error:
+        raise damaged_npz(path, f"its description is incomplete: {error}") from error
+    if about.arrays is not None and {*about.arrays, "about"} != _array_names(path):
+        raise damaged_npz(path, f"expected the arrays {', '.join(about.arrays)} and about")
     return about
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from stbench.core.errors import UserError
 from stbench.core.files import write_array
 from stbench.core.registry import suggest
+from stbench.core.text import print_line
 from stbench.diffusion.sample import Guidance, check_steps, resolve_sampler
 from stbench.evaluate.generate import draw_labels
 from stbench.evaluate.progress import ProgressBar, Report, ignore, no_progress
@@ -103,7 +103,7 @@ def sample_images(
     """
     model = load_model(location)
     if model.description:
-        print(f"sampling from {model.description}", file=sys.stderr)
+        print_line(f"sampling from {model.description}", error=True)
     spec = resolve_request(request, model)
     settings = {"schema": SETTINGS_SCHEMA, "device": devices[0].type, **spec.fields(), **model.identity()}
     missing = [output for output in outputs if not is_finished(output, settings)]

@@ -45,6 +45,8 @@ class ModelLocation:
     """Attention heads of official weights of an unpublished width."""
     weights: Weights = "ema"
     """Which weights of an official training checkpoint."""
+    objective: str | None = None
+    """Objective of official weights that do not say the path of their SiT."""
     plugins: PluginChoice = field(default_factory=PluginChoice)
     """Plug-in files that may be executed."""
 
@@ -131,7 +133,11 @@ def _load_official(location: ModelLocation, device: torch.device | str) -> Sampl
     # "none" is a value of --vae: the network generates pixels.
     vae = None if location.vae == PIXELS else find_vae(location.vae)
     model = load_official(
-        location.path, weights=location.weights, heads=location.heads, original=location.original
+        location.path,
+        weights=location.weights,
+        heads=location.heads,
+        original=location.original,
+        objective=location.objective,
     )
 
     # The decoder must take as many channels as the network generates.

@@ -18,7 +18,7 @@ from PIL import Image
 
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_file, atomic_folder, atomic_write, lock_folder, remove_unfinished
-from stbench.evaluate.image_sets import SETTINGS, open_npz, open_npz_array
+from stbench.evaluate.image_sets import SETTINGS, open_npz, read_npz_text
 
 SETTINGS_SCHEMA = 1
 """Version of the stored settings."""
@@ -141,8 +141,7 @@ def read_settings(output: Path) -> dict[str, Any] | None:
     with open_npz(output) as archive:
         if "settings.npy" not in archive.namelist():
             return None
-    with open_npz_array(output, "settings") as (stream, _, dtype):
-        return _parse(str(np.frombuffer(stream.read(), dtype)[0]), output)
+    return _parse(read_npz_text(output, "settings"), output)
 
 
 def is_finished(output: Path, settings: Mapping[str, Any]) -> bool:

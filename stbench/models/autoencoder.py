@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -160,6 +161,7 @@ def find_vae(name: str) -> VAEInfo:
             f"expected an autoencoder (config.json and {WEIGHTS}) in {folder}, found none; "
             f"for example type {download('sd-vae-ft-ema')} and give that folder"
         )
+    _require_hub_hash(folder / WEIGHTS)
     config = _config(folder)
     return VAEInfo(
         name=name if published else str(folder),
@@ -171,6 +173,18 @@ def find_vae(name: str) -> VAEInfo:
         scale=float(config.get("scaling_factor") or PUBLISHED_SCALE),
         shift=float(config.get("shift_factor") or 0.0),
     )
+
+
+def _require_hub_hash(file: Path) -> None:
+    """Check a file of the Hugging Face cache, where a file is named by its sha256. Raises UserError."""
+    blob = file.resolve()
+    if blob.parent.name != "blobs" or not re.fullmatch(r"[0-9a-f]{64}", blob.name):
+        return
+    if (found := hash_file(blob)) != blob.name:
+        raise UserError(
+            f"{file} is damaged: expected sha256 {blob.name[:12]}, found {found[:12]}; "
+            f"delete {blob} and download it again"
+        )
 
 
 def is_published(name: str) -> bool:

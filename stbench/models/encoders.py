@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write, hash_file
 from stbench.core.flops import forward_flops
+from stbench.core.npy import map_npy
+from stbench.core.verified import hash_and_remember, verify_files
 from stbench.models.assets import asset_manifest, load_asset
 from stbench.models.autoencoder import to_float
 
@@ -148,7 +150,7 @@ class CachedTokens:
     """Tokens on disk, one row per training image, memory-mapped."""
 
     def __init__(self, spec: EncoderSpec, tokens: int) -> None:
-        self._tokens = np.load(Path(spec.path) / "tokens.npy", mmap_mode="r")
+        self._tokens = _map_tokens(Path(spec.path))
         self.flops = float(_manifest(Path(spec.path))["flops"])
         """FLOPs per image of the encoder that made them."""
         if self._tokens.shape[1] != tokens:
@@ -196,14 +198,14 @@ def cache_tokens(folder: Path, encoder: ImageEncoder, images: Iterable[Tensor], 
         "encoder_sha256": encoder.spec.sha256,
         "flops": encoder.flops,
         "bytes": file.stat().st_size,
-        "sha256": hash_file(file),
+        "sha256": hash_and_remember(folder, file.name),
     }
     atomic_write(folder / "tokens.json", json.dumps(content, indent=1) + "\n")
     return _cached_spec(folder)
 
 
 def _cached_spec(folder: Path) -> EncoderSpec:
-    """Identify cached tokens. Of tokens.npy only the size is checked, because hashing it takes minutes."""
+    """Identify cached tokens. tokens.npy is hashed on its first use on a machine, which may take minutes."""
     content = _manifest(folder)
     file = folder / "tokens.npy"
     if not file.is_file():
@@ -213,8 +215,21 @@ def _cached_spec(folder: Path) -> EncoderSpec:
             f"{file} is damaged: expected {content['bytes']} bytes, found {file.stat().st_size}; "
             f"cache the tokens again"
         )
-    shape = np.load(file, mmap_mode="r").shape
+    verify_files(folder, {"tokens.npy": content["sha256"]}, "copy it again, or cache the tokens again")
+    shape = _map_tokens(folder).shape
     return EncoderSpec("cached", str(content["encoder"]), int(shape[2]), str(content["sha256"]), str(folder))
+
+
+def _map_tokens(folder: Path) -> np.ndarray:
+    """Open tokens.npy, float16 (count,N,Dz), memory-mapped."""
+    file = folder / "tokens.npy"
+    try:
+        tokens = map_npy(file)
+        if tokens.dtype != np.float16 or tokens.ndim != 3:
+            raise ValueError(f"expected float16 (count,N,Dz), found {tokens.dtype} {tokens.shape}")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}); cache the tokens again") from error
+    return tokens
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -223,8 +238,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
         content = json.loads((folder / "tokens.json").read_text())
         if content["schema"] != 1:
             raise ValueError(f"schema {content['schema']}")
-        return {key: content[key] for key in ("encoder", "flops", "bytes", "sha256")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {
+            "encoder": str(content["encoder"]),
+            "flops": float(content["flops"]),
+            "bytes": int(content["bytes"]),
+            "sha256": str(content["sha256"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{folder}/tokens.json is damaged ({error}); cache the tokens again") from error
 
 

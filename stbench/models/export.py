@@ -74,9 +74,22 @@ def _write_official(network: Backbone, options: Mapping[str, Any], objective: st
         raise UserError(f"--output must be a file that ends in .pt, found {output}; try {output}.pt")
     state, code = official_state(network, options)
     buffer = io.BytesIO()
-    torch.save(state if network.info.name == "uvit" else {"ema": state}, buffer)
+    args = _training_options(network, objective)
+    torch.save(state if network.info.name == "uvit" else {"ema": state, "args": args}, buffer)
     atomic_write(output, buffer.getvalue())
     return [f"weights: {output}", f"for: {code}; objective {objective}"]
+
+
+def _training_options(network: Backbone, objective: str) -> dict[str, str]:
+    """Return what the repositories store under "args", as far as it says how the weights must be used."""
+    info = network.info
+    args = {"model": f"{'DiT' if info.name == 'dit' else 'SiT'}-{info.size.upper()}"}
+    if info.name == "sit":
+        upstream = bool(getattr(network, "noise_at_zero", False))
+        names = {"linear": "Linear", "cosine": "GVP"} if upstream else {}
+        path = objective.partition("-")[0]
+        args |= {"path_type": names.get(path, path), "prediction": "velocity" if upstream else "v"}
+    return args
 
 
 def official_state(network: Backbone, options: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:

@@ -6,6 +6,7 @@ noise at t=0 are converted to our direction of time.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,30 @@ from torch import Tensor
 from stbench.core.backbone import Backbone, Weights
 from stbench.core.errors import UserError
 from stbench.core.registry import BACKBONES, lookup
-from stbench.models.repositories import HEAD_PREFIXES, Repository, identify, shorten
-from stbench.models.weights import State, read_external, tensors_sha256
+from stbench.models.external import read_external, shown
+from stbench.models.fit import (
+    fitting,
+    require_finite,
+    require_heads,
+    require_same_keys,
+    require_same_shapes,
+)
+from stbench.models.repositories import HEAD_PREFIXES, Repository, identify
+from stbench.models.weights import State, tensors_sha256
 
 SIT_PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
 """Path types in the options of the SiT repositories -> our objectives."""
+
+SETTINGS = {"path_type": "linear", "prediction": "v"}
+"""Options of the SiT repositories that decide the objective -> their default."""
+
+SIT_OBJECTIVES = {
+    "linear": "linear",
+    "cosine": "cosine",
+    "linear-lognormal": "linear",
+    "cosine-lognormal": "cosine",
+}
+"""Values of --objective for a SiT -> the objective whose path they use."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +57,7 @@ class OfficialModel:
     dropped: tuple[str, ...]
     """Keys that do not belong to the network: the heads of a recipe."""
     description: str
-    """Repository, size, direction of time and file, in words."""
+    """Repository, size, direction of time, objective and file, in words."""
     sha256: str
     """Hash of the network's tensors as stored, without the heads; see `tensors_sha256`."""
     options: Mapping[str, Any]
@@ -52,19 +72,26 @@ def load_official(
     weights: Weights = "ema",
     heads: int | None = None,
     original: str | None = None,
+    objective: str | None = None,
     family: str | None = None,
 ) -> OfficialModel:
     """Load the network in an official .pt or .safetensors file.
 
     `weights` selects "ema" (published samples use it) or "raw" in a training checkpoint; a flat file has one
     set. `heads` is needed if the width is unpublished, `original` (a name in REPOSITORIES) if the keys fit
-    repositories with different conventions. `family` is the backbone that the user named, if any. Raises
-    UserError for an unreadable file, for keys or shapes that fit no family, and if `heads` or `original` is
-    needed but missing.
+    repositories with different conventions, `objective` if a SiT does not say its path. `family` is the
+    backbone that the user named, if any. Raises UserError for an unreadable or damaged file, for keys, shapes
+    or values that fit no family, for an option that contradicts the file, and if one is needed but missing.
     """
     external = read_external(path, weights)
     return from_state(
-        external.state, external.where, external.settings, heads=heads, original=original, family=family
+        external.state,
+        external.where,
+        external.settings,
+        heads=heads,
+        original=original,
+        objective=objective,
+        family=family,
     )
 
 
@@ -75,6 +102,7 @@ def from_state(
     *,
     heads: int | None = None,
     original: str | None = None,
+    objective: str | None = None,
     family: str | None = None,
 ) -> OfficialModel:
     """Build the network from tensors; otherwise like `load_official`.
@@ -89,21 +117,21 @@ def from_state(
     trunk = _renumbered({key: value for key, value in state.items() if key not in dropped})
     net, options = _build(trunk, repository, heads, where)
 
-    objective = _objective(repository, options, settings, where)
+    objective = _objective(repository, options, settings, asked=objective, where=where)
     if objective == "iddpm" and options["out_channels"] != 2 * options["channels"]:
         raise UserError(
             f"expected a DiT with learned variance, {2 * options['channels']} channels out, in {where}, "
             f"found {options['out_channels']}; use one trained with learn_sigma"
         )
     size = net.info.size
-    network = f"{repository.family}-{size}, {_time(repository)}{_without(dropped)}"
+    network = f"{repository.family}-{size}{_heads(heads)}, {_time(repository)}, objective {objective}"
     return OfficialModel(
         backbone=net,
         objective=objective,
         family=repository.family,
         size=size,
         dropped=dropped,
-        description=f"{repository.title}, {network}, from {where}",
+        description=f"{repository.title}, {network}{_without(dropped)}, from {where}",
         sha256=tensors_sha256(trunk),
         options=options,
         guided_channels=repository.guided_channels,
@@ -112,6 +140,11 @@ def from_state(
 
 def _time(repository: Repository) -> str:
     return "converted from noise at t=0" if repository.noise_at_zero else "data at t=0"
+
+
+def _heads(given: int | None) -> str:
+    """Return " with N heads" if the user gave the number: nothing in the file may confirm it."""
+    return "" if given is None else f" with {given} heads"
 
 
 def _without(dropped: Sequence[str]) -> str:
@@ -126,10 +159,8 @@ def _renumbered(state: State) -> dict[str, Tensor]:
     encoder = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
 
     def name(key: str) -> str:
-        if not key.startswith("decoder_blocks."):
-            return key
-        _, number, rest = key.split(".", 2)
-        return f"blocks.{int(number) + encoder}.{rest}"
+        found = re.fullmatch(r"decoder_blocks\.([0-9]{1,6})\.(.*)", key)
+        return f"blocks.{int(found[1]) + encoder}.{found[2]}" if found else key
 
     return {name(key): value for key, value in state.items()}
 
@@ -140,13 +171,9 @@ def _build(
     """Build the network that the tensors fit, with these weights; returns it and its options."""
     # Infer the constructor options from shapes, and add those that depend on the repository.
     cls = lookup(BACKBONES, repository.family)
-    try:
+    with fitting(repository.family, where):
         options: dict[str, Any] = cls.infer(state, heads)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise UserError(
-            f"expected the weights of a {repository.family} in {where}, found none under {error}; "
-            f"give an official checkpoint"
-        ) from error
+        require_heads(options, heads, where)
     if repository.noise_at_zero:
         options["noise_at_zero"] = True
     if repository.time_scale is not None:
@@ -158,46 +185,59 @@ def _build(
         )
 
     # The meta device initialises nothing: the weights replace every parameter.
-    with torch.device("meta"):
+    with torch.device("meta"), fitting(repository.family, where):
         net: Backbone = cls(**options)
-    _require_same_keys(set(net.state_dict()), set(state), repository.family, where)
-    _require_same_shapes(net.state_dict(), state, repository.family, where)
-    net.load_state_dict({key: value.float().clone() for key, value in state.items()}, assign=True)
+    require_same_keys(set(net.state_dict()), set(state), repository.family, where)
+    require_same_shapes(net.state_dict(), state, repository.family, where)
+    values = {key: value.float().clone() for key, value in state.items()}
+    require_finite(values, where)
+    net.load_state_dict(values, assign=True)
     return net.eval().requires_grad_(False), options
 
 
 def _objective(
-    repository: Repository, options: Mapping[str, Any], settings: Mapping[str, Any], where: str
+    repository: Repository,
+    options: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    asked: str | None,
+    where: str,
 ) -> str:
-    """Return the objective the weights were trained with. Raises UserError for one that we do not have."""
+    """Return the objective the weights were trained with.
+
+    Raises UserError for one that we do not have, if `asked` is another one, and if neither the file nor
+    `asked` says it.
+    """
     # The objective of a SiT is a training option; other families have one per repository or size.
     cls = lookup(BACKBONES, repository.family)
     preset = cls.presets.get(options["size"], {})
     if repository.family != "sit":
-        return repository.objective or str(preset.get("objective", cls.objective))
-    path = str(settings.get("path_type", "linear")).lower()
-    predicted = str(settings.get("prediction", "v"))
-    if path not in SIT_PATHS or predicted not in ("v", "velocity"):
+        own = repository.objective or str(preset.get("objective", cls.objective))
+        _require_agreement(own, asked, {}, where)
+        return own
+    if "path_type" not in settings:
+        if asked not in SIT_OBJECTIVES:
+            found = "neither" if asked is None else f"--objective {asked}"
+            raise UserError(
+                f"expected the path of a SiT in {where} or in --objective, found {found}; "
+                f"type --objective linear (as all published files) or --objective cosine (GVP)"
+            )
+        return asked
+    path, predicted = (str(shown(settings.get(key, default))) for key, default in SETTINGS.items())
+    if path.lower() not in SIT_PATHS or predicted not in ("v", "velocity"):
         raise UserError(
             f"expected a velocity on one of the paths {', '.join(SIT_PATHS)} in {where}, found prediction "
-            f"'{predicted}' on path '{path}'; use another checkpoint"
+            f"'{predicted}' on path '{path.lower()}'; use another checkpoint"
         )
-    return SIT_PATHS[path]
+    own = SIT_PATHS[path.lower()]
+    _require_agreement(own, asked, SIT_OBJECTIVES, where)
+    return asked or own
 
 
-def _require_same_keys(expected: set[str], found: set[str], family: str, where: str) -> None:
-    for what, keys in (("unknown", found - expected), ("missing", expected - found)):
-        if keys:
-            raise UserError(
-                f"expected the keys of a {family} in {where}, found {what} keys: {shorten(keys)}; "
-                f"give an official checkpoint"
-            )
-
-
-def _require_same_shapes(expected: State, found: State, family: str, where: str) -> None:
-    for key, value in found.items():
-        if value.shape != expected[key].shape or not value.is_floating_point():
-            raise UserError(
-                f"expected {key} {tuple(expected[key].shape)} of a {family} in {where}, "
-                f"found {value.dtype} {tuple(value.shape)}; give an official checkpoint"
-            )
+def _require_agreement(own: str, asked: str | None, same: Mapping[str, str], where: str) -> None:
+    """Raise UserError if `asked` is not None and, translated by `same`, differs from `own`."""
+    if asked is not None and same.get(asked, asked) != own:
+        raise UserError(
+            f"expected weights trained with objective '{asked}' in {where}, found '{own}'; "
+            f"use --objective {own}, or another checkpoint"
+        )

@@ -13,6 +13,7 @@ from typing import Any
 
 from stbench.core.errors import UserError
 from stbench.core.registry import suggest
+from stbench.models.external import shown
 from stbench.models.weights import State
 
 
@@ -75,7 +76,7 @@ def identify(
 
     # Narrow the candidates by the stored model name, then by the backbone that the user named.
     names = _candidates(state, where)
-    stored = str(settings.get("model", "")).partition("-")[0].lower()
+    stored = shown(settings.get("model", "")).partition("-")[0].lower()
     names = [name for name in names if REPOSITORIES[name].family == stored] or names
     if family is not None and family not in {REPOSITORIES[name].family for name in names}:
         raise UserError(
@@ -140,7 +141,7 @@ def _candidates(state: State, where: str) -> list[str]:
 
 def shorten(keys: Sequence[str] | set[str] | State) -> str:
     """List the first five keys in alphabetical order, and the number of others."""
-    ordered = sorted(keys)
+    ordered = [shown(key) for key in sorted(keys)]
     return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from stbench.core.errors import UserError
 from stbench.core.files import is_locked, lock_folder, remove_unfinished
+from stbench.core.text import check_name
 from stbench.runs import schema
 from stbench.runs.consistency import require_consistent
 from stbench.runs.record_folder import RecordFolder
@@ -74,8 +75,8 @@ class OutputFolder:
         return self.artifacts / fingerprint[:16]
 
     def run(self, run_id: str) -> RunFolder:
-        """The folder of a run."""
-        return RunFolder(self.path / run_id)
+        """The folder of a run. Raises UserError for a run id that is not the name of a folder."""
+        return RunFolder(self.path / _checked_id(run_id))
 
     @property
     def sweep(self) -> Path:
@@ -84,11 +85,11 @@ class OutputFolder:
 
     def run_config(self, run_id: str) -> Path:
         """Config file with which a sweep starts a run."""
-        return self.sweep / f"{run_id}.json"
+        return self.sweep / f"{_checked_id(run_id)}.json"
 
     def run_log(self, run_id: str) -> Path:
         """Log of a run that a sweep started. Every attempt appends to it."""
-        return self.path / ".logs" / f"{run_id}.log"
+        return self.path / ".logs" / f"{_checked_id(run_id)}.log"
 
 
 class RunFolder(RecordFolder):
@@ -271,6 +272,44 @@ class RunFolder(RecordFolder):
     def _update_counts(self) -> None:
         if (self.path / "status.json").exists():
             self._write_status(self.status())
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(plain({"schema": SCHEMA, **content}), indent=1, allow_nan=False)
+        atomic_write(self.path / name, text + "\n")
+
+    def _write_lines(self, name: str, records: Sequence[CurvePoint | StageRecord]) -> None:
+        rows = [plain({"schema": SCHEMA, **asdict(record)}) for record in records]
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+        if lines:
+            atomic_write(self.path / name, "".join(lines))
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            return parse(path.read_bytes(), path)
+        except OSError as error:
+            raise UserError(f"cannot read {path} ({error.strerror}); {REMEDY}") from None
+
+    def _read_lines(self, name: str, cls: Callable[..., Record], fields: Fields) -> list[Record]:
+        path = self.path / name
+        if not path.exists():
+            return []
+        *lines, rest = path.read_bytes().split(b"\n")
+        if rest or not lines:
+            raise UserError(f"{path} line {len(lines) + 1} is cut off; {REMEDY}")
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            where = f"{path} line {number}"
+            row = parse(line, where)
+            if unknown := sorted(row.keys() - fields.keys()):
+                raise UserError(f"{where} has an unknown field '{unknown[0]}'; {REMEDY}")
+            rows.append(cls(**convert(row, fields, where)))
+        return rows
+
+
+def _checked_id(run_id: str) -> str:
+    """Return a run id, which a journal may contain, if it is the name of a folder."""
+    return check_name(run_id, "the id of a run", length=200)
 
 
 def _walk(path: Path) -> Iterator[Path]:

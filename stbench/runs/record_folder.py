@@ -56,13 +56,13 @@ class RecordFolder:
     def write(self, name: str, content: Mapping[str, Any]) -> None:
         """Replace a JSON file."""
         record = seal(content, self.binding, name)
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(record, indent=1, allow_nan=False)
         atomic_write(self.path / name, text + "\n")
 
     def write_lines(self, name: str, records: Sequence[CurvePoint | StageRecord]) -> None:
         """Replace a file of one JSON object per line; nothing is written without records."""
         rows = [seal(asdict(row), self.binding, f"{name}:{n}") for n, row in enumerate(records, start=1)]
-        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
         if lines:
             atomic_write(self.path / name, "".join(lines))
 

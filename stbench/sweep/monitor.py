@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from stbench.core.text import visible
 from stbench.runs.folder import OutputFolder
 from stbench.runs.journal import JournalEntry
 from stbench.sweep.executor import last_line
@@ -101,7 +102,7 @@ class LineMonitor(Monitor):
         self._print(STOPPING)
 
     def _print(self, text: str) -> None:
-        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self._console.print(Text(visible(text)), soft_wrap=True)
 
 
 class TableMonitor(Monitor):
@@ -136,9 +137,11 @@ class TableMonitor(Monitor):
         table = Table("state", "run", "elapsed", "details", title=title, expand=True)
         table.columns[1].overflow = "fold"
         for entry in _visible(entries):
-            details = Text(self._details(entry, reasons), overflow="ellipsis", no_wrap=True)
+            details = Text(visible(self._details(entry, reasons)), overflow="ellipsis", no_wrap=True)
             state = Text(entry.state, STYLES[entry.state])
-            table.add_row(state, Text(describe(entry)), self._stopwatch.elapsed(entry.run_id), details)
+            table.add_row(
+                state, Text(visible(describe(entry))), self._stopwatch.elapsed(entry.run_id), details
+            )
         return table
 
     def _details(self, entry: JournalEntry, reasons: Mapping[str, str]) -> str:

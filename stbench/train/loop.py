@@ -177,7 +177,7 @@ class StageTrainer:
             previous = list(self._earlier.values())[-1]
             student.load_state_dict(previous.load("ema").state_dict())
         elif spec.init is not None and stage.index == 0:
-            load_start(student, spec.init)
+            load_start(student, spec.init, spec.objective)
         model = StageModel(
             student,
             stage.definition.supervision(self._earlier),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stbench.config.plan import PlannedStage
+from stbench.core.text import visible
 from stbench.runs.records import CurvePoint
 from stbench.train.hooks import Hook
 
@@ -32,7 +33,7 @@ class Tracker(Hook):
         self._add(scalars, point.step)
 
     def _add(self, scalars: dict[str, Any], step: int) -> None:
-        self._visualizer.add_scalars(scalars, step=step)
+        self._visualizer.add_scalars({visible(tag): value for tag, value in scalars.items()}, step=step)
 
     def close(self) -> None:
         """Flush and close the event file."""

@@ -13,6 +13,7 @@ MISTAKES = {
     "nothing": ((), "expected a run folder or --checkpoint FILE, found neither"),
     "both": (("nowhere", "--checkpoint", "x.pt"), "found both"),
     "original of a run": (("nowhere", "--original", "repa"), "apply to --checkpoint"),
+    "objective of a run": (("nowhere", "--objective", "linear"), "apply to --checkpoint"),
     "weights": (("--checkpoint", "x.pt", "--weights", "mean"), "--weights must be ema or raw, found 'mean'"),
     "suffix": (("nowhere", "--output", "x.png"), "must be a folder or a file that ends in .npz"),
     "twice": (("nowhere", "--output", "x", "--output", "./x"), "names the same path twice"),

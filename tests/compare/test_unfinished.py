@@ -117,7 +117,7 @@ def test_a_requested_length_is_a_row_of_its_own() -> None:
     table = only_table(records, entries)
     assert (table.absent[0].length, table.rows[0].length) == (1600, 800)
     text = render(build_leaderboard(records, entries), "md")
-    assert "| vanilla [800 steps] | 0 |" in text and "| vanilla [1600 steps] | (0) waiting |" in text
+    assert r"| vanilla \[800 steps\] | 0 |" in text and r"| vanilla \[1600 steps\] | (0) waiting |" in text
 
 
 def test_every_format_contains_the_unfinished_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,9 @@ def test_the_student_starts_from_the_file_and_the_file_decides_its_shape(file: F
     path = file()
     spec = spec_from(path, train__lr=1e-9)
     weights, folder = first_step(spec, tmp_path / "runs")
-    expected = from_state(torch.load(path, weights_only=False)["ema"], heads=4).backbone.state_dict()
+    expected = from_state(
+        torch.load(path, weights_only=False)["ema"], heads=4, objective="linear"
+    ).backbone.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.allclose(weights[key], expected[key], atol=1e-6) for key in expected)
     stored = json.loads((Path(folder) / "spec.json").read_text())
@@ -117,9 +119,7 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_type(file: File, tmp_pa
         spec_from(path, "dit")
     with pytest.raises(UserError, match="backbone.depth=7 in .*, found 2; leave --set backbone.depth out"):
         spec_from(path, backbone__depth=7)
-    with pytest.raises(
-        UserError, match="8 predicted channels for objective 'iddpm', found 4.*--objective linear"
-    ):
+    with pytest.raises(UserError, match="objective 'iddpm' in .*, found 'linear'; use --objective linear"):
         spec_from(path, objective="iddpm")
     with pytest.raises(UserError, match="--original is only used with --init-from FILE"):
         resolve_options({"backbone": "sit", "recipe": "vanilla", "original": "repa"}, QUICK)
@@ -132,14 +132,16 @@ def test_what_does_not_fit_is_one_line_that_says_what_to_type(file: File, tmp_pa
 
 def test_a_published_size_is_taken_from_the_file(tmp_path: Path) -> None:
     torch.save(key_table(96, 6, out=4, heads=3), tmp_path / "ti.pt")
-    spec = resolve_options(
-        {"backbone": "sit", "recipe": "vanilla", "steps": 2, "init_from": str(tmp_path / "ti.pt")}, QUICK
-    )
+    values = {"backbone": "sit", "recipe": "vanilla", "steps": 2, "init_from": str(tmp_path / "ti.pt")}
+    with pytest.raises(UserError, match="path of a SiT in .*, found neither; type --objective linear"):
+        resolve_options(values, QUICK)
+    spec = resolve_options({**values, "objective": "linear"}, QUICK)
+    assert spec.init is not None and "objective linear, from" in describe_start(spec.init, 10)
     assert (spec.backbone.size, spec.backbone.options) == ("ti/2", {})
     with pytest.raises(
         UserError, match="expected a sit-b/2 in .*, found a sit-ti/2; use --backbone sit-ti/2"
     ):
-        spec_from(tmp_path / "ti.pt", "sit-b/2", backbone__heads=3)
+        spec_from(tmp_path / "ti.pt", "sit-b/2", backbone__heads=3, objective="linear")
 
 
 def test_a_file_that_changes_before_training_is_refused(file: File, tmp_path: Path) -> None:

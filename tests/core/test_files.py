@@ -22,6 +22,7 @@ from stbench.core.files import (
     is_locked,
     lock_folder,
     remove_unfinished,
+    temporary_path,
     write_array,
 )
 
@@ -180,6 +181,34 @@ def test_a_lock_excludes_its_own_process_too_and_ends_with_the_block(tmp_path: P
 def test_a_lock_file_that_is_a_link_does_not_touch_its_target(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("content")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match=r"\.lock is a symbolic link"):
+    with pytest.raises(UserError, match=r"\.lock is a link"):
         lock_folder(tmp_path, "").__enter__()
     assert (tmp_path / "precious").read_text() == "content"
+
+
+def test_a_lock_file_that_is_a_hard_link_or_has_other_content_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("1")
+    os.link(tmp_path / "precious", tmp_path / ".lock")
+    for use in (lambda: lock_folder(tmp_path, "").__enter__(), lambda: is_locked(tmp_path)):
+        with pytest.raises(UserError, match=r"\.lock is a link"):
+            use()
+    assert (tmp_path / "precious").read_text() == "1"
+    (tmp_path / ".lock").unlink()
+    (tmp_path / ".lock").write_bytes(b"\xff notes")
+    with lock_folder(tmp_path, ""), pytest.raises(UserError, match="in use by process unknown"):
+        lock_folder(tmp_path, "").__enter__()
+    assert (tmp_path / ".lock").read_bytes() == b"\xff notes"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_lock_that_is_not_a_file_is_refused(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / ".lock")
+    with pytest.raises(UserError, match="is not a file"):
+        lock_folder(tmp_path, "").__enter__()
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("content")
+    temporary_path(tmp_path / "new").symlink_to(tmp_path / "precious")
+    atomic_write(tmp_path / "new", "other")
+    assert (tmp_path / "precious").read_text() == "content" and (tmp_path / "new").read_text() == "other"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stbench.data.crop import UNREADABLE, centre_crop, decode_image
+from stbench.data.crop import UnreadableImage, centre_crop, decode_image
 from tests.datafiles import picture
 
 
@@ -53,7 +53,7 @@ def test_small_images_are_enlarged_and_grey_ones_converted() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"no image", encoded(picture(1, 64, 64), "JPEG")[:900]])
 def test_damaged_files_raise_one_of_the_listed_errors(content: bytes) -> None:
-    with pytest.raises(UNREADABLE):
+    with pytest.raises(UnreadableImage):
         decode_image(content, 3, 32)
 
 

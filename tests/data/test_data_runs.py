@@ -19,7 +19,8 @@ from stbench.config.resolve import RunRequest, resolve
 from stbench.core.errors import UserError
 from stbench.data.dataset import _built
 from stbench.data.prepare import PrepareOptions
-from stbench.data.repa_layout import RepaFolder, convert, find_decoder
+from stbench.data.repa_convert import convert
+from stbench.data.repa_layout import RepaFolder, find_decoder
 from stbench.evaluate import past_run, points
 from stbench.evaluate.sample_job import SampleRequest, sample_images
 from stbench.evaluate.sample_model import ModelLocation

@@ -17,9 +17,10 @@ from stbench.core.errors import UserError
 from stbench.data.crop import decode_image
 from stbench.data.encode import make_row_encoder
 from stbench.data.prepare import PrepareOptions, open_task, prepare
-from stbench.data.shards import MANIFEST, read_manifest, verify
+from stbench.data.shards import MANIFEST, read_manifest
 from stbench.data.sources import ImageFolder
 from stbench.data.split import HELDOUT, REFERENCE, TRAIN
+from stbench.data.verify import verify
 from stbench.models.autoencoder import Autoencoder, find_vae
 from tests.data.conftest import COUNT, SIZE
 from tests.datafiles import column, content, make_images, make_tar, run_prepare

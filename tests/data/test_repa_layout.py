@@ -12,8 +12,9 @@ import pytest
 from stbench.cli import data as data_commands
 from stbench.core.errors import UserError
 from stbench.data.repa_layout import RepaFolder, find_decoder, is_repa
-from stbench.data.shards import read_manifest, verify
+from stbench.data.shards import read_manifest
 from stbench.data.split import TRAIN
+from stbench.data.verify import verify
 from tests.datafiles import column, make_images, make_repa, picture
 
 COUNT = 45
@@ -98,7 +99,7 @@ def spoil(folder: Path, how: str) -> None:
     [
         ("mixed sizes", r"expected moments of one shape, found \(8, 8, 8\) in .* and \(8, 16, 16\) in"),
         ("cut off", r"img-mean-std-00000001.npy is truncated or not an .npy file"),
-        ("no moments", r"expected moments \(2C,h,h\), found \(3, 64, 64\)"),
+        ("no moments", r"expected moments \(2C,h,h\), found float32 \(3, 64, 64\)"),
         ("infinite", "not finite or overflow float16"),
         ("no label", r"has no label for 00000/img-mean-std-00000000.npy \(1 missing\)"),
         ("no list", 'expected {"labels"'),

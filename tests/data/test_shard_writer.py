@@ -19,7 +19,8 @@ from stbench.core.errors import UserError
 from stbench.core.files import lock_folder
 from stbench.data.prepare import PrepareOptions, _plan, open_task, prepare
 from stbench.data.shard_writer import PLAN, shard_bounds
-from stbench.data.shards import MANIFEST, read_manifest, verify
+from stbench.data.shards import MANIFEST, read_manifest
+from stbench.data.verify import verify
 from tests.data.conftest import COUNT
 from tests.datafiles import content, run_prepare
 

@@ -11,7 +11,8 @@ import pytest
 from stbench.cli import data as data_commands
 from stbench.core.errors import UserError
 from stbench.data.prepare import PrepareOptions
-from stbench.data.shards import MANIFEST, ShardedRows, dump_manifest, read_manifest, verify
+from stbench.data.shards import MANIFEST, ShardedRows, dump_manifest, read_manifest
+from stbench.data.verify import verify
 from tests.data.conftest import COUNT
 
 

@@ -46,12 +46,15 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     """A training checkpoint in REPA's layout, and an autoencoder in diffusers'."""
     ema = network().state_dict()
     raw = {key: torch.zeros_like(value) for key, value in ema.items()}
-    torch.save({"model": raw, "ema": ema, "steps": 7}, tmp_path / "last.pt")
+    args = {"path_type": "linear", "prediction": "v"}
+    torch.save({"model": raw, "ema": ema, "args": args, "steps": 7}, tmp_path / "last.pt")
     return tmp_path / "last.pt", make_vae(tmp_path / "vae")
 
 
 def location(files: tuple[Path, Path], **changes: Any) -> ModelLocation:
-    return ModelLocation(files[0], True, str(files[1]), **({"original": "repa"} | changes))
+    return ModelLocation(
+        files[0], True, str(files[1]), **({"original": "repa", "objective": "linear"} | changes)
+    )
 
 
 def test_official_weights_are_the_ema_with_published_settings(files: tuple[Path, Path]) -> None:
@@ -130,13 +133,13 @@ def test_guided_channels_default_to_those_of_the_repository(
 
 def test_a_network_of_pixels_needs_no_decoder(files: tuple[Path, Path]) -> None:
     torch.save(network(3).state_dict(), files[0])
-    model = load_model(ModelLocation(files[0], True, "none", "repa"))
+    model = load_model(ModelLocation(files[0], True, "none", "repa", objective="linear"))
     assert model.decoder_hash == "pixels"
     pixels = torch.tensor([-2.0, -1.0, 0.0, 1.0]).expand(1, 3, 4, 4)
     assert model.decode(pixels)[0, 0, 0].tolist() == [0, 0, 128, 255]
     torch.save(network(4).state_dict(), files[0])
     with pytest.raises(UserError, match=r"generates 4 channels, but --vae none takes 3"):
-        load_model(ModelLocation(files[0], True, "none", "repa"))
+        load_model(ModelLocation(files[0], True, "none", "repa", objective="linear"))
 
 
 def test_raw_weights_can_be_sampled_and_the_checkpoint_is_described(
@@ -144,12 +147,19 @@ def test_raw_weights_can_be_sampled_and_the_checkpoint_is_described(
 ) -> None:
     content = torch.load(files[0])
     head = {"projectors.0.0.weight": torch.zeros(8, 384)}
-    torch.save({"model": {**content["ema"], **head}}, files[0])
+    torch.save({"model": {**content["ema"], **head}}, files[0])  # without "args": the path is not known
     common = ("sample", "--checkpoint", files[0], "--vae", files[1], "-n", 2, "--steps", 2)
     code, _, err = stbench(*common, "--output", tmp_path / "a.npz")
     assert code == 2 and "with `stbench sample` --weights raw" in err
-    code, _, err = stbench(*common, "--weights", "raw", "--output", tmp_path / "a.npz")
-    assert code == 0 and "sampling from REPA, sit-custom, data at t=0, without its heads projectors" in err
+    raw = (*common, "--weights", "raw", "--output")
+    code, _, err = stbench(*raw, tmp_path / "a.npz")
+    assert code == 2 and "path of a SiT in" in err and "type --objective linear" in err
+    code, _, err = stbench(*raw, tmp_path / "a.npz", "--objective", "linear")
+    line = "REPA, sit-custom, data at t=0, objective linear, without its heads projectors, from "
+    assert code == 0 and f"sampling from {line}" in err
+    code, _, err = stbench(*raw, tmp_path / "b.npz", "--objective", "cosine")
+    assert code == 0 and "objective cosine" in err
+    assert (tmp_path / "a.npz").read_bytes() != (tmp_path / "b.npz").read_bytes()
 
 
 def test_a_run_is_its_last_ema_weights_with_its_own_settings(trained_run: Path) -> None:

@@ -73,7 +73,7 @@ def test_a_loaded_official_export_gives_the_same_outputs(
     path = past(backbone=family, **options)
     lines = export_run(path, "official", tmp_path / "w.pt", weights)
     content = torch.load(tmp_path / "w.pt", weights_only=True)
-    assert (content.keys() == {"ema"}) is (family != "uvit") and "for: " in lines[1]
+    assert (content.keys() == {"ema", "args"}) is (family != "uvit") and "for: " in lines[1]
     model = load_official(tmp_path / "w.pt", heads=2, original=original_of(family, options))
     expected = final_network(open_run(path), weights)(*batch())
     assert torch.equal(model.backbone(*batch()), expected) and expected.abs().max() > 0

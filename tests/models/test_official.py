@@ -65,7 +65,8 @@ def recipe_heads(kind: str, width: int) -> dict[str, Tensor]:
 
 def wrapped(state: Mapping[str, Tensor], **more: Any) -> dict[str, Any]:
     """A training checkpoint as the repositories write it; "model" differs from "ema"."""
-    args = argparse.Namespace(model="SiT-B/2", image_size=256, num_classes=1000, cfg_prob=0.1)
+    path = {"path_type": "linear", "prediction": "v"}
+    args = argparse.Namespace(model="SiT-B/2", image_size=256, num_classes=1000, cfg_prob=0.1, **path)
     return {
         "model": {key: value + 1.0 for key, value in state.items()},
         "ema": dict(state),
@@ -96,7 +97,7 @@ def test_a_training_checkpoint_gives_its_ema_or_its_raw_weights(write: Callable[
     file = write(wrapped(state, epoch=7))
     options: dict[str, Any] = {"heads": 4, "original": "repa"}
     ema, raw = load_official(file, **options), load_official(file, weights="raw", **options)
-    flat = from_state(state, **options)
+    flat = from_state(state, objective="linear", **options)
     assert torch.equal(run(ema), run(flat)) and not torch.equal(run(raw), run(flat))
     assert ema.sha256 == flat.sha256 != raw.sha256
     assert not ema.backbone.training and not any(p.requires_grad for p in ema.backbone.parameters())
@@ -113,7 +114,8 @@ def test_a_training_checkpoint_gives_its_ema_or_its_raw_weights(write: Callable[
 )
 def test_heads_identify_the_repository_and_are_reported(kind: str, out: int, heads: int, found: str) -> None:
     extra = recipe_heads(kind, 96)
-    model = from_state(key_table(96, 2, out=out, heads=heads) | extra, heads=4)
+    objective = None if out == 8 else "linear"
+    model = from_state(key_table(96, 2, out=out, heads=heads) | extra, heads=4, objective=objective)
     assert model.description.startswith(f"{found}, ") and model.dropped == tuple(sorted(extra))
     assert (model.family, model.objective) == (("dit", "iddpm") if out == 8 else ("sit", "linear"))
     assert model.options["qk_norm"] is bool(heads)
@@ -124,9 +126,10 @@ def test_dit_and_upstream_sit_are_never_guessed() -> None:
     state = key_table(64, 2, out=8)
     with pytest.raises(UserError, match="DiT, SiT, LayerSync or Dispersive loss.*--original dit, sit, "):
         from_state(state, heads=4)
-    dit, sit = (from_state(state, heads=4, original=name) for name in ("dit", "sit"))
+    dit = from_state(state, heads=4, original="dit")
+    sit = from_state(state, heads=4, original="sit", objective="linear")
     assert (dit.objective, sit.objective) == ("iddpm", "linear")
-    assert from_state(state, heads=4, family="sit").options["noise_at_zero"]
+    assert from_state(state, heads=4, family="sit", objective="linear").options["noise_at_zero"]
     assert run(dit).shape[1] == 8 and run(sit).shape[1] == 4
 
 
@@ -135,7 +138,9 @@ def test_the_direction_of_time_is_never_guessed() -> None:
     with pytest.raises(UserError, match="REPA, SRA, Self-Transcendence or SiT"):
         from_state(state, heads=4)
     x, t, y = batch()
-    data, noise = (from_state(state, heads=4, original=o).backbone for o in ("repa", "sit"))
+    data, noise = (
+        from_state(state, heads=4, original=o, objective="linear").backbone for o in ("repa", "sit")
+    )
     assert torch.equal(noise(x, t, y), -data(x, 1 - t, y))
 
 
@@ -145,8 +150,46 @@ def test_stored_options_distinguish_dit_from_sit_and_name_the_path() -> None:
     settings = {"model": "SiT-B/2", "path_type": "GVP", "prediction": "velocity"}
     sit = from_state(state, settings=settings, heads=4)
     assert (sit.family, sit.objective, sit.options["noise_at_zero"]) == ("sit", "cosine", True)
+    assert "objective cosine, from the weights" in sit.description
     with pytest.raises(UserError, match="found prediction 'noise' on path 'gvp'"):
         from_state(state, settings=settings | {"prediction": "noise"}, heads=4)
+
+
+def test_the_path_of_a_flat_sit_is_asked_for() -> None:
+    """The GVP and the linear path have the same keys and shapes."""
+    state, options = key_table(64, 2, out=4), {"heads": 4, "original": "repa"}
+    with pytest.raises(
+        UserError, match=r"path of a SiT in the weights or in --objective, found neither; typ"
+    ):
+        from_state(state, **options)
+    with pytest.raises(UserError, match="found --objective iddpm; type --objective linear"):
+        from_state(state, objective="iddpm", **options)
+    for name in ("linear", "cosine", "cosine-lognormal"):
+        model = from_state(state, objective=name, **options)
+        assert model.objective == name and f"objective {name}, from" in model.description
+
+
+def test_an_objective_that_contradicts_the_file_is_refused() -> None:
+    state, options = key_table(64, 2, out=4), {"heads": 4, "original": "repa"}
+    settings = {"path_type": "linear"}
+    with pytest.raises(UserError, match="objective 'cosine' in the weights, found 'linear'"):
+        from_state(state, settings=settings, objective="cosine", **options)
+    lognormal = from_state(state, settings=settings, objective="linear-lognormal", **options)
+    assert lognormal.objective == "linear-lognormal"
+    with pytest.raises(UserError, match="objective 'linear' in the weights, found 'iddpm'"):
+        from_state(key_table(64, 2, out=8), heads=4, original="dit", objective="linear")
+    with pytest.raises(UserError, match="objective 'vp-continuous' in the weights, found 'vp-discrete'"):
+        from_state(tiny("uvit").state_dict(), objective="vp-continuous")
+
+
+def test_a_number_of_heads_that_contradicts_the_file_is_refused() -> None:
+    state, options = key_table(64, 2, out=4, heads=4), {"original": "repa", "objective": "linear"}
+    assert from_state(state, heads=4, **options).options["heads"] == 4
+    with pytest.raises(UserError, match="expected 8 attention heads in the weights, found 4, which follow"):
+        from_state(state, heads=8, **options)
+    with pytest.raises(UserError, match="divides the width 64 of the weights, found 5"):
+        from_state(key_table(64, 2, out=4), heads=5, **options)
+    assert "sit-custom with 8 heads" in from_state(key_table(64, 2, out=4), heads=8, **options).description
 
 
 def test_options_that_contradict_the_keys_are_refused() -> None:
@@ -164,8 +207,8 @@ def test_early_repa_files_restart_block_numbers_after_the_projector() -> None:
         key.replace("blocks.1.", "decoder_blocks.0.").replace("blocks.2.", "decoder_blocks.1."): value
         for key, value in state.items()
     }
-    model = from_state(early, heads=4)
-    assert torch.equal(run(model), run(from_state(state, heads=4, original="repa")))
+    model = from_state(early, heads=4, objective="linear")
+    assert torch.equal(run(model), run(from_state(state, heads=4, original="repa", objective="linear")))
     assert model.description.startswith("REPA")
 
 
@@ -211,7 +254,7 @@ def test_golden_outputs_are_reproduced_from_a_file(name: str, write: Callable[..
     """The golden weights in a file as the repositories write them, loaded as by --init-from."""
     golden = Golden(GOLDEN, name)
     config, source = golden.meta["config"], original(golden.meta)
-    file = write(wrapped(golden.group("sd/"), args=argparse.Namespace(seed=0)))
+    file = write(wrapped(golden.group("sd/"), args=argparse.Namespace(path_type="linear")))
     model = load_official(file, heads=config["num_heads"], original=source)
     native = golden.t["in/t"].double() / model.backbone.time_scale
     reversed_time = REPOSITORIES[source].noise_at_zero
@@ -224,7 +267,7 @@ def test_golden_outputs_are_reproduced_from_a_file(name: str, write: Callable[..
 
 def test_every_kind_of_file_loads(write: Callable[..., Path], tmp_path: Path) -> None:
     state = key_table(64, 2, out=4)
-    options: dict[str, Any] = {"heads": 4, "original": "sra"}
+    options: dict[str, Any] = {"heads": 4, "original": "sra", "objective": "linear"}
     expected = run(from_state(state, **options))
     save_file(state, tmp_path / "flat.safetensors")
     files = [
@@ -352,7 +395,7 @@ def test_weights_determine_the_configuration(family: str, options: dict[str, Any
     source = {"dit": "dit", "sit": "sit" if options.get("noise_at_zero") else "repa"}.get(
         family, "uvit-discrete"
     )
-    model = from_state(net.state_dict(), original=source)
+    model = from_state(net.state_dict(), original=source, objective="linear" if family == "sit" else None)
     x, t, _ = batch()
     y = torch.zeros(3, dtype=torch.long)
     assert torch.equal(model.backbone(x, t, y), net(x, t, y))

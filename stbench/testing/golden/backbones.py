@@ -47,7 +47,11 @@ def load_network(golden: Golden) -> tuple[Backbone, dict[str, Tensor]]:
     load_builtins()
     state = golden.group("sd/")
     model = from_state(
-        state, golden.name, heads=int(golden.meta["config"]["num_heads"]), original=original(golden.meta)
+        state,
+        golden.name,
+        heads=int(golden.meta["config"]["num_heads"]),
+        original=original(golden.meta),
+        objective="linear" if family(golden.meta) == "sit" else None,
     )
     return model.backbone, {key: state[key] for key in model.dropped}
 
