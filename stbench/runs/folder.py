@@ -273,39 +273,6 @@ class RunFolder(RecordFolder):
         if (self.path / "status.json").exists():
             self._write_status(self.status())
 
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(plain({"schema": SCHEMA, **content}), indent=1, allow_nan=False)
-        atomic_write(self.path / name, text + "\n")
-
-    def _write_lines(self, name: str, records: Sequence[CurvePoint | StageRecord]) -> None:
-        rows = [plain({"schema": SCHEMA, **asdict(record)}) for record in records]
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-        if lines:
-            atomic_write(self.path / name, "".join(lines))
-
-    def _read(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        try:
-            return parse(path.read_bytes(), path)
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror}); {REMEDY}") from None
-
-    def _read_lines(self, name: str, cls: Callable[..., Record], fields: Fields) -> list[Record]:
-        path = self.path / name
-        if not path.exists():
-            return []
-        *lines, rest = path.read_bytes().split(b"\n")
-        if rest or not lines:
-            raise UserError(f"{path} line {len(lines) + 1} is cut off; {REMEDY}")
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            where = f"{path} line {number}"
-            row = parse(line, where)
-            if unknown := sorted(row.keys() - fields.keys()):
-                raise UserError(f"{where} has an unknown field '{unknown[0]}'; {REMEDY}")
-            rows.append(cls(**convert(row, fields, where)))
-        return rows
-
 
 def _checked_id(run_id: str) -> str:
     """Return a run id, which a journal may contain, if it is the name of a folder."""
