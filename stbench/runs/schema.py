@@ -91,6 +91,18 @@ def texts(value: Any) -> dict[str, str]:
     return {name: text(item) for name, item in mapping(value).items()}
 
 
+def digest(value: Any) -> str:
+    """Check a sha256 in hexadecimal."""
+    if len(text(value)) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise ValueError
+    return str(value)
+
+
+def digests(value: Any) -> dict[str, str]:
+    """Check a mapping from names to sha256 in hexadecimal."""
+    return {name: digest(item) for name, item in mapping(value).items()}
+
+
 def mappings(value: Any) -> dict[str, dict[str, Any]]:
     """Check a mapping from names to mappings."""
     return {name: mapping(item) for name, item in mapping(value).items()}
@@ -144,12 +156,12 @@ STAGE: Fields = {
     "flops_heads": number,
     "flops_teachers": number,
     "fingerprint": text,
-    "sha256": texts,
+    "sha256": digests,
     "reused": flag,
 }
 STATE: Fields = {
     "file": text,
-    "sha256": text,
+    "sha256": digest,
     "step": whole,
     "seconds": number,
     "warmup_seconds": number,

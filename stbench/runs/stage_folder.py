@@ -63,7 +63,7 @@ class StageFolder:
         if not self.weight_index.is_file():
             return {}
         row = self.read(self.weight_index)
-        return dict(convert(row, {"sha256": schema.texts}, self.weight_index)["sha256"])
+        return dict(convert(row, {"sha256": schema.digests}, self.weight_index)["sha256"])
 
     def record_weights(self, kind: str, step: int, sha256: str) -> None:
         """Record the sha256 of the weight file of a step, before or after it is written."""
