@@ -11,6 +11,7 @@ import typer
 
 from stbench.cli import options
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.core.text import print_line
 
 if TYPE_CHECKING:
@@ -145,5 +146,5 @@ def _require_valid_outputs(outputs: Sequence[Path]) -> None:
                 f"--output must be a folder or a file that ends in .npz, found {output}; "
                 f"try {output.with_suffix('.npz')}"
             )
-    if len({output.resolve() for output in outputs}) < len(outputs):
+    if len({absolute_path(output) for output in outputs}) < len(outputs):
         raise UserError("--output names the same path twice; give each path once")

@@ -23,6 +23,7 @@ from mmengine.registry import Registry as MMEngineRegistry
 from stbench.core.errors import UserError
 from stbench.core.files import hash_file
 from stbench.core.renamed import renamed_imports
+from stbench.core.safe_load import shorten
 from stbench.core.text import check_name
 
 
@@ -68,7 +69,7 @@ def suggest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     `prefix` is put before each known name, such as "train." for options of a section.
     """
     known = list(known)
-    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    closest = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)  # quadratic in the length
     if closest:
         return f"; did you mean '{prefix}{closest[0]}'?"
     return f"; known: {', '.join(prefix + name for name in known)}" if known else "; none is known"
@@ -78,7 +79,7 @@ def lookup(registry: Registry, name: str) -> Any:
     """Return the registered object. Raises UserError with the closest name if there is none."""
     found = registry.module_dict.get(name)
     if found is None:
-        raise UserError(f"unknown {registry.name} '{name}'{suggest(name, names(registry))}")
+        raise UserError(f"unknown {registry.name} {shorten(name)}{suggest(name, names(registry))}")
     return found
 
 

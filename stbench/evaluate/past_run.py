@@ -36,6 +36,15 @@ class PastRun:
         stage = self.last_stage
         return self.folder.stage(stage.index, stage.name).weight_files(kind)
 
+    def point_files(self) -> dict[int, Path]:
+        """The stored EMA weights by step; standard error names those that were recorded and are missing."""
+        stage, files = self.last_stage, self.weight_files("ema")
+        folder = self.folder.stage(stage.index, stage.name)
+        for name in sorted(folder.weight_hashes()):
+            if name.startswith("ema-") and not (folder.path / name).exists():
+                print(f"{folder.path / name} is missing; this evaluation point is left out", file=sys.stderr)
+        return files
+
     def final_file(self, kind: Weights) -> Path:
         """The weights after the last step of a finished run, or the latest ones of an unfinished run.
 

@@ -204,7 +204,7 @@ def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> Se
         evaluator = PointEvaluator(
             prepared, stage, run.folder, dataset=dataset, device=device, changed=run.changed
         )
-        for step, file in run.weight_files("ema").items():
+        for step, file in run.point_files().items():
             before = known.get((stage.index, step))
             if before is not None:  # only points that training has reached have a cost
                 network = run.load(file).to(device)

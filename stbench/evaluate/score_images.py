@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stbench.core.files import atomic_write
+from stbench.core.files import absolute_path, atomic_write
 from stbench.evaluate.feature_networks import FeatureNetwork
 from stbench.evaluate.image_sets import ImageSet, open_images
 from stbench.evaluate.progress import ProgressBar, no_progress
@@ -55,7 +55,7 @@ def score_images(
     `open_samples` does, and if the disk is full.
     """
     if samples.name in ("", ".."):  # for example `stbench evaluate .`: the folder's name is needed below
-        samples = samples.resolve()
+        samples = absolute_path(samples)
     images = open_samples(samples, reference)
 
     # Measure.

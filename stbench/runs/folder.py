@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stbench.core.errors import UserError
-from stbench.core.files import is_locked, lock_folder, remove_unfinished
+from stbench.core.files import absolute_path, is_locked, lock_folder, remove_unfinished
 from stbench.core.text import check_name
 from stbench.runs import schema
 from stbench.runs.consistency import require_consistent
@@ -41,7 +41,7 @@ def find_runs(root: Path | Sequence[Path]) -> list[Path]:
             raise UserError(
                 f"no run folder (with a spec.json) found at or below {path}; create one with `stbench run`"
             )
-        found.update((run.resolve(), run) for run in runs)
+        found.update((absolute_path(run), run) for run in runs)
     return sorted(found.values())
 
 

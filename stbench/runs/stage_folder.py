@@ -66,9 +66,15 @@ class StageFolder:
         return dict(convert(row, {"sha256": schema.digests}, self.weight_index)["sha256"])
 
     def record_weights(self, kind: str, step: int, sha256: str) -> None:
-        """Record the sha256 of the weight file of a step, before or after it is written."""
+        """Record the sha256 of the weight file of a step, after it is written."""
+        self.write(
+            self.weight_index, {"sha256": {**self.weight_hashes(), self.weights(kind, step).name: sha256}}
+        )
+
+    def forget_missing(self) -> None:
+        """Drop the records of weight files that were deleted on purpose."""
         known = {name: digest for name, digest in self.weight_hashes().items() if (self.path / name).exists()}
-        self.write(self.weight_index, {"sha256": {**known, self.weights(kind, step).name: sha256}})
+        self.write(self.weight_index, {"sha256": known})
 
     def read(self, file: Path) -> dict[str, Any]:
         """Read a JSON file of this folder.

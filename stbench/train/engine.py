@@ -134,6 +134,7 @@ def open_folder(folder: RunFolder, prepared: PreparedRun, options: RunOptions) -
         UserError: If the folder was created with more steps or with other evaluation settings.
     """
     if has_results(folder):
+        folder.record()  # raises if a line or a file is missing
         done, steps = int(folder.spec()["train"]["steps"]), prepared.spec.train.steps
         check_evaluation(folder, prepared.spec)
         if steps < done:

@@ -259,6 +259,7 @@ class StageTrainer:
             for other, file in self._folder.weight_files("ema").items():
                 if other != step:
                     file.unlink()
+            self._folder.forget_missing()
         self._evaluate(model.ema, step, seconds=self._state.seconds, flops=model.cost.total)
 
     def _evaluate(self, ema: Backbone, step: int, *, seconds: float, flops: float) -> None:
