@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stbench.cli import options
+from stbench.cli.outputs import require_outputs
 from stbench.core.errors import UserError
+from stbench.core.outputs import Output
 from stbench.core.text import print_line, visible
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ def evaluate(
     measure = MeasureOptions(NetworkFiles(inception, inception_sha256, dino), batch, device)
     run = RunOptions(eval_guidance, samples, tuple(overrides))
     if RunFolder(path).exists():
+        if reference is None and output is not None:
+            raise UserError("a run's scores are added to its curve; drop --output, or add --reference REF")
         if reference is None:
             evaluate_run(path, run, device)
         elif output is not None:
@@ -144,8 +148,11 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, run_options:
 def score_files(samples: Path, reference: Path, output: Path | None, measure: MeasureOptions) -> None:
     """Score images against a reference, write the scores as JSON and print them."""
     from stbench.core.device import pick_device
-    from stbench.evaluate.score_images import open_samples
+    from stbench.evaluate.score_images import is_scores, open_samples, scores_file
 
+    files = measure.networks
+    target = output or scores_file(samples, "0" * 8)
+    require_outputs([Output(target, is_own=is_scores)], [samples, reference, files.inception, files.dino])
     print_ignored(open_samples(samples, reference))
     networks = measure.networks.load(pick_device(measure.device))
     _score_and_print(samples, reference, output, networks, measure)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -58,12 +58,14 @@ def export_run(path: Path, kind: Kind, output: Path, weights: Weights) -> list[s
     Raises:
         UserError: The other codebase cannot express the network, or the output exists.
     """
+    from stbench.cli.outputs import require_outputs
+    from stbench.core.outputs import Output
     from stbench.evaluate.past_run import open_run
     from stbench.models.export import export_network
 
+    kind_of_output: Literal["file", "new folder"] = "file" if kind == "official" else "new folder"
+    require_outputs([Output(output, kind=kind_of_output, remedy="choose another --output")])
     run = open_run(path)
-    if output.exists():
-        raise UserError(f"{output} exists; choose another --output")
     network, spec = final_network(run, weights), run.prepared.spec
     return export_network(network, spec.backbone.effective, spec.objective, kind=kind, output=output)
 

@@ -17,18 +17,33 @@ import numpy as np
 from PIL import Image
 
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_file, atomic_folder, atomic_write, lock_folder, remove_unfinished
+from stbench.core.files import LOCK, atomic_file, atomic_folder, atomic_write, lock_folder, remove_unfinished
 from stbench.evaluate.image_sets import SETTINGS, open_npz, read_npz_text
 
 SETTINGS_SCHEMA = 1
 """Version of the stored settings."""
 
 
+def parts_folder(output: Path) -> Path:
+    """Return the folder of the shards of an output."""
+    return output.with_name(f"{output.name}.parts")
+
+
+def is_parts(folder: Path) -> bool:
+    """Whether a folder contains the shards of a sampling job: its settings, or nothing but its lock."""
+    return (folder / SETTINGS).is_file() or {path.name for path in folder.iterdir()} <= {LOCK}
+
+
+def is_samples(output: Path) -> bool:
+    """Whether an npz or a folder was made by `stbench sample`. Raises UserError if it is damaged."""
+    return read_settings(output) is not None
+
+
 class PartsFolder:
     """The folder `<output>.parts/`: settings.json and one npy per shard, uint8 (B,H,W,3)."""
 
     def __init__(self, output: Path, settings: Mapping[str, Any], size: int) -> None:
-        self.folder = output.with_name(f"{output.name}.parts")
+        self.folder = parts_folder(output)
         self.settings = settings
         # Every shard but the last has `size` images.
         count = settings["count"]

@@ -6,6 +6,7 @@ Every write is atomic, so a reader never sees part of a file. The fields of the 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +20,13 @@ from stbench.runs import schema
 from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord
 from stbench.runs.schema import REMEDY, Fields, convert, parse, plain
 
+RUN_FILES = frozenset(
+    {
+        *("spec.json", "env.json", "status.json", "curve.jsonl", "stages.jsonl", "protocols.json", ".lock"),
+        *("checkpoints", "samples", "tensorboard"),
+    }
+)
+"""What a run folder contains. Users may put other files into it."""
 State = Literal["running", "stopped", "failed", "finished"]
 Record = TypeVar("Record")
 
@@ -38,6 +46,19 @@ def find_runs(root: Path | Sequence[Path]) -> list[Path]:
             )
         found.update((run.resolve(), run) for run in runs)
     return sorted(found.values())
+
+
+def require_no_run_file(path: Path, option: str) -> None:
+    """Raise UserError for an output path that stbench itself uses, in a run folder or beside run folders."""
+    resolved = Path(os.path.realpath(path))
+    for folder in resolved.parents:
+        if (folder / "spec.json").is_file() and resolved.relative_to(folder).parts[0] in RUN_FILES:
+            raise UserError(
+                f"{option} {path} belongs to the run folder {folder}; choose another name, such as "
+                f"{path.with_stem('output')}"
+            )
+    if resolved.name == "sweep.json":
+        raise UserError(f"{option} {path} has the name of a sweep's journal; choose another name")
 
 
 def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
