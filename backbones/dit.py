@@ -14,6 +14,7 @@ from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from stbench.core.backbone import Backbone, BackboneInfo, Features
+from stbench.core.ranges import Depth, Pixels, PositiveReal, Width
 from stbench.core.registry import BACKBONES
 from stbench.models.layers import (
     Attention,
@@ -203,12 +204,12 @@ class DiT(AdaLNTransformer):
         classes: int,
         out_channels: int,
         size: str = "custom",
-        patch: int,
-        width: int,
-        depth: int,
-        heads: int,
+        patch: Pixels,
+        width: Width,
+        depth: Depth,
+        heads: Width,
         qk_norm: bool = False,
-        time_scale: float = 999.0,
+        time_scale: PositiveReal = 999.0,
     ) -> None:
         info = make_info(
             "dit",

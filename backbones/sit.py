@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stbench.backbones.dit import AdaLNTransformer
 from stbench.core.backbone import Features
+from stbench.core.ranges import Depth, Pixels, PositiveReal, Width
 from stbench.core.registry import BACKBONES
 from stbench.models.layers import make_info
 
@@ -35,14 +36,14 @@ class SiT(AdaLNTransformer):
         classes: int,
         out_channels: int,
         size: str = "custom",
-        patch: int,
-        width: int,
-        depth: int,
-        heads: int,
+        patch: Pixels,
+        width: Width,
+        depth: Depth,
+        heads: Width,
         qk_norm: bool = False,
         learn_sigma: bool = False,
         noise_at_zero: bool = False,
-        time_scale: float = 1.0,
+        time_scale: PositiveReal = 1.0,
     ) -> None:
         info = make_info(
             "sit",

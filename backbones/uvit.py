@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from stbench.core.backbone import Backbone, Features
 from stbench.core.errors import UserError
+from stbench.core.ranges import Depth, Pixels, PositiveReal, Width
 from stbench.core.registry import BACKBONES
 from stbench.models.layers import (
     Attention,
@@ -102,15 +104,15 @@ class UViT(Backbone):
         classes: int,
         out_channels: int,
         size: str = "custom",
-        patch: int,
-        width: int,
-        depth: int,
-        heads: int,
+        patch: Pixels,
+        width: Width,
+        depth: Depth,
+        heads: Width,
         conv: bool = True,
         mlp_time_embed: bool = False,
-        label_rows: int | None = None,
-        time_scale: float = 999.0,
-        init_std: float = 0.02,
+        label_rows: Annotated[int, Field(ge=0, le=10_000_000)] | None = None,
+        time_scale: PositiveReal = 999.0,
+        init_std: PositiveReal = 0.02,
     ) -> None:
         super().__init__()
         if depth % 2 == 0:

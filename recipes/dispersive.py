@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
-
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
+from stbench.core.ranges import BatchSize, Block, NonNegativeReal, PositiveReal
 from stbench.core.recipe import OptionContext, Stage, Step, Supervision, Term, computed, computed_defaults
 from stbench.core.registry import RECIPES
 from stbench.models import align
@@ -85,11 +84,11 @@ def dispersive(
     info: BackboneInfo,
     *,
     setting: Setting = "jax",
-    block: int = computed(published_block),
-    weight: NonNegativeFloat = computed(lambda c: PUBLISHED[c.options["setting"]].weight),
-    tau: PositiveFloat = computed(lambda c: PUBLISHED[c.options["setting"]].tau),
+    block: Block = computed(published_block),
+    weight: NonNegativeReal = computed(lambda c: PUBLISHED[c.options["setting"]].weight),
+    tau: PositiveReal = computed(lambda c: PUBLISHED[c.options["setting"]].tau),
     scope: Scope = "local",
-    local_batch: PositiveInt | None = computed(published_batch),
+    local_batch: BatchSize | None = computed(published_batch),
 ) -> Sequence[Stage]:
     """Push the samples of a batch apart in one block's features (InfoNCE with L2 distance, no positives).
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import Field
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
+from stbench.core.limits import MAX_ITEMS
+from stbench.core.ranges import Block, NonNegativeReal
 from stbench.core.recipe import Stage, Step, Supervision, Term, computed, computed_defaults
 from stbench.core.registry import RECIPES
 from stbench.models import align
 
-Pairs = Sequence[tuple[int, int]]
+Pairs = Annotated[Sequence[tuple[Block, Block]], Field(max_length=MAX_ITEMS)]
 """(weak block, strong block) of each aligned pair, 0-based."""
 Several = Literal["sum", "released"]
 """How several pairs are combined."""
@@ -56,8 +58,8 @@ def published_pairs(info: BackboneInfo) -> Pairs:
 def layersync(
     info: BackboneInfo,
     *,
-    pairs: Sequence[tuple[int, int]] = computed(lambda c: published_pairs(c.info)),
-    weight: NonNegativeFloat = 0.2,
+    pairs: Pairs = computed(lambda c: published_pairs(c.info)),
+    weight: NonNegativeReal = 0.2,
     several: Several = "sum",
 ) -> Sequence[Stage]:
     """Align a weak block with a stronger, stop-gradient block of the same forward pass.

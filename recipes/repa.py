@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
+from stbench.core.ranges import Block, Name, NonNegativeReal, Width
 from stbench.core.recipe import Stage, Step, Supervision, Term, computed, computed_defaults
 from stbench.core.registry import RECIPES
 from stbench.models import align, encoders
@@ -114,13 +114,13 @@ def _is_tiny(info: BackboneInfo) -> bool:
 def repa(
     info: BackboneInfo,
     *,
-    encoder: str | Sequence[str] = computed(
+    encoder: Name | Sequence[Name] = computed(
         lambda c: encoders.DIGITS if _is_tiny(c.info) else encoders.DINOV2
     ),
-    checkpoint: str | Sequence[str | None] | None = None,
-    block: int = computed(lambda c: published_block(c.info)),
-    weight: NonNegativeFloat = 0.5,
-    hidden: PositiveInt = computed(lambda c: 4 * c.info.width if _is_tiny(c.info) else 2048),
+    checkpoint: Name | Sequence[Name | None] | None = None,
+    block: Block = computed(lambda c: published_block(c.info)),
+    weight: NonNegativeReal = 0.5,
+    hidden: Width = computed(lambda c: 4 * c.info.width if _is_tiny(c.info) else 2048),
 ) -> Sequence[Stage]:
     """Align one block with the tokens of a frozen external encoder on the clean image.
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from stbench.core.backbone import Backbone, BackboneInfo, Weights
 from stbench.core.errors import UserError
+from stbench.core.ranges import Block, Guidance, NonNegativeReal, Steps, StepsOrZero, Width
 from stbench.core.recipe import (
     Artifact,
     NoSupervision,
@@ -107,19 +107,19 @@ def published_teacher_steps(c: OptionContext) -> int | None:
 def self_transcendence(
     info: BackboneInfo,
     *,
-    align_block: int = computed(lambda c: defaults(c.info).align_block),
-    student_block: int = computed(lambda c: defaults(c.info).student_block),
-    teacher_block: int = computed(lambda c: defaults(c.info).teacher_block),
-    guidance: float = computed(lambda c: defaults(c.info).guidance),
-    coefficient: float = 0.5,
+    align_block: Block = computed(lambda c: defaults(c.info).align_block),
+    student_block: Block = computed(lambda c: defaults(c.info).student_block),
+    teacher_block: Block = computed(lambda c: defaults(c.info).teacher_block),
+    guidance: Guidance = computed(lambda c: defaults(c.info).guidance),
+    coefficient: NonNegativeReal = 0.5,
     interval: Interval = (0.4, 0.7),
-    hidden: PositiveInt = computed(lambda c: defaults(c.info).hidden),
+    hidden: Width = computed(lambda c: defaults(c.info).hidden),
     mask: Mask = "samples",
     time: Clock = "flow",
     teacher: Literal["vae-align", "vanilla"] = "vae-align",
     teacher_weights: Weights = computed(lambda c: defaults(c.info).weights),
-    teacher_steps: PositiveInt | None = computed(published_teacher_steps),
-    guidance_stop: int = 100_000,
+    teacher_steps: Steps | None = computed(published_teacher_steps),
+    guidance_stop: StepsOrZero = 100_000,
 ) -> Sequence[Stage]:
     """Train a teacher with VAE alignment, freeze it, and align a new network with its guided features.
 

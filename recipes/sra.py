@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor, nn
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
+from stbench.core.ranges import Block, NonNegativeReal, PositiveReal
 from stbench.core.recipe import OptionContext, Stage, Step, Supervision, Term, computed, computed_defaults
 from stbench.core.registry import RECIPES
 from stbench.models import align
@@ -116,14 +116,14 @@ def published_schedule(c: OptionContext) -> Decay:
 def sra(
     info: BackboneInfo,
     *,
-    student_block: int = computed(lambda c: published_blocks(c.info)[0]),
-    teacher_block: int = computed(lambda c: published_blocks(c.info)[1]),
+    student_block: Block = computed(lambda c: published_blocks(c.info)[0]),
+    teacher_block: Block = computed(lambda c: published_blocks(c.info)[1]),
     distance: Distance = "smooth-l1",
-    weight: NonNegativeFloat = computed(published_weight),
+    weight: NonNegativeReal = computed(published_weight),
     schedule: Decay = computed(published_schedule),
     t_max: Time = 0.2,
     time: Clock = computed(lambda c: "native" if c.info.name == "dit" else "flow"),
-    beta: PositiveFloat = 0.05,
+    beta: PositiveReal = 0.05,
 ) -> Sequence[Stage]:
     """Align a block with a deeper block of the EMA, which sees the same sample at a lower noise level.
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from stbench.core.backbone import BackboneInfo, Weights
+from stbench.core.ranges import Block, NonNegativeReal, Width
 from stbench.core.recipe import Stage, Step, Supervision, Term, computed, computed_defaults
 from stbench.core.registry import RECIPES
 from stbench.models import align
@@ -124,10 +124,10 @@ def apply_mask(error: Tensor, rows: Tensor, inside: Tensor, *, mask: Mask) -> Te
 def vae_align(
     info: BackboneInfo,
     *,
-    align_block: int = computed(lambda c: defaults(c.info).align_block),
-    coefficient: float = 0.5,
+    align_block: Block = computed(lambda c: defaults(c.info).align_block),
+    coefficient: NonNegativeReal = 0.5,
     interval: Interval = (0.4, 0.7),
-    hidden: PositiveInt = computed(lambda c: defaults(c.info).hidden),
+    hidden: Width = computed(lambda c: defaults(c.info).hidden),
     mask: Mask = "samples",
     time: Clock = "flow",
 ) -> Sequence[Stage]:

@@ -11,6 +11,7 @@ import typer
 
 from stbench.cli.options import RUNS
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 
 if TYPE_CHECKING:
     from stbench.compare.leaderboard import Leaderboard
@@ -111,5 +112,5 @@ def read_leaderboard(paths: Iterable[Path]) -> Leaderboard:
     entries: list[JournalEntry] = []
     for folder in journals:
         entries = merge_journals(entries, read_journal(folder))
-    unique = list({folder.resolve(): folder for folder in folders}.values())
+    unique = list({absolute_path(folder): folder for folder in folders}.values())
     return build_leaderboard(read_runs(sorted(unique)), entries)

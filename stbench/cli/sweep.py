@@ -16,6 +16,8 @@ import typer
 from stbench.cli import options
 from stbench.cli.outputs import require_run_outputs
 from stbench.core.errors import UserError
+from stbench.core.limits import MAX_SEED, MAX_SEEDS
+from stbench.core.safe_load import shown
 from stbench.core.text import print_line
 
 if TYPE_CHECKING:
@@ -152,10 +154,15 @@ def parse_seeds(text: str) -> list[int]:
     Raises:
         UserError: The text is anything else, or 0.
     """
-    parts = text.removesuffix(",").split(",")
-    if text == "0" or not all(part.strip().isdecimal() for part in parts):
-        raise UserError(f"--seeds must be a positive number or a list, got '{text}'; for example 3 or 0,5,7")
-    return [int(part) for part in parts] if "," in text else list(range(int(text)))
+    parts = [part.strip() for part in text.removesuffix(",").split(",")]
+    if not all(part.isascii() and part.isdecimal() and len(part) <= len(str(MAX_SEED)) for part in parts):
+        raise UserError(
+            f"--seeds must be a positive number or a list, got {shown(text)}; for example 3 or 0,5,7"
+        )
+    count = len(parts) if "," in text else int(text)
+    if not 1 <= count <= MAX_SEEDS:
+        raise UserError(f"--seeds must be 1 to {MAX_SEEDS} seeds, got {count}; for example 3 or 0,5,7")
+    return list(map(int, parts)) if "," in text else list(range(count))
 
 
 def _select(runs: Sequence[SweepRun], text: str) -> list[SweepRun]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stbench.core.errors import UserError
-from stbench.core.safe_load import MalformedError, check_texts, parse_json, read_text, shorten
+from stbench.core.files import absolute_path
+from stbench.core.safe_load import MalformedError, check_texts, parse_json, read_text, shorten, shown
 from stbench.core.safe_yaml import parse_yaml
 
 PARSERS: Mapping[str, Callable[[str], Any]] = {".yaml": parse_yaml, ".yml": parse_yaml, ".json": parse_json}
@@ -37,7 +37,7 @@ def read_file(file: Path, what: str, option: str) -> dict[str, Any]:
         raise UserError(f"{what} file not found: {file}; give a .yaml, .json or .py file after {option}")
     if file.suffix == ".py":
         return _run_python(file, what)
-    content = _Reader(what, Path(os.path.realpath(file.parent))).read(file, ())
+    content = _Reader(what, absolute_path(file.parent)).read(file, ())
     return _strip_delete(content)
 
 
@@ -49,12 +49,12 @@ class _Reader:
 
     def read(self, file: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
         """The content of a file that the files of `chain` extend, one the other."""
-        chain = (*chain, Path(os.path.realpath(file)))
+        chain = (*chain, absolute_path(file))
         content = self._parse(file)
         bases = content.pop(BASE, [])
         bases = [bases] if isinstance(bases, str) else bases
         if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):
-            raise self._error(file, f"'{BASE}' must be a file name or a list of them, got {bases!r}")
+            raise self._error(file, f"'{BASE}' must be a file name or a list of them, got {shown(bases)}")
         merged: dict[str, Any] = {}
         for base in bases:
             found = self.read(self._base_file(file, base, chain), chain)
@@ -88,7 +88,7 @@ class _Reader:
 
     def _base_file(self, file: Path, base: str, chain: tuple[Path, ...]) -> Path:
         path = file.parent / base
-        target = Path(os.path.realpath(path))
+        target = absolute_path(path)
         if not target.is_relative_to(self.root):
             raise self._error(file, f"'{BASE}: {base}' is outside of {self.root}; move it there")
         if not target.is_file():
@@ -115,8 +115,8 @@ def _merge(child: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
             merged[key] = _merge(value, base[key])
         else:
             raise MalformedError(
-                f"'{key}' is a mapping here and {base[key]!r} in the file of '{BASE}'; add '{DELETE}: true' "
-                f"to replace it"
+                f"'{key}' is a mapping here and {shown(base[key])} in the file of '{BASE}'; "
+                f"add '{DELETE}: true' to replace it"
             )
     return merged
 

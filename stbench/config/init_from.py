@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,9 @@ from stbench.config.overrides import DECIDED_BY_DATA, split_backbone
 from stbench.config.spec import InitSpec, RunSpec
 from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.core.registry import BACKBONES, lookup
+from stbench.core.safe_load import shown
 from stbench.models.official import OfficialModel, load_official
 
 LABEL_TABLES = ("y_embedder.embedding_table.weight", "label_emb.weight")
@@ -53,9 +54,9 @@ def read_start(
                 raise UserError(f"--{name} is only used with --init-from FILE; add it, or leave --{name} out")
         return values, overrides, None
     if weights not in (None, "raw", "ema"):
-        raise UserError(f"--init-weights must be raw or ema, got {weights!r}; leave it out for ema")
+        raise UserError(f"--init-weights must be raw or ema, got {shown(weights)}; leave it out for ema")
     family, size = split_backbone(values["backbone"])
-    heads, path = overrides.get("backbone.heads"), _absolute(str(file))
+    heads, path = overrides.get("backbone.heads"), absolute_path(str(file))
     if heads is not None and (type(heads) is not int or heads < 1):
         raise UserError(f"backbone.heads must be a positive integer, got {heads!r}; for example 6")
     model = load_official(
@@ -79,14 +80,6 @@ def read_start(
     )
     options = _options(model, overrides, path)
     return values, {**overrides, **options}, Start(spec, model.options, model.objective)
-
-
-def _absolute(file: str) -> Path:
-    """The absolute path of a file, links resolved."""
-    if "\0" in file:
-        raise UserError(f"--init-from must be the path of a file, got {file!r}; remove the NUL character")
-    # Not Path.resolve(), which raises RuntimeError for a loop of symbolic links before Python 3.13.
-    return Path(os.path.realpath(file))
 
 
 def _sized(typed: str, size: str | None, model: OfficialModel, path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from stbench.config.files import read_file
 from stbench.core.errors import UserError
+from stbench.core.ranges import option_parameters
 from stbench.core.recipe import is_computed
 from stbench.core.registry import BACKBONES, lookup, names, suggest
+from stbench.core.safe_load import MalformedError, parse_json, shorten, shown
 
 SECTIONS = ("backbone", "recipe", "train", "eval", "data")
 """Sections of the options that `--set` takes."""
@@ -52,15 +53,15 @@ def parse_set(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or not name:
-            raise UserError(f"--set must be KEY=VALUE, got '{pair}'; for example --set train.lr=1e-3")
+            raise UserError(f"--set must be KEY=VALUE, got {shown(pair)}; for example --set train.lr=1e-3")
         parsed[name.strip()] = _value(text.strip())
     return parsed
 
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except MalformedError:
         return {"true": True, "True": True, "False": False, "None": None, "none": None}.get(text, text)
 
 
@@ -81,10 +82,10 @@ def checked_options(content: Mapping[str, Any], known: Sequence[str], where: str
     """
     for name in content:
         if name not in known:
-            raise UserError(f"{where}: unknown option '{name}'{suggest(name, sorted(known))}")
+            raise UserError(f"{where}: unknown option {shorten(name)}{suggest(name, sorted(known))}")
     if not isinstance(content.get("set", {}), Mapping):
         raise UserError(
-            f"{where}: 'set' must be a mapping of options to values, got {content['set']!r}; "
+            f"{where}: 'set' must be a mapping of options to values, got {shown(content['set'])}; "
             f"for example set: {{train.lr: 1e-3}}"
         )
     return {**content, "set": _flatten(content.get("set", {}))}
@@ -111,7 +112,7 @@ def split_sections(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         section, dot, option = name.partition(".")
         if not dot or section not in sections:
             raise UserError(
-                f"unknown option '{name}': expected backbone.*, recipe.*, train.*, eval.* or data.*"
+                f"unknown option {shorten(name)}: expected backbone.*, recipe.*, train.*, eval.* or data.*"
                 f"{suggest(section, sections)}"
             )
         sections[section][option] = value
@@ -142,9 +143,11 @@ def validate_section(model: type[Model], values: dict[str, Any], section: str) -
     """
     _require_known(values, model.model_fields, section)
     try:
-        return model(**values)
+        found = model(**values)
     except ValidationError as error:
         raise _one_line(error, section) from error
+    _refuse_booleans(values, found.model_dump(), section)
+    return found
 
 
 def validate_options(
@@ -158,35 +161,69 @@ def validate_options(
     Raises:
         UserError: If an option is unknown or has an invalid value.
     """
+    values = {name: value for name, value in values.items() if name not in skip}
+    parameters = {k: p for k, p in option_parameters(function).items() if k not in skip}
+    _require_known(values, parameters, section)
+    try:
+        model = _options_model(function, parameters, values)
+    except Exception as error:  # the annotations of a plug-in may be anything
+        raise UserError(
+            f"the options of {section} '{function.__name__}' cannot be read: {type(error).__name__}: "
+            f"{error}; fix its signature"
+        ) from error
+    try:
+        found: dict[str, Any] = model(**values).model_dump()
+    except ValidationError as error:
+        raise _one_line(error, section) from error
+    _refuse_booleans(values, found, section)
+    return found
+
+
+def _options_model(
+    function: Any, parameters: Mapping[str, inspect.Parameter], values: Mapping[str, Any]
+) -> type[BaseModel]:
+    """A model of the parameters; those with a value, and those without a default, are required."""
     target = function.__init__ if inspect.isclass(function) else function
     hints = typing.get_type_hints(target, include_extras=True)
-    values = {name: value for name, value in values.items() if name not in skip}
-    parameters = {k: p for k, p in inspect.signature(function).parameters.items() if k not in skip}
-    _require_known(values, parameters, section)
-
     fields: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if name in values or parameter.default is inspect.Parameter.empty:
             fields[name] = (hints.get(name, Any), ...)
         elif not is_computed(parameter.default):
             fields[name] = (hints.get(name, Any), parameter.default)
-    model = create_model("Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
-    try:
-        return model(**values).model_dump()
-    except ValidationError as error:
-        raise _one_line(error, section) from error
+    return create_model("Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+
+
+def _refuse_booleans(given: Mapping[str, Any], found: Mapping[str, Any], section: str) -> None:
+    """Refuse true and false where a number is expected; pydantic takes them for 1 and 0."""
+    for name, value in given.items():
+        if _has_converted_boolean(value, found[name]):
+            raise UserError(
+                f"invalid value for '{section}.{name}': input should be a number, got {shown(value)}; "
+                f"change it with --set {section}.{name}=..."
+            )
+
+
+def _has_converted_boolean(given: Any, found: Any) -> bool:
+    if isinstance(given, (list, tuple)) and isinstance(found, (list, tuple)):
+        return any(map(_has_converted_boolean, given, found))
+    return isinstance(given, bool) and not isinstance(found, bool)
 
 
 def _require_known(values: Mapping[str, Any], known: Collection[str], section: str) -> None:
     for name in values:
         if name not in known:
-            raise UserError(f"unknown option '{section}.{name}'{suggest(name, known, prefix=f'{section}.')}")
+            raise UserError(
+                f"unknown option {shorten(f'{section}.{name}')}{suggest(name, known, prefix=f'{section}.')}"
+            )
 
 
 def _one_line(error: ValidationError, section: str) -> UserError:
     first = error.errors()[0]
     place = ".".join([section, *(str(part) for part in first["loc"][:1])])
+    if first["type"] == "missing":
+        return UserError(f"option '{place}' has no default; give it with --set {place}=...")
     return UserError(
-        f"invalid value for '{place}': {first['msg'].lower()}, got {first['input']!r}; "
+        f"invalid value for '{place}': {first['msg'].lower()}, got {shown(first['input'])}; "
         f"change it with --set {place}=..."
     )

@@ -19,8 +19,10 @@ from stbench.config.overrides import (
 from stbench.config.spec import BackboneSpec, EvalSpec, RecipeSpec, RunSpec, TrainSpec
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
+from stbench.core.limits import MAX_NAME, MAX_SEED
 from stbench.core.recipe import effective_options, is_computed
 from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, lookup, suggest
+from stbench.core.safe_load import shorten, shown
 from stbench.data.dataset import Preset, get_dataset
 from stbench.data.spec import DataSpec, data_fields
 from stbench.diffusion.sample import check_steps
@@ -58,6 +60,7 @@ def resolve_options(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> 
     for required in ("backbone", "recipe"):
         if required not in values:
             raise UserError(f"--{required} is missing; for example --backbone sit --recipe vanilla")
+    _require_names(values, ("backbone", "init_from", "original", "init_weights"))
     values, overrides, start = read_start(values, overrides)
     spec = resolve(_request(values, overrides))
     if start is None:
@@ -71,19 +74,27 @@ def _request(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunRequ
     values = dict(values)
     for name in ("steps", "seed"):
         if type(values.get(name, 0)) is not int:
-            raise UserError(f"{name} must be an integer, got {values[name]!r}; for example --{name} 100")
-    for name in ("backbone", "recipe", "dataset", "data", "objective", "precision"):
-        if not isinstance(values.get(name, ""), str):
-            raise UserError(f"{name} must be a name, got {values[name]!r}; see `stbench list`")
+            raise UserError(f"{name} must be an integer, got {shown(values[name])}; for example --{name} 100")
+    _require_names(values, ("backbone", "recipe", "dataset", "data", "objective", "precision"))
     if isinstance(values.get("eval_guidance"), str):
         values["eval_guidance"] = parse_scales(values["eval_guidance"])
     if not isinstance(values.get("eval_guidance", []), list):
         raise UserError(
-            f"eval_guidance must be a list of scales, got {values['eval_guidance']!r}; for example [1.0, 1.5]"
+            f"eval_guidance must be a list of scales, got {shown(values['eval_guidance'])}; "
+            f"for example [1.0, 1.5]"
         )
     if "data" in values:
         values = {"dataset": "custom", **values}
     return RunRequest(**values, overrides=overrides)
+
+
+def _require_names(values: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise UserError unless each of these options that is given is a text of a sensible length."""
+    for name in names:
+        value = values.get(name, "-")
+        if not isinstance(value, str) or not 0 < len(value) <= MAX_NAME:
+            what = "a path" if name in ("data", "init_from") else "a name"
+            raise UserError(f"{name} must be {what}, got {shown(value)}; see `stbench list`")
 
 
 def parse_scales(text: str) -> list[float]:
@@ -96,7 +107,7 @@ def parse_scales(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise UserError(
-            f"--eval-guidance must be comma-separated numbers, got '{text}'; for example 1.0,1.5,2.0"
+            f"--eval-guidance must be comma-separated numbers, got {shown(text)}; for example 1.0,1.5,2.0"
         ) from error
 
 
@@ -107,8 +118,10 @@ def resolve(request: RunRequest) -> RunSpec:
         UserError: If a name is unknown or a value is invalid.
     """
     lookup(RECIPES, request.recipe)
-    if request.seed < 0:
-        raise UserError(f"--seed must be a non-negative integer, got {request.seed}; for example --seed 1")
+    if not 0 <= request.seed <= MAX_SEED:
+        raise UserError(
+            f"--seed must be an integer in 0..{MAX_SEED}, got {shown(request.seed)}; for example --seed 1"
+        )
     sections = split_sections(request.overrides)
 
     # Data set and backbone; the preset of the data set depends on the backbone.
@@ -123,7 +136,9 @@ def resolve(request: RunRequest) -> RunSpec:
 
     # Objective, training and evaluation.
     family = lookup(BACKBONES, backbone.name)
-    objective = request.objective or family.presets[backbone.size].get("objective", family.objective)
+    objective = request.objective
+    if objective is None:
+        objective = family.presets[backbone.size].get("objective", family.objective)
     lookup(OBJECTIVES, objective)
     train = _train_spec(request, preset, sections["train"])
     evaluation = _eval_spec(request, preset, objective, train.steps, sections["eval"])
@@ -153,7 +168,9 @@ def _backbone_spec(name: str, default_size: str, options: dict[str, Any]) -> Bac
     if size is None:
         size = default_size if default_size in family.presets else next(iter(family.presets), "custom")
     if size not in family.presets:
-        raise UserError(f"unknown size '{size}' of backbone '{family_name}'{suggest(size, family.presets)}")
+        raise UserError(
+            f"unknown size {shorten(size)} of backbone '{family_name}'{suggest(size, family.presets)}"
+        )
     preset = family.presets[size]
     skip = DECIDED_BY_DATA | {"objective"}
     default = validate_options(family, preset, "backbone", skip=skip) if _is_complete(family, preset) else {}
@@ -203,7 +220,7 @@ def _train_spec(request: RunRequest, preset: Preset, options: dict[str, Any]) ->
     values = {name: value for name, value in asdict(preset).items() if name in TrainSpec.model_fields}
     if request.steps is not None:
         values["steps"] = request.steps
-    values["precision"] = request.precision or "fp32"
+    values["precision"] = "fp32" if request.precision is None else request.precision
     spec = validate_section(TrainSpec, values | options, "train")
     if spec.accumulate > spec.batch:
         raise UserError(
@@ -257,11 +274,6 @@ def evaluation_spec(values: dict[str, Any], objective: str, steps: int) -> EvalS
     if spec.interval[0] > spec.interval[1]:
         raise UserError(
             f"eval.interval must be [low,high] with low <= high, got {spec.interval}; for example [0.0,0.7]"
-        )
-    if min(spec.guidance, default=1.0) < 1.0:
-        raise UserError(
-            f"guidance scales must be at least 1.0 (no guidance), got {spec.guidance}; "
-            f"for example --eval-guidance 1.0,1.5"
         )
     check_steps(spec.sampler, build_objective(objective), spec.steps)
     return spec.model_copy(update={"guidance": sorted({1.0, *spec.guidance}), "points": points})

@@ -8,11 +8,23 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
+from stbench.core import limits
 from stbench.core.errors import UserError
+from stbench.core.ranges import (
+    BatchSize,
+    Fraction,
+    FractionBelowOne,
+    Guidance,
+    NonNegativeReal,
+    PositiveReal,
+    SamplerSteps,
+    Seed,
+    Steps,
+    StepsOrZero,
+    Width,
+)
 from stbench.data.spec import DataSpec, SpecModel
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Time = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["fp32", "tf32", "bf16"]
 
 
@@ -42,48 +54,48 @@ class RecipeSpec(SpecModel):
 class TrainSpec(SpecModel):
     """How each stage is trained. `steps` is the length of the last stage."""
 
-    steps: int = Field(gt=0)
-    batch: int = Field(gt=0)
+    steps: Steps
+    batch: BatchSize
     """Images per optimiser step."""
-    accumulate: int = Field(default=1, gt=0)
+    accumulate: BatchSize = 1
     """Micro-batches per optimiser step."""
-    lr: float = Field(gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_eps: float = Field(default=1e-8, gt=0)
-    warmup: int = Field(default=0, ge=0)
+    lr: PositiveReal
+    betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
+    weight_decay: NonNegativeReal = 0.0
+    adam_eps: PositiveReal = 1e-8
+    warmup: StepsOrZero = 0
     """Steps of linear learning-rate warm-up."""
-    clip: float | None = Field(default=None, gt=0)
+    clip: PositiveReal | None = None
     """Maximum gradient norm; None disables clipping."""
-    ema_decay: float = Field(ge=0, lt=1)
+    ema_decay: FractionBelowOne
     ema_warmup: bool = False
     """Whether the EMA decay after n updates is min(ema_decay, (1+n)/(10+n))."""
-    label_drop: float = Field(ge=0, lt=1)
+    label_drop: FractionBelowOne
     """Probability that a label is replaced by the null label."""
     precision: Precision = "fp32"
     compile: bool = False
-    save_every: int = Field(default=100, gt=0)
+    save_every: Steps = 100
     """Steps between saved training states."""
 
 
 class EvalSpec(SpecModel):
     """When and how the EMA weights are evaluated."""
 
-    points: list[int]
+    points: Annotated[list[Steps], Field(max_length=limits.MAX_ITEMS)]
     """Steps of the last stage after which it is evaluated."""
-    samples: int = Field(ge=10)
+    samples: int = Field(ge=10, le=limits.MAX_SAMPLES)
     labels: Literal["balanced", "random"] = "balanced"
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     sampler: str
-    steps: int = Field(gt=0)
+    steps: SamplerSteps
     """Function evaluations per sample (for Heun: sampler steps)."""
-    guidance: list[float] = Field(default_factory=lambda: [1.0])
+    guidance: Annotated[list[Guidance], Field(max_length=100)] = Field(default_factory=lambda: [1.0])
     """Guidance scales; 1.0 (no guidance) is always among them."""
-    interval: tuple[Time, Time] = (0.0, 1.0)
+    interval: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Flow-equivalent times between which guidance is on."""
-    channels: int | None = Field(default=None, gt=0)
+    channels: Width | None = None
     """Number of leading latent channels that are guided; None guides all of them."""
-    extras: Literal["last", "all"] | list[int] = "last"
+    extras: Literal["last", "all"] | Annotated[list[Steps], Field(max_length=limits.MAX_ITEMS)] = "last"
     """Where the guidance grid and the slow metrics are evaluated: at the last point, at all points, or at
     these steps and the last one."""
 
@@ -116,7 +128,7 @@ class RunSpec(SpecModel):
     recipe: RecipeSpec
     train: TrainSpec
     eval: EvalSpec
-    seed: int = Field(ge=0)
+    seed: Seed
     init: InitSpec | None = None
 
 

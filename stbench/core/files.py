@@ -138,6 +138,20 @@ class _HashingFile:
         return self._file.write(data)
 
 
+# --- Paths ---
+
+
+def absolute_path(path: str | Path) -> Path:
+    """The absolute path without symbolic links, with `~` expanded.
+
+    Unlike `Path.resolve` and `Path.expanduser`, it raises no error for a loop of links or an unknown user;
+    such a path does not exist. Raises UserError for a NUL character, which no path contains.
+    """
+    if "\0" in str(path):
+        raise UserError(f"expected a path, got {str(path)!r}; remove the NUL character")
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
 # --- Hashes ---
 
 

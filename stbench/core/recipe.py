@@ -7,7 +7,6 @@ artifact. Shapes and conventions are listed in `stbench.core.backbone`.
 from __future__ import annotations
 
 import functools
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from stbench.core.backbone import Backbone, BackboneInfo, Features, Weights
 from stbench.core.flops import forward_flops
 from stbench.core.objective import Batch, Noised, Objective
+from stbench.core.phases import phase
+from stbench.core.ranges import option_parameters
 from stbench.core.text import check_name
 
 
@@ -94,7 +95,8 @@ class Step:
         shape = tuple(tokens.shape[1:])
         one = forward_flops(module, lambda m: m(torch.empty(1, *shape, device="meta")), ("head", shape))
         self.cost.heads += 3.0 * one * tokens.shape[0]
-        return module(tokens)
+        with phase("heads"):
+            return module(tokens)
 
     def teach(self, teacher: Backbone, x: Tensor, t: Tensor, y: Tensor, *, block: int) -> Tensor:
         """Return the features (b,N,D) of one block of a frozen network, float32.
@@ -125,7 +127,7 @@ class Step:
 @contextmanager
 def _frozen_forward(x: Tensor) -> Iterator[None]:
     """Disable gradients, and autocast on the device of x."""
-    with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+    with phase("teachers"), torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
         yield
 
 
@@ -276,16 +278,14 @@ def is_computed(default: Any) -> bool:
 def effective_options(
     recipe: Recipe, info: BackboneInfo, options: Mapping[str, Any], *, steps: int | None = None
 ) -> dict[str, Any]:
-    """All options of a recipe by name: those given, and the defaults of the others for this backbone."""
-    parameters = {
-        name: p.default for name, p in inspect.signature(recipe).parameters.items() if name != "info"
-    }
-    known = {name: default for name, default in parameters.items() if not is_computed(default)}
-    known |= options
-    for name, default in parameters.items():
+    """Options of a recipe by name: those given, and the defaults of the others for this backbone."""
+    parameters = option_parameters(recipe)
+    defaults = {k: p.default for k, p in parameters.items() if k != "info" and p.default is not p.empty}
+    known = {k: default for k, default in defaults.items() if not is_computed(default)} | dict(options)
+    for name, default in defaults.items():
         if name not in known:
             known[name] = default.compute(OptionContext(info, steps, known))
-    return {**{name: known[name] for name in parameters}, **options}
+    return {**{name: known[name] for name in defaults}, **options}
 
 
 def computed_defaults(recipe: Recipe) -> Recipe:

@@ -172,3 +172,14 @@ def _depth(value: Any, limit: int) -> int:
 def shorten(text: str) -> str:
     """The text in quotes, cut to 40 characters, for a message."""
     return repr(text if len(text) <= 40 else f"{text[:37]}...")
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, cut to 80 characters, for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer beyond Python's limit of digits
+        return "an integer of thousands of digits"
+    except RecursionError:
+        return "a value that is nested too deeply"
+    return text if len(text) <= 80 else f"{text[:77]}..."

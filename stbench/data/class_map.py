@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from stbench.core.errors import UserError
+from stbench.core.safe_load import parse_json, read_text
 from stbench.data.crop import reason
 
 
@@ -18,12 +18,10 @@ def read_class_map(file: Path) -> dict[str, int]:
     for a file that is missing or malformed, and for labels other than 0..K-1.
     """
     expected = 'expected JSON {"name": label} or lines "name label"'
-    if not file.is_file():  # a pipe would wait for ever
-        raise UserError(f"map file {file} not found; {expected}")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_text(file)
         class_map = _read_json(text) if file.suffix.lower() == ".json" else _read_lines(text)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read map file {file} ({reason(error)}); {expected}") from error
     if not class_map:
         raise UserError(f"map file {file} is empty; {expected}")
@@ -38,7 +36,7 @@ def read_class_map(file: Path) -> dict[str, int]:
 
 def _read_json(text: str) -> dict[str, int]:
     """Read {name: label}. Raises ValueError for anything else, and for a name that occurs twice."""
-    content = json.loads(text, object_pairs_hook=_unique)
+    content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError(f"found a {type(content).__name__}")
     return {name: _label(name, label) for name, label in content.items()}
@@ -52,7 +50,11 @@ def _read_lines(text: str) -> dict[str, int]:
         if len(fields) != 2:
             raise ValueError(f"no label after '{fields[0][:80]}'")
         pairs.append((fields[0], _label(*fields)))
-    return _unique(pairs)
+    labels: dict[str, int] = {}
+    for name, label in pairs:
+        if labels.setdefault(name, label) != label:
+            raise ValueError(f"'{name[:80]}' has two labels")
+    return labels
 
 
 def _label(name: str, value: Any) -> int:
@@ -61,15 +63,6 @@ def _label(name: str, value: Any) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise ValueError(f"the label of '{name[:80]}' must be a non-negative integer, found {value!r:.40}")
     return int(text)
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return pairs as a dictionary. Raises ValueError for a name with two values."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if found.setdefault(name, value) != value:
-            raise ValueError(f"'{name[:80]}' has two labels")
-    return found
 
 
 def label_images(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.data.encode import Advance, EncodingTask, encode, make_row_encoder
 from stbench.data.shard_writer import shard_bounds, write_shards
 from stbench.data.shards import Manifest
@@ -93,7 +94,7 @@ def prepare(options: PrepareOptions, task: EncodingTask, advance: Advance) -> tu
 def _plan(options: PrepareOptions, task: EncodingTask) -> dict[str, object]:
     """Return what a rerun must have in common with the first command."""
     return {
-        "source": str(options.source.resolve()),
+        "source": str(absolute_path(options.source)),
         "images": len(task.source.ids),
         "listing": task.source.digest(),
         "autoencoder": [task.encoder.vae or "none", task.encoder.vae_sha256],

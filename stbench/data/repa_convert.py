@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from stbench.core.files import absolute_path
 from stbench.data.repa_layout import DecoderInfo, RepaFolder
 from stbench.data.shard_writer import ShardRows, shard_bounds, write_shards
 from stbench.data.shards import Manifest
@@ -72,7 +73,7 @@ def convert(
 def _plan(folder: RepaFolder, decoder: DecoderInfo, shards: int | None, references: int) -> dict[str, object]:
     """Return what a rerun must have in common with the first command."""
     return {
-        "source": str(folder.path.resolve()),
+        "source": str(absolute_path(folder.path)),
         "layout": "repa",
         "images": len(folder.ids),
         "listing": folder.fingerprint(),

@@ -11,7 +11,6 @@ import hashlib
 import json
 import operator
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,10 @@ from typing import Literal, final
 import numpy as np
 
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.core.npy import read_npy
+from stbench.core.safe_load import parse_json, read_text
+from stbench.core.text import print_line
 from stbench.core.verified import verify_unchanged
 from stbench.data.crop import SUFFIXES, UnreadableImage, decode_image, reason, require_same_size
 from stbench.data.listing import list_files
@@ -55,7 +57,7 @@ def require_not_repa(path: Path) -> None:
 
     Its subfolders would be taken for classes.
     """
-    place = path.resolve()
+    place = absolute_path(path)
     if place.name in (IMAGES, FEATURES) and is_repa(place.parent):
         raise UserError(
             f"{path} is a part of a folder in REPA's layout; give the whole folder, {place.parent}"
@@ -109,10 +111,10 @@ class RepaFolder:
         names = [f"{FEATURES}/{name}" for name in (LABELS, *self.ids)]
         names += [f"{IMAGES}/{name}" for name in images]
         if len(names) > VERIFIED:
-            print(
+            print_line(
                 f"{self.path} contains {len(names)} files without recorded hashes, too many to verify; "
                 f"`stbench data import` records a hash of every file",
-                file=sys.stderr,
+                error=True,
             )
             return
         verify_unchanged(self.path, names, "copy it again")
@@ -224,11 +226,11 @@ def _unpaired(moments: Sequence[str], images: Sequence[str]) -> str:
 def _read_labels(file: Path, ids: Sequence[str]) -> np.ndarray:
     """Return the labels (N,) int64 of the moment files."""
     try:
-        pairs = json.loads(file.read_bytes())["labels"]
+        pairs = parse_json(read_text(file))["labels"]
         known = {name: operator.index(label) for name, label in pairs if isinstance(name, str)}
         if len(known) < len(pairs):
             raise ValueError(f"{len(pairs)} rows with {len(known)} names")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'{file}: expected {{"labels": [[file name, label], ...]}}, found something else ({error!r}); '
             f"make it again with REPA's preprocessing"

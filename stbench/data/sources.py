@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, final
 
 from stbench.core.errors import UserError
+from stbench.core.safe_load import parse_json, read_text
 from stbench.data.class_map import label_images, read_class_map
 from stbench.data.crop import SUFFIXES, reason
 from stbench.data.listing import list_files
@@ -89,8 +90,8 @@ def open_source(path: Path, classes: Path | None = None) -> ImageSource:
 def _splits(file: Path) -> list[str]:
     """Return the names of the splits of a saved Hugging Face DatasetDict."""
     try:
-        return [str(name) for name in json.loads(file.read_bytes())["splits"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return [str(name) for name in parse_json(read_text(file))["splits"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'{file}: expected {{"splits": [...]}}, found something else ({reason(error)}); save it again'
         ) from error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
+from stbench.core.ranges import Pixels
 
 PIXELS = "none"
 """The value of `--vae` and `data.vae` for training on pixels, without an autoencoder."""
@@ -34,7 +35,7 @@ class DataSpec(SpecModel):
     """Absolute path of a prepared data set, a folder in REPA's layout, or images."""
     vae: str = ""
     """Autoencoder: a published name, a folder, or "none" for pixels; "" for the one that made the data."""
-    size: int | None = Field(default=None, gt=0)
+    size: Pixels | None = None
     """Height and width in pixels to which images are cropped when they are encoded on the fly."""
     flip: bool | None = None
     """Whether images are mirrored at random; None for the setting the data were prepared with."""
@@ -60,7 +61,7 @@ def data_fields(path: str | None, options: Mapping[str, Any]) -> dict[str, Any] 
     for name in RESERVED:
         if name in options:
             raise UserError(f"data.{name} cannot be set; give the path with --data")
-    return {"path": _absolute(path), **options, **_vae(options)}
+    return {"path": str(absolute_path(path)), **options, **_vae(options)}
 
 
 def _vae(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,9 +71,5 @@ def _vae(options: Mapping[str, Any]) -> dict[str, Any]:
     vae = options["vae"]
     if vae is None:
         return {"vae": PIXELS}
-    is_folder = isinstance(vae, str) and vae and Path(vae).expanduser().is_dir()
-    return {"vae": _absolute(vae)} if is_folder else {}
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    is_folder = isinstance(vae, str) and vae and absolute_path(vae).is_dir()
+    return {"vae": str(absolute_path(vae))} if is_folder else {}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.core.npy import read_header
 from stbench.data.crop import SUFFIXES, UnreadableImage, decode_image, reason
 from stbench.data.listing import list_files
@@ -231,7 +232,7 @@ class PreparedImages(ImageSet):
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
-        self._data = open_data(DataSpec(path=str(path.resolve())))
+        self._data = open_data(DataSpec(path=str(absolute_path(path))))
         self._rows = np.flatnonzero(self._data.split == REFERENCE)
         if not len(self._rows):
             raise UserError(f"{path} has no reference images; prepare it again with --references 10000")

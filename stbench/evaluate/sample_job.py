@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stbench.core.errors import UserError
-from stbench.core.files import write_array
 from stbench.core.registry import suggest
 from stbench.core.text import print_line
 from stbench.diffusion.sample import Guidance, check_steps, resolve_sampler
@@ -63,7 +65,7 @@ def resolve_request(request: SampleRequest, model: SamplingModel) -> SampleSpec:
 
     # Fail now rather than in the middle of a long job, or in a worker process.
     sampler = resolve_sampler(chosen["sampler"], model.objective)
-    check_steps(sampler.name, model.objective, chosen["steps"])
+    check_steps(sampler.name, model.objective, chosen["steps"], option="--steps ")
     info = model.backbone.info
     if (chosen["channels"] or 0) > info.channels:
         raise UserError(
@@ -156,7 +158,7 @@ def _generate_shards(
     """Generate shards (start, stop) one after the other in this process."""
     sampler = BatchSampler(model, job.spec, device)
     for start, stop in shards:
-        write_array(job.parts.file(start), sampler.sample(start, stop))
+        job.parts.write(start, sampler.sample(start, stop))
         report(job.parts.done())
 
 
@@ -213,10 +215,25 @@ def generate_in_processes(
             )
 
 
+def _end_with_parent() -> None:
+    """End this worker process at once when its parent no longer exists, even if that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        # A pipe whose other end the parent holds: the kernel closes it, however the parent ends.
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _work(
     job: Job, device: torch.device, shards: Sequence[tuple[int, int]], *, threads: int, errors: Any
 ) -> None:
     """Run in a worker process: load the model on its device and generate its shards."""
+    _end_with_parent()
     torch.set_num_threads(threads)
     try:
         _generate_shards(job, load_model(job.location, device), shards, device=device, report=ignore)

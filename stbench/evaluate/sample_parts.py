@@ -6,7 +6,8 @@ The settings that made the images are stored with them, both in the parts and in
 from __future__ import annotations
 
 import json
-import shutil
+import re
+import secrets
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,10 +19,17 @@ from PIL import Image
 
 from stbench.core.errors import UserError
 from stbench.core.files import LOCK, atomic_file, atomic_folder, atomic_write, lock_folder, remove_unfinished
-from stbench.evaluate.image_sets import SETTINGS, open_npz, read_npz_text
+from stbench.core.safe_load import parse_json, read_text
+from stbench.evaluate.image_sets import SETTINGS, NpzImages, open_npz, read_npz_text
 
 SETTINGS_SCHEMA = 1
 """Version of the stored settings."""
+
+TOKEN = "job"
+"""Name of the token among the settings that are stored with parts."""
+
+OWN = re.compile(r"\d{8,}\.np[yz]|settings\.json|\.lock|\.(\d{8,}\.np[yz]|settings\.json)\.\d+\.tmp")
+"""Names of the files in a parts folder; earlier versions wrote npy files. Nothing else is ever deleted."""
 
 
 def parts_folder(output: Path) -> Path:
@@ -30,8 +38,8 @@ def parts_folder(output: Path) -> Path:
 
 
 def is_parts(folder: Path) -> bool:
-    """Whether a folder contains the shards of a sampling job: its settings, or nothing but its lock."""
-    return (folder / SETTINGS).is_file() or {path.name for path in folder.iterdir()} <= {LOCK}
+    """Whether a folder contains nothing but the files of a sampling job."""
+    return all(OWN.fullmatch(path.name) and not path.is_symlink() for path in folder.iterdir())
 
 
 def is_samples(output: Path) -> bool:
@@ -40,11 +48,17 @@ def is_samples(output: Path) -> bool:
 
 
 class PartsFolder:
-    """The folder `<output>.parts/`: settings.json and one npy per shard, uint8 (B,H,W,3)."""
+    """The folder `<output>.parts/`: settings.json and one npz per shard, with arr_0 uint8 (B,H,W,3).
+
+    settings.json and every shard contain the settings and the token of the job, so that a shard which another
+    job left, or which a process of another job still writes, is never used.
+    """
 
     def __init__(self, output: Path, settings: Mapping[str, Any], size: int) -> None:
         self.folder = parts_folder(output)
-        self.settings = settings
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as stored: tuples become lists
+        self.token = ""
+        """Random name of the job; empty until `open`."""
         # Every shard but the last has `size` images.
         count = settings["count"]
         self.shards = [(start, min(start + size, count)) for start in range(0, count, size)]
@@ -57,19 +71,40 @@ class PartsFolder:
             yield
 
     def open(self) -> None:
-        """Start or resume a job. Raises UserError if the folder was started with other settings."""
+        """Start or resume a job.
+
+        Raises UserError if the folder was started with other settings, or contains files of something else.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(path.name for path in self.folder.iterdir() if not OWN.fullmatch(path.name))
+        if others:
+            raise UserError(f"{self.folder} contains other files ({others[0]}); choose another --output")
         file = self.folder / SETTINGS
         if file.is_file():
-            _require_same(_parse(file.read_text(), file), self.settings, self.folder)
-        else:
-            atomic_write(file, json.dumps(self.settings, indent=1) + "\n")
+            found = _parse(read_text(file), file)
+            self.token = str(found.pop(TOKEN, ""))
+            _require_same(found, self.settings, self.folder)
+        if not self.token:
+            self.token = secrets.token_hex(8)
+            atomic_write(file, json.dumps(self._identity(), indent=1) + "\n")
+
+    def _identity(self) -> dict[str, Any]:
+        return {**self.settings, TOKEN: self.token}
 
     def file(self, start: int) -> Path:
         """Return the path of the shard whose first image is `start`."""
-        return self.folder / f"{start:08d}.npy"
+        return self.folder / f"{start:08d}.npz"
+
+    def write(self, start: int, images: np.ndarray) -> None:
+        """Write a shard atomically. Raises UserError if the folder belongs to another job by now."""
+        file = self.folder / SETTINGS
+        if not file.is_file() or _parse(read_text(file), file) != self._identity():
+            raise UserError(f"{self.folder} was replaced while images were generated; rerun the same command")
+        settings = np.array(json.dumps(self._identity()))
+        write_npz(self.file(start), images.shape, [images], {"settings": settings})
 
     def missing(self) -> list[tuple[int, int]]:
-        """Return the shards (start, stop) that are missing or unreadable."""
+        """Return the shards (start, stop) that are missing, damaged or of another job."""
         return [shard for shard in self.shards if self._read(*shard) is None]
 
     def done(self) -> int:
@@ -77,24 +112,33 @@ class PartsFolder:
         return sum(stop - start for start, stop in self.shards if self.file(start).exists())
 
     def arrays(self) -> Iterator[np.ndarray]:
-        """Yield every shard in order, memory-mapped. Raises UserError for one that is missing or damaged."""
+        """Yield every shard in order. Raises UserError for one that is missing, damaged or of another job."""
         for start, stop in self.shards:
             array = self._read(start, stop)
             if array is None:
-                raise UserError(f"{self.file(start)} is missing or damaged; rerun the same command to resume")
+                raise UserError(
+                    f"{self.file(start)} is missing, damaged or of another job; rerun the same command"
+                )
             yield array
 
     def _read(self, start: int, stop: int) -> np.ndarray | None:
-        # A shard that is missing, cut off or of another shape is generated again.
-        with suppress(OSError, ValueError, EOFError):
-            array = np.load(self.file(start), mmap_mode="r", allow_pickle=False)
-            if array.dtype == np.uint8 and array.ndim == 4 and len(array) == stop - start:
-                return array
+        """Return a shard after comparing its checksum and settings; None if it must be generated again."""
+        file = self.file(start)
+        with suppress(UserError, OSError):
+            if file.is_file() and read_settings(file) == self._identity():
+                (images,) = NpzImages(file).batches(stop - start + 1)
+                if len(images) == stop - start:
+                    return images.permute(0, 2, 3, 1).numpy()
         return None
 
     def delete(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder)
+        """Delete the files of the job, and the folder unless it contains anything else."""
+        for path in list(self.folder.iterdir()):
+            if OWN.fullmatch(path.name) and path.name != LOCK and not path.is_dir():
+                path.unlink()
+        (self.folder / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
 
 
 def join_parts(parts: PartsFolder, output: Path, labels: np.ndarray) -> None:
@@ -151,7 +195,7 @@ def read_settings(output: Path) -> dict[str, Any] | None:
     """Read the settings that `stbench sample` stored in an npz or a folder; None if it did not make them."""
     if output.is_dir():
         file = output / SETTINGS
-        return _parse(file.read_text(), file) if file.is_file() else None
+        return _parse(read_text(file), file) if file.is_file() else None
     # An npz from elsewhere, for example from ADM, has no settings.
     with open_npz(output) as archive:
         if "settings.npy" not in archive.namelist():
@@ -182,7 +226,7 @@ def _require_same(found: Mapping[str, Any], expected: Mapping[str, Any], where: 
 
 def _parse(text: str, where: Path) -> dict[str, Any]:
     try:
-        content = json.loads(text)
+        content = parse_json(text, allow_nan=True)
     except ValueError as error:
         raise UserError(f"{where} contains damaged settings ({error}); delete it and start again") from error
     if not isinstance(content, dict):

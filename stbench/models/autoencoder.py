@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from stbench.core.errors import UserError
-from stbench.core.files import hash_file
+from stbench.core.files import absolute_path, hash_file
+from stbench.core.safe_load import parse_json, read_text
 from stbench.models.assets import asset_manifest, load_asset
 
 ROUNDING = "clamp, round half to even of (x+1)*127.5"
@@ -155,7 +155,7 @@ def find_vae(name: str) -> VAEInfo:
     Raises UserError if it is not in the cache, or if the folder does not contain diffusers' AutoencoderKL.
     """
     published = is_published(name)
-    folder = _cached(name) if published else Path(name).expanduser().resolve()
+    folder = _cached(name) if published else absolute_path(name)
     if not (folder / "config.json").is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(
             f"expected an autoencoder (config.json and {WEIGHTS}) in {folder}, found none; "
@@ -214,10 +214,14 @@ def _cached(name: str) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     """Read the configuration of an AutoencoderKL."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = parse_json(read_text(folder / "config.json"))
         if config["_class_name"] != "AutoencoderKL" or int(config["in_channels"]) not in (1, 3):
             raise KeyError("_class_name")
-        return {**config, "latent_channels": config["latent_channels"]}  # KeyError if it is missing
+        for name in ("scaling_factor", "shift_factor"):
+            float(config.get(name) or 0.0)
+        if not 0 < int(config["latent_channels"]) <= 1024 or not 0 < len(config["block_out_channels"]) <= 10:
+            raise ValueError("unexpected latent_channels or block_out_channels")
+        return dict(config)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder}/config.json: expected diffusers' AutoencoderKL for 1 or 3 channels, "

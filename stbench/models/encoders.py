@@ -23,6 +23,7 @@ from stbench.core.errors import UserError
 from stbench.core.files import atomic_write, hash_file
 from stbench.core.flops import forward_flops
 from stbench.core.npy import map_npy
+from stbench.core.safe_load import parse_json, read_text
 from stbench.core.verified import hash_and_remember, verify_files
 from stbench.models.assets import asset_manifest, load_asset
 from stbench.models.autoencoder import to_float
@@ -235,7 +236,7 @@ def _map_tokens(folder: Path) -> np.ndarray:
 def _manifest(folder: Path) -> dict[str, Any]:
     """Read tokens.json."""
     try:
-        content = json.loads((folder / "tokens.json").read_text())
+        content = parse_json(read_text(folder / "tokens.json"))
         if content["schema"] != 1:
             raise ValueError(f"schema {content['schema']}")
         return {
@@ -244,7 +245,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
             "bytes": int(content["bytes"]),
             "sha256": str(content["sha256"]),
         }
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{folder}/tokens.json is damaged ({error}); cache the tokens again") from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write, is_locked, lock_folder, remove_unfinished
+from stbench.core.files import absolute_path, atomic_write, is_locked, lock_folder, remove_unfinished
 from stbench.core.text import check_name
 from stbench.runs import schema
 from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord
@@ -44,7 +44,7 @@ def find_runs(root: Path | Sequence[Path]) -> list[Path]:
             raise UserError(
                 f"no run folder (with a spec.json) found at or below {path}; create one with `stbench run`"
             )
-        found.update((run.resolve(), run) for run in runs)
+        found.update((absolute_path(run), run) for run in runs)
     return sorted(found.values())
 
 

@@ -14,7 +14,9 @@ from stbench.config.overrides import OPTIONS, checked_options
 from stbench.config.plan import PreparedRun, prepare
 from stbench.config.resolve import resolve_options
 from stbench.core.errors import UserError
+from stbench.core.limits import MAX_RUNS, MAX_SEEDS
 from stbench.core.registry import suggest
+from stbench.core.safe_load import shorten, shown
 from stbench.runs.journal import JournalEntry
 
 LEVEL_OPTIONS = (*OPTIONS, "seeds")
@@ -83,7 +85,7 @@ def read_suite(file: Path) -> list[SuiteRun]:
     for number, group in enumerate(_require_list(content, "groups", str(file)), start=1):
         place = f"{file}: group {number}"
         if not isinstance(group, Mapping):
-            raise UserError(f"{place}: expected 'with' and 'runs', got {group!r}")
+            raise UserError(f"{place}: expected 'with' and 'runs', got {shown(group)}")
         _require_known_keys(group, ("with", "runs"), place)
         shared = _merge(defaults, _read_level(group.get("with", {}), f"{place}, with"))
         for index, run in enumerate(_require_list(group, "runs", place), start=1):
@@ -110,20 +112,20 @@ def grid(
 def _require_known_keys(content: Mapping[str, Any], known: Sequence[str], place: str) -> None:
     for name in content:
         if name not in known:
-            raise UserError(f"{place}: unknown key '{name}'{suggest(str(name), known)}")
+            raise UserError(f"{place}: unknown key {shorten(name)}{suggest(name, known)}")
 
 
 def _require_list(content: Mapping[str, Any], name: str, place: str) -> list[Any]:
     value = content.get(name)
     if not isinstance(value, list) or not value:
-        raise UserError(f"{place}: {name} must be a non-empty list, got {value!r}")
+        raise UserError(f"{place}: {name} must be a non-empty list, got {shown(value)}")
     return value
 
 
 def _read_level(options: Any, place: str) -> dict[str, Any]:
     """Check the options of one level; flattens `set` and turns `seed: 3` into `seeds: [3]`."""
     if not isinstance(options, Mapping):
-        raise UserError(f"{place}: expected options, got {options!r}; for example {{recipe: vanilla}}")
+        raise UserError(f"{place}: expected options, got {shown(options)}; for example {{recipe: vanilla}}")
     level = checked_options(options, LEVEL_OPTIONS, place)
     if "seed" in level:
         if "seeds" in level:
@@ -131,7 +133,11 @@ def _read_level(options: Any, place: str) -> dict[str, Any]:
         level["seeds"] = [level.pop("seed")]
     seeds = level.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or any(type(seed) is not int for seed in seeds):
-        raise UserError(f"{place}: seeds must be a list of integers, got {seeds!r}; for example [0, 1, 2]")
+        raise UserError(
+            f"{place}: seeds must be a list of integers, got {shown(seeds)}; for example [0, 1, 2]"
+        )
+    if len(seeds) > MAX_SEEDS:
+        raise UserError(f"{place}: expected at most {MAX_SEEDS} seeds, got {len(seeds)}; list fewer")
     return level
 
 
@@ -154,6 +160,9 @@ def prepare_runs(suite_runs: Iterable[SuiteRun]) -> list[SweepRun]:
     Raises:
         UserError: A run is invalid, or two runs are the same; names the place in the suite file.
     """
+    suite_runs = list(itertools.islice(suite_runs, MAX_RUNS + 1))
+    if len(suite_runs) > MAX_RUNS:
+        raise UserError(f"a sweep can have at most {MAX_RUNS} runs; split it")
     by_id: dict[str, SweepRun] = {}
     for requested in suite_runs:
         try:

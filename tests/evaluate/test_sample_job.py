@@ -5,7 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +89,7 @@ def test_a_worker_process_generates_the_same_pixels(
     parts.open()
     job = Job(run, resolve_request(REQUEST, load_model(run)), parts)
     generate_in_processes(job, [CPU], parts.missing()[1:2])
-    assert np.array_equal(np.load(parts.file(CPU_ROWS)), whole[CPU_ROWS : 2 * CPU_ROWS])
+    assert np.array_equal(images(parts.file(CPU_ROWS)), whole[CPU_ROWS : 2 * CPU_ROWS])
     assert parts.missing() == [(0, CPU_ROWS), (2 * CPU_ROWS, COUNT)]
 
 
@@ -117,8 +121,8 @@ def test_an_interrupted_job_resumes_with_the_same_pixels(
     with pytest.raises(KeyboardInterrupt):
         sample_images(run, REQUEST, [file], [CPU], progress=interrupt_after_two_shards)
     parts = tmp_path / "b.npz.parts"
-    assert not file.exists() and len(list(parts.glob("*.npy"))) == 2
-    (parts / f"{CPU_ROWS:08d}.npy").write_bytes(b"cut off")
+    assert not file.exists() and len(list(parts.glob("*.npz"))) == 2
+    (parts / f"{CPU_ROWS:08d}.npz").write_bytes(b"cut off")
     done[:] = [0, 0]
     sample_images(run, REQUEST, [file], [CPU], progress=interrupt_after_two_shards)
     assert done == [0, 0, 2 * CPU_ROWS, COUNT]
@@ -173,7 +177,7 @@ def test_two_commands_cannot_write_to_one_output(run: ModelLocation, tmp_path: P
         pytest.raises(UserError, match="a.npz.parts is in use by process"),
     ):
         sampled(run, file)
-    (tmp_path / "a.npz.parts" / ".00000000.npy.1.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "a.npz.parts" / ".00000000.npz.1.tmp").write_bytes(b"left by a kill")
     assert len(sampled(run, file, count=3)) == 3
 
 
@@ -201,8 +205,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
             sampled(run, tmp_path / "b.npz")
     assert not (tmp_path / "b.npz").exists()
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
-    for shard in (tmp_path / "b.npz.parts").glob("*.npy"):
-        assert len(np.load(shard)) in (CPU_ROWS, COUNT - 2 * CPU_ROWS)
+    for shard in (tmp_path / "b.npz.parts").glob("*.npz"):
+        assert len(images(shard)) in (CPU_ROWS, COUNT - 2 * CPU_ROWS)
     assert np.array_equal(sampled(run, tmp_path / "b.npz"), whole)
 
 
@@ -226,3 +230,77 @@ def test_open_values_come_from_the_model() -> None:
 def test_a_request_that_the_model_cannot_fulfil_is_refused(name: str, value: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve_request(replace(SampleRequest(5), **{name: value}), small_model())  # type: ignore[arg-type]
+
+
+def test_parts_of_another_job_are_not_used(run: ModelLocation, whole: np.ndarray, tmp_path: Path) -> None:
+    """As a process of a killed command would write them, or a person copy them, with valid checksums."""
+    other = PartsFolder(tmp_path / "a.npz", {"count": COUNT, "cfg": 1.0}, CPU_ROWS)
+    other.open()
+    for start, stop in other.shards:
+        other.write(start, np.zeros((stop - start, *whole.shape[1:]), np.uint8))
+    assert not other.missing()
+    (other.folder / "settings.json").unlink()
+    (other.folder / "00000000.npy").write_bytes(b"from an earlier version")
+    assert np.array_equal(sampled(run, tmp_path / "a.npz"), whole)
+    assert not other.folder.exists()
+
+
+def test_a_late_process_cannot_write_into_the_next_job(tmp_path: Path) -> None:
+    first, second = (PartsFolder(tmp_path / "a.npz", {"count": 4, "cfg": cfg}, 2) for cfg in (1.0, 2.0))
+    first.open()
+    shutil.rmtree(first.folder)
+    second.open()
+    with pytest.raises(UserError, match="a.npz.parts was replaced while images were generated"):
+        first.write(0, np.zeros((2, 4, 4, 3), np.uint8))
+    assert second.missing() == second.shards
+
+
+def test_files_of_somebody_else_are_kept(run: ModelLocation, tmp_path: Path) -> None:
+    (tmp_path / "a.npz.parts").mkdir()
+    (tmp_path / "a.npz.parts" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"a.npz.parts contains other files .notes.txt.; choose another"):
+        sampled(run, tmp_path / "a.npz")
+    assert (tmp_path / "a.npz.parts" / "notes.txt").read_text() == "mine"
+
+
+PARENT = """
+import sys, torch
+from pathlib import Path
+from stbench.evaluate.sample_job import SampleRequest, sample_images
+from stbench.evaluate.sample_model import ModelLocation
+
+if __name__ == "__main__":
+    request = SampleRequest(20_000, steps=2, batch=32)
+    sample_images(ModelLocation(Path(sys.argv[1])), request, [Path(sys.argv[2])], [torch.device("cpu")] * 2)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_command(run: ModelLocation, whole: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    file = tmp_path / "a.npz"
+    command = [sys.executable, str(tmp_path / "parent.py"), str(run.path), str(file)]
+    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "a.npz.parts"
+    try:
+        wait_until(lambda: len(list(parts.glob("*.npz"))) >= 2, 300)
+        workers = children(parent.pid)
+        assert len(workers) >= 2
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 20)
+    shutil.rmtree(parts)
+    assert np.array_equal(sampled(run, file), whole)
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of the children of a process."""
+    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
