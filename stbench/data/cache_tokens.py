@@ -56,7 +56,7 @@ class TokenTask:
 
 def is_token_folder(folder: Path) -> bool:
     """Whether a folder contains nothing but cached tokens, as a killed command leaves them."""
-    own = ("tokens.npy", "tokens.json", ".tokens.json.")
+    own = ("tokens.npy", "tokens.json", ".")  # hidden files: temporary files, and what was verified
     return all(path.name.startswith(own) and not path.is_symlink() for path in folder.iterdir())
 
 

@@ -123,6 +123,7 @@ CASES = {
     "statistics npz": Case(
         lambda i, o: ("data", "statistics", i / "samples.npz", o), ".npz", ("samples.npz",)
     ),
+    "bench": Case(lambda i, o: ("bench", "--output", o), ".json", ("run/spec.json", "run")),
     "run": Case(
         lambda i, o: ("run", "--backbone", "sit", "--recipe", "vanilla", "--steps", 1, "--output", o),
         "",
