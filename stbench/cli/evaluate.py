@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stbench.cli import options
+from stbench.cli.outputs import require_outputs
 from stbench.core.errors import UserError
+from stbench.core.outputs import Output
 from stbench.core.text import print_line, visible
 
 if TYPE_CHECKING:
@@ -23,11 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """How images are measured: the feature networks, the batch size and the device."""
+    """How images are measured: the feature networks, the batch size, the device, ADM's rounding."""
 
     networks: NetworkFiles
     batch: int
     device: str
+    adm_fp16: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,13 @@ def evaluate(
     dino: options.Dino = None,
     output: Annotated[Path | None, typer.Option(help="JSON to write; default: next to the samples.")] = None,
     batch: options.MeasureBatch = 64,
+    adm_fp16: Annotated[
+        bool,
+        typer.Option(
+            "--adm-fp16",
+            help="Round the distances of precision and recall to float16, as ADM's evaluator does.",
+        ),
+    ] = False,
     device: options.Device = "auto",
     plugin: options.Plugins = [],  # noqa: B006
     allow_changed_plugin: options.AllowChangedPlugin = False,
@@ -73,9 +83,13 @@ def evaluate(
     from stbench.evaluate.feature_networks import NetworkFiles
     from stbench.runs.folder import RunFolder
 
-    measure = MeasureOptions(NetworkFiles(inception, inception_sha256, dino), batch, device)
+    measure = MeasureOptions(NetworkFiles(inception, inception_sha256, dino), batch, device, adm_fp16)
     run = RunOptions(eval_guidance, samples, tuple(overrides), tuple(plugin), allow_changed_plugin)
+    if adm_fp16 and reference is None:
+        raise UserError("--adm-fp16 applies to scores against --reference REF; add it, or drop --adm-fp16")
     if RunFolder(path).exists():
+        if reference is None and output is not None:
+            raise UserError("a run's scores are added to its curve; drop --output, or add --reference REF")
         if reference is None:
             evaluate_run(path, run, device)
         elif output is not None:
@@ -157,8 +171,11 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, run_options:
 def score_files(samples: Path, reference: Path, output: Path | None, measure: MeasureOptions) -> None:
     """Score images against a reference, write the scores as JSON and print them."""
     from stbench.core.device import pick_device
-    from stbench.evaluate.score_images import open_samples
+    from stbench.evaluate.score_images import is_scores, open_samples, scores_file
 
+    files = measure.networks
+    target = output or scores_file(samples, "0" * 8)
+    require_outputs([Output(target, is_own=is_scores)], [samples, reference, files.inception, files.dino])
     print_ignored(open_samples(samples, reference))
     networks = measure.networks.load(pick_device(measure.device))
     _score_and_print(samples, reference, output, networks, measure)
@@ -181,6 +198,7 @@ def _score_and_print(
         networks,
         output,
         batch=measure.batch,
+        adm_fp16=measure.adm_fp16,
         device=pick_device(measure.device),
         progress=transient_progress_bar,
     )

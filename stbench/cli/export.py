@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -94,13 +94,15 @@ def export_run(
     Raises:
         UserError: The other codebase cannot express the network, or the output exists.
     """
+    from stbench.cli.outputs import require_outputs
+    from stbench.core.outputs import Output
     from stbench.evaluate.past_run import open_run
     from stbench.evaluate.run_plugins import PluginChoice
     from stbench.models.export import export_network
 
+    kind_of_output: Literal["file", "new folder"] = "file" if kind == "official" else "new folder"
+    require_outputs([Output(output, kind=kind_of_output, remedy="choose another --output")])
     run = open_run(path, plugins or PluginChoice())
-    if output.exists():
-        raise UserError(f"{output} exists; choose another --output")
     network, spec = final_network(run, weights), run.prepared.spec
     if kind == "diffusers":
         if with_heads not in (None, "none"):

@@ -11,7 +11,6 @@ import typer
 
 from stbench.cli import options
 from stbench.core.errors import UserError
-from stbench.core.files import absolute_path
 from stbench.core.text import print_line
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def sample(
         weights=weights,
     )
     location = replace(location, plugins=PluginChoice(tuple(plugin), allow_changed_plugin))
-    _require_valid_outputs(output)
+    _require_valid_outputs(output, checkpoint)
     request = SampleRequest(
         count=count,
         scale=guidance,
@@ -139,12 +138,26 @@ def model_location(
     return ModelLocation(run or Path(), vae=vae)
 
 
-def _require_valid_outputs(outputs: Sequence[Path]) -> None:
+def _require_valid_outputs(outputs: Sequence[Path], checkpoint: Path | None) -> None:
+    """Raise UserError for outputs of another form, and as `require_outputs` does."""
+    from stbench.cli.outputs import require_outputs
+    from stbench.core.outputs import Output
+    from stbench.evaluate.sample_parts import is_parts, is_samples, parts_folder
+
     for output in outputs:
+        if output.name in ("", ".."):
+            raise UserError(
+                f"--output must name an npz file or a new folder, found {output}; try samples.npz"
+            )
         if output.suffix not in ("", ".npz"):
             raise UserError(
                 f"--output must be a folder or a file that ends in .npz, found {output}; "
                 f"try {output.with_suffix('.npz')}"
             )
-    if len({absolute_path(output) for output in outputs}) < len(outputs):
-        raise UserError("--output names the same path twice; give each path once")
+
+    # The shards of all outputs are beside the first one.
+    checked = [
+        Output(path, kind="file" if path.suffix else "new folder", is_own=is_samples) for path in outputs
+    ]
+    parts = Output(parts_folder(outputs[0]), kind="folder", is_own=is_parts)
+    require_outputs([*checked, parts], [checkpoint])

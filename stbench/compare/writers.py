@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 from stbench.compare.blocks import blocks
@@ -33,6 +35,19 @@ def render(leaderboard: Leaderboard, form: Format, published: Sequence[Published
         UserError: Published values were given for CSV, which has room for a single table.
     """
     return _WRITERS[form](leaderboard, published)
+
+
+_OWN = re.compile(
+    rb"## .+\n\nsetting |no finished runs to compare\n|% .+\n% setting |% no finished runs to compare\n"
+    rb"|\{\s*\"schema\":\s*\d+,\s*\"tables\":\s*\[|dataset,setting,protocol,backbone,|\s*\Z"
+)
+"""The beginning of a leaderboard in any format."""
+
+
+def is_leaderboard(path: Path) -> bool:
+    """Whether a file begins as the files with leaderboards do, in any format."""
+    with path.open("rb") as file:
+        return _OWN.match(file.read(4096)) is not None
 
 
 # --- Markdown ---

@@ -5,6 +5,7 @@ Every write is atomic, so a reader never sees part of a file. The fields of the 
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,13 @@ from stbench.runs.schema import REMEDY, Fields, convert
 from stbench.runs.sealed import Binding
 from stbench.runs.stage_folder import CHECKPOINTS, StageFolder
 
+RUN_FILES = frozenset(
+    {
+        *("spec.json", "env.json", "status.json", "curve.jsonl", "stages.jsonl", "protocols.json", ".lock"),
+        *("checkpoints", "samples", "tensorboard"),
+    }
+)
+"""What a run folder contains. Users may put other files into it."""
 State = Literal["running", "stopped", "failed", "finished"]
 COUNTED = ("curve", "stages")
 """Files whose number of lines status.json records, so that missing lines are noticed."""
@@ -43,6 +51,19 @@ def find_runs(root: Path | Sequence[Path]) -> list[Path]:
             )
         found.update((absolute_path(run), run) for run in runs)
     return sorted(found.values())
+
+
+def require_no_run_file(path: Path, option: str) -> None:
+    """Raise UserError for an output path that stbench itself uses, in a run folder or beside run folders."""
+    resolved = Path(os.path.realpath(path))
+    for folder in resolved.parents:
+        if (folder / "spec.json").is_file() and resolved.relative_to(folder).parts[0] in RUN_FILES:
+            raise UserError(
+                f"{option} {path} belongs to the run folder {folder}; choose another name, such as "
+                f"{path.with_stem('output')}"
+            )
+    if resolved.name == "sweep.json":
+        raise UserError(f"{option} {path} has the name of a sweep's journal; choose another name")
 
 
 def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
