@@ -9,8 +9,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA = 2
-"""Version of every file in a run folder."""
+SCHEMA = 3
+"""Version of every file in a new run folder."""
+READABLE = (2, 3)
+"""Versions that can be read. Version 2 has no checksums; a folder keeps the version it was created with."""
 
 
 SHAPE = ("depth", "width", "heads", "patch")
@@ -22,13 +24,19 @@ def size_name(size: str, options: Mapping[str, Any]) -> str:
     return "custom" if any(name in options for name in SHAPE) else size
 
 
-def network_name(name: str, size: str, options: Mapping[str, Any], effective: Mapping[str, Any]) -> str:
-    """The name of a network, with its shape if no preset has it: "sit-custom (depth 3, width 96)"."""
-    size = size_name(size, options)
+def network_name(backbone: Mapping[str, Any]) -> str:
+    """The name of a network, with its shape if it is not that of a preset: "sit-custom (depth 3, width 96)".
+
+    Args:
+        backbone: The field `backbone` of spec.json.
+    """
+    effective = backbone.get("effective", {})
+    size = size_name(backbone["size"], backbone.get("options", {}))
+    name = f"{backbone['name']}-{size}"
     if size != "custom":
-        return f"{name}-{size}"
+        return name
     shape = ", ".join(f"{key} {effective[key]}" for key in SHAPE if type(effective.get(key)) is int)
-    return f"{name}-{size} ({shape})" if shape else f"{name}-{size}"
+    return f"{name} ({shape})" if shape else name
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,8 @@ class RunRecord:
     curve: Sequence[CurvePoint]
     protocols: Mapping[str, Mapping[str, Any]]
     spec: Mapping[str, Any]
+    schema: int = SCHEMA
+    """Version of the files in the folder."""
 
     @property
     def final_stage(self) -> int:

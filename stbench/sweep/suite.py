@@ -184,7 +184,7 @@ def _journal_entry(prepared: PreparedRun) -> JournalEntry:
     return JournalEntry(
         run_id=prepared.run_id,
         dataset=spec.dataset,
-        backbone=network_name(**spec.backbone.model_dump()),
+        backbone=network_name(spec.backbone.model_dump()),
         objective=spec.objective,
         recipe=spec.recipe.name,
         options=spec.model_dump(mode="json")["recipe"]["options"],
