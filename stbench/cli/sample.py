@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stbench.cli import options
 from stbench.core.errors import UserError
 from stbench.core.text import print_line
 
@@ -61,10 +63,13 @@ def sample(
         str,
         typer.Option(help="auto, cpu, cuda or cuda:N; all or a comma-separated list: one process each."),
     ] = "auto",
+    plugin: options.Plugins = [],  # noqa: B006
+    allow_changed_plugin: options.AllowChangedPlugin = False,
 ) -> None:
     """Generate images with a run's final EMA weights or with official weights; rerun to resume."""
     from stbench.cli.progress import progress_bar
     from stbench.core.device import pick_devices
+    from stbench.evaluate.run_plugins import PluginChoice
     from stbench.evaluate.sample_job import SampleRequest, sample_images
 
     location = model_location(
@@ -76,6 +81,7 @@ def sample(
         objective=objective,
         weights=weights,
     )
+    location = replace(location, plugins=PluginChoice(tuple(plugin), allow_changed_plugin))
     _require_valid_outputs(output, checkpoint)
     request = SampleRequest(
         count=count,

@@ -20,10 +20,12 @@ from stbench.compare.leaderboard import Leaderboard, Row, Table, UnfinishedRow
 from stbench.compare.published import PUBLISHED_FILE, TITLE, PublishedValue
 from stbench.core.errors import UserError
 from stbench.core.text import to_csv, to_latex, to_latex_comment, to_markdown
-from stbench.runs.records import SCHEMA
 from stbench.runs.schema import plain
 
 Format = Literal["md", "csv", "json", "tex"]
+
+LEADERBOARD_SCHEMA = 2
+"""Version of the JSON format."""
 
 
 def render(leaderboard: Leaderboard, form: Format, published: Sequence[PublishedValue] = ()) -> str:
@@ -76,7 +78,7 @@ def _text(lines: Sequence[str]) -> str:
 
 
 def _json(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
-    content: dict[str, Any] = {"schema": SCHEMA, **asdict(leaderboard)}
+    content: dict[str, Any] = {"schema": LEADERBOARD_SCHEMA, **asdict(leaderboard)}
     if published:
         content["reported"] = {"title": TITLE, "rows": [asdict(value) for value in published]}
     return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"
