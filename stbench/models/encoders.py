@@ -336,4 +336,6 @@ def _repository(name: str) -> str:
 
 
 def _download(name: str) -> str:
-    return f"type `hf download {_repository(name)} {WEIGHTS}`, or give the file with --set recipe.checkpoint=FILE"
+    return (
+        f"type `hf download {_repository(name)} {WEIGHTS}`, or give a file with --set recipe.checkpoint=FILE"
+    )
