@@ -1,4 +1,4 @@
-"""Registries of backbones, recipes, objectives, samplers and data sets; lookup by name and plug-in loading.
+"""Registries of everything that a plug-in can add, lookup by name, and plug-in loading.
 
 The only module that uses mmengine's Registry.
 """
@@ -45,6 +45,7 @@ RECIPES = Registry("recipe")
 OBJECTIVES = Registry("objective")
 SAMPLERS = Registry("sampler")
 DATASETS = Registry("dataset")
+EXTRACTORS = Registry("extractor")
 
 BUILTINS = (
     "diffusion.noise_prediction",

@@ -16,7 +16,7 @@ from stbench.config.spec import EvalSpec
 from stbench.core.backbone import Backbone
 from stbench.data.dataset import Dataset
 from stbench.diffusion.guidance import Guidance
-from stbench.evaluate.extractors import extractor_hash, get_extractor, tensors_hash
+from stbench.evaluate.extractors import extractor_hash, run_extractor, tensors_hash
 from stbench.evaluate.generate import generate, save_grid, validation_loss
 from stbench.evaluate.metrics import BASIC_METRICS, EXTRA_METRICS, compute_metrics
 from stbench.evaluate.past_run import PastRun
@@ -59,10 +59,11 @@ class Protocol:
 
 def protocol_of(dataset: Dataset, settings: EvalSpec, weights: str = "ema") -> Protocol:
     """The protocol of evaluation settings on a data set."""
+    extractor = run_extractor(dataset, settings)
     images = dataset.references["train"]()
     return Protocol(
         reference=f"{dataset.name}/train {tensors_hash([images])[:16]}",
-        extractor=f"{dataset.extractor} {extractor_hash(get_extractor(dataset.extractor))[:16]}",
+        extractor=f"{settings.extractor or dataset.extractor} {extractor_hash(extractor)[:16]}",
         samples=settings.samples,
         labels=settings.labels,
         seed=settings.seed,
@@ -92,6 +93,7 @@ class PointEvaluator:
         self._cache = OutputFolder(folder.path.parent).reference_statistics
         self._objective = build_objective(prepared.spec.objective)
         self.protocol = protocol_of(dataset, prepared.spec.eval)
+        self._extractor = run_extractor(dataset, prepared.spec.eval)
 
     def evaluate(self, ema: Backbone, step: int, *, seconds: float, flops: float) -> list[CurvePoint]:
         """Evaluate at every guidance scale that is due at this step.
@@ -169,7 +171,14 @@ class PointEvaluator:
         save_grid(images[: 10 * columns], picture, columns)
         names = BASIC_METRICS + (EXTRA_METRICS if extras else ())
         return compute_metrics(
-            images, self._dataset, names, cache_dir=self._cache, labels=labels, device=self._device
+            images,
+            self._dataset,
+            names,
+            cache_dir=self._cache,
+            labels=labels,
+            device=self._device,
+            extractor=self._extractor,
+            batch=settings.extractor_batch,
         )
 
 
