@@ -189,8 +189,9 @@ def test_the_command_reference_is_current(name: str) -> None:
 
 
 def builtin(registry: Any) -> set[str]:
-    """Names registered by stbench itself, not by a plug-in."""
-    return {n for n in names(registry) if registry.module_dict[n].__module__.startswith("stbench.")}
+    """Names registered for every command: neither by a plug-in nor by `stbench bench` for itself."""
+    modules = {name: registry.module_dict[name].__module__ for name in names(registry)}
+    return {n for n, module in modules.items() if re.match(r"stbench\.(?!bench\.)", module)}
 
 
 REGISTRIES = {"backbone": BACKBONES, "recipe": RECIPES, "dataset": DATASETS, "objective": OBJECTIVES}

@@ -10,9 +10,17 @@ from typing import Annotated
 import typer
 
 from stbench import __version__
-from stbench.cli import compare, data, evaluate, export, run, sample, show, sweep
+from stbench.cli import bench, compare, data, evaluate, export, run, sample, show, sweep
 from stbench.cli import list as list_registry
-from stbench.cli.errors import BROKEN_PIPE, INTERRUPTED, explain, one_line, stopped
+from stbench.cli.errors import (
+    BROKEN_PIPE,
+    INTERRUPTED,
+    check_arguments,
+    explain,
+    one_line,
+    place_in_plugin,
+    stopped,
+)
 
 app = typer.Typer(
     add_completion=True,
@@ -28,6 +36,7 @@ app.command(name="list")(list_registry.list_registry)
 app.command()(sample.sample)
 app.command()(evaluate.evaluate)
 app.command()(export.export)
+app.command()(bench.bench)
 app.add_typer(data.app, name="data")
 
 
@@ -58,11 +67,14 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     message = ""
     try:
+        check_arguments(arguments)
         code = app(args=arguments or ["--help"], prog_name="stbench", standalone_mode=False) or 0
         sys.stdout.flush()
         if code == INTERRUPTED:  # typer returns it for a KeyboardInterrupt
             message = stopped(arguments)
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and place_in_plugin(error) is None:
+            raise  # of shell completion
         code, message = explain(error, arguments, debug=debug)
         if debug:
             traceback.print_exc()

@@ -15,6 +15,7 @@ import typer
 
 from stbench.core.errors import UserError
 from stbench.core.files import DISK_FULL
+from stbench.core.safe_load import shorten, shown
 from stbench.core.text import visible
 
 USER_ERROR, INTERNAL_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
@@ -60,6 +61,9 @@ def explain(error: BaseException, arguments: Sequence[str], *, debug: bool) -> t
             f"error: out of memory: {str(error) or 'an allocation failed'}; use a smaller batch, fewer "
             f"samples or a smaller network"
         )
+    if (place := place_in_plugin(error)) is not None:
+        details = _details(error, arguments, debug)
+        return USER_ERROR, f"error: plug-in {place} failed: {type(error).__name__}: {error}; {details}"
     if isinstance(error, OSError) and error.errno is not None:
         names = [str(name) for name in (error.filename, error.filename2) if name]
         where = f": {' -> '.join(names)}" if names else ""
@@ -69,6 +73,24 @@ def explain(error: BaseException, arguments: Sequence[str], *, debug: bool) -> t
         INTERNAL_ERROR,
         f"internal error: {type(error).__name__}: {error}; {_details(error, arguments, debug)}",
     )
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Raise UserError for an argument that no command can use: an empty one, or one that is not text."""
+    for index, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if not argument:
+            place = f"after {shorten(arguments[index - 1])}" if index else "after stbench"
+            raise UserError(f"expected a value {place}, got an empty one; give it or leave the option out")
+        if option.startswith("--") and equals and not value:
+            raise UserError(f"expected a value after {shorten(argument)}, got none; give it or leave it out")
+        if "\0" in argument or (not argument.isascii() and _has_surrogate(argument)):
+            raise UserError(f"expected an argument in UTF-8, got {shown(argument)}; rename the file")
+
+
+def _has_surrogate(text: str) -> bool:
+    """Whether the text has a lone surrogate, by which Python represents a byte that is not UTF-8."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def stopped(arguments: Sequence[str]) -> str:
@@ -88,6 +110,18 @@ def _explain_usage(error: Any) -> str:
     if not message or "NoArgs" in type(error).__name__:  # its message is the help page
         message = f"`{command}` needs a command or an argument"
     return f"error: {message}; see `{command} --help`"
+
+
+def place_in_plugin(error: BaseException) -> str | None:
+    """File and line of the innermost frame of a plug-in in the traceback, if there is one."""
+    registry = sys.modules.get("stbench.core.registry")
+    modules = registry.plugin_modules if registry is not None else ()
+    places = [
+        f"{frame.f_code.co_filename} line {line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__") in modules
+    ]
+    return places[-1] if places else None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

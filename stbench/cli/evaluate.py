@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasureOptions:
-    """How images are measured: the feature networks, the batch size and the device."""
+    """How images are measured: the feature networks, the batch size, the device, ADM's rounding."""
 
     networks: NetworkFiles
     batch: int
     device: str
+    adm_fp16: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,23 @@ def evaluate(
     dino: options.Dino = None,
     output: Annotated[Path | None, typer.Option(help="JSON to write; default: next to the samples.")] = None,
     batch: options.MeasureBatch = 64,
+    adm_fp16: Annotated[
+        bool,
+        typer.Option(
+            "--adm-fp16",
+            help="Round the distances of precision and recall to float16, as ADM's evaluator does.",
+        ),
+    ] = False,
     device: options.Device = "auto",
 ) -> None:
     """Score images against a reference, or evaluate a run's stored weights under another protocol."""
     from stbench.evaluate.feature_networks import NetworkFiles
     from stbench.runs.folder import RunFolder
 
-    measure = MeasureOptions(NetworkFiles(inception, inception_sha256, dino), batch, device)
+    measure = MeasureOptions(NetworkFiles(inception, inception_sha256, dino), batch, device, adm_fp16)
     run = RunOptions(eval_guidance, samples, tuple(overrides))
+    if adm_fp16 and reference is None:
+        raise UserError("--adm-fp16 applies to scores against --reference REF; add it, or drop --adm-fp16")
     if RunFolder(path).exists():
         if reference is None:
             if dino is not None:
@@ -176,6 +186,7 @@ def _score_and_print(
         networks,
         output,
         batch=measure.batch,
+        adm_fp16=measure.adm_fp16,
         device=pick_device(measure.device),
         progress=transient_progress_bar,
     )

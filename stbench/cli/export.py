@@ -12,7 +12,9 @@ from stbench.core.errors import UserError
 from stbench.core.text import print_line
 
 if TYPE_CHECKING:
-    from stbench.core.backbone import Backbone, Weights
+    from torch import Tensor
+
+    from stbench.core.backbone import Backbone, BackboneInfo, Weights
     from stbench.evaluate.past_run import PastRun
     from stbench.models.export import Kind
 
@@ -31,6 +33,16 @@ class WeightsChoice(str, Enum):
     raw = "raw"
 
 
+class HeadsChoice(str, Enum):
+    """Choices of --with-heads."""
+
+    repa = "repa"
+    sra = "sra"
+    vae_align = "vae-align"
+    self_transcendence = "self-transcendence"
+    none = "none"
+
+
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     output: Annotated[
@@ -43,17 +55,29 @@ def export(
     weights: Annotated[
         WeightsChoice, typer.Option(help="EMA weights, or raw weights of the last step.")
     ] = WeightsChoice.ema,
+    with_heads: Annotated[
+        HeadsChoice | None,
+        typer.Option(
+            help="Heads that this recipe's repository stores with the network, as its script requires: the "
+            "run's own if it has them, else zeros. Default: the run's own, if any; none: without heads."
+        ),
+    ] = None,
 ) -> None:
     """Write a run's final weights for the published repositories or for diffusers."""
     from stbench.core.registry import load_builtins
 
     load_builtins()
-    for line in export_run(run, format.value, output, weights.value):
+    heads = with_heads and with_heads.value
+    for line in export_run(run, format.value, output, weights.value, heads):
         print_line(line)
 
 
-def export_run(path: Path, kind: Kind, output: Path, weights: Weights) -> list[str]:
+def export_run(
+    path: Path, kind: Kind, output: Path, weights: Weights, with_heads: str | None = None
+) -> list[str]:
     """Write a run's final weights; returns lines that say what was written and which code loads it.
+
+    `with_heads` is a recipe whose repository stores heads with the network, or "none"; by default the run's.
 
     Raises:
         UserError: The other codebase cannot express the network, or the output exists.
@@ -65,7 +89,34 @@ def export_run(path: Path, kind: Kind, output: Path, weights: Weights) -> list[s
     if output.exists():
         raise UserError(f"{output} exists; choose another --output")
     network, spec = final_network(run, weights), run.prepared.spec
-    return export_network(network, spec.backbone.effective, spec.objective, kind=kind, output=output)
+    if kind == "diffusers":
+        if with_heads not in (None, "none"):
+            raise UserError("--with-heads applies to --format official; leave it out for diffusers")
+        with_heads = "none"
+    heads, found = _heads(run, with_heads, network.info)
+    written = export_network(
+        network, spec.backbone.effective, spec.objective, kind=kind, output=output, heads=heads
+    )
+    return [written[0], f"heads: {found}", *written[1:]]
+
+
+def _heads(run: PastRun, with_heads: str | None, info: BackboneInfo) -> tuple[dict[str, Tensor], str]:
+    """The heads to store under their repository's names, and what they are in words."""
+    from stbench.evaluate.stored_heads import stored_heads
+    from stbench.models.export_heads import rename_heads, stores_heads, zero_heads
+
+    recipe = run.prepared.spec.recipe.name
+    wanted = with_heads or (recipe if stores_heads(recipe) else "none")
+    if wanted == "none":
+        return {}, "none"
+    stage, own = run.last_stage, {}
+    if wanted == recipe:
+        own = stored_heads(run.folder.stage(stage.index, stage.name), max(run.weight_files("ema")))
+    if own:
+        return rename_heads(wanted, own), f"{wanted}, trained"  # type: ignore[arg-type]
+    if with_heads is None:
+        return {}, "none, because the run keeps no training state of this step"
+    return zero_heads(wanted, info), f"{wanted}, zeros"  # type: ignore[arg-type]
 
 
 def final_network(run: PastRun, weights: Weights) -> Backbone:

@@ -25,6 +25,7 @@ from rich.text import Text
 
 from stbench.config.plan import PlannedStage
 from stbench.core.text import visible
+from stbench.evaluate.progress import ignore
 from stbench.runs.records import CurvePoint, StageRecord
 from stbench.train.hooks import Hook
 
@@ -56,6 +57,9 @@ def progress_bar(label: str, total: int | None = None, *, transient: bool = Fals
         A function to call with the number of images done so far.
     """
     console = Console(stderr=True)
+    if not console.is_terminal:  # a disabled Progress of rich before 15 still prints a newline
+        yield ignore
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
@@ -63,7 +67,7 @@ def progress_bar(label: str, total: int | None = None, *, transient: bool = Fals
         RateColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=transient) as bar:
+    with Progress(*columns, console=console, transient=transient) as bar:
         task = bar.add_task(visible(label), total=total)
         yield lambda done: bar.update(task, completed=done)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stbench.core.backbone import Backbone, BackboneInfo, Features, Weights
 from stbench.core.flops import forward_flops
 from stbench.core.objective import Batch, Noised, Objective
+from stbench.core.phases import phase
 from stbench.core.ranges import option_parameters
 from stbench.core.text import check_name
 
@@ -94,7 +95,8 @@ class Step:
         shape = tuple(tokens.shape[1:])
         one = forward_flops(module, lambda m: m(torch.empty(1, *shape, device="meta")), ("head", shape))
         self.cost.heads += 3.0 * one * tokens.shape[0]
-        return module(tokens)
+        with phase("heads"):
+            return module(tokens)
 
     def teach(self, teacher: Backbone, x: Tensor, t: Tensor, y: Tensor, *, block: int) -> Tensor:
         """Return the features (b,N,D) of one block of a frozen network, float32.
@@ -125,7 +127,7 @@ class Step:
 @contextmanager
 def _frozen_forward(x: Tensor) -> Iterator[None]:
     """Disable gradients, and autocast on the device of x."""
-    with torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
+    with phase("teachers"), torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
         yield
 
 

@@ -12,7 +12,7 @@ import importlib.util
 import pkgutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -20,32 +20,67 @@ from typing import Any
 
 from mmengine.registry import Registry as MMEngineRegistry
 
+from stbench.core.backbone import Backbone
 from stbench.core.errors import UserError
 from stbench.core.files import hash_file
+from stbench.core.objective import Objective
 from stbench.core.renamed import renamed_imports
-from stbench.core.safe_load import shorten
+from stbench.core.safe_load import shorten, shown
 from stbench.core.text import check_name
 
 
 class Registry(MMEngineRegistry):
-    """A registry whose names can be part of a path and are readable in every output."""
+    """A registry of one kind of object. Its names can be part of a path and are readable in every output."""
+
+    def __init__(
+        self, name: str, expected: str = "a class or function", accepts: Callable[[Any], bool] = callable
+    ) -> None:
+        super().__init__(name)
+        self.expected, self.accepts = expected, accepts
 
     def _register_module(
         self, module: Any, module_name: str | list[str] | None = None, force: bool = False
     ) -> None:
-        """Check the names before mmengine registers them. Raises UserError for one that is not allowed."""
+        """Check object and names before mmengine registers them. Raises UserError if one is not allowed."""
+        if not self.accepts(module):
+            raise UserError(
+                f"{self.name} {shorten(str(module_name or module.__name__))} must be {self.expected}, found "
+                f"{shown(module)}; register it elsewhere"
+            )
         given = module_name if isinstance(module_name, list) else [module_name or module.__name__]
         for name in given:
             check_name(name, f"the name of a {self.name}")
         super()._register_module(module, module_name, force)
 
 
-BACKBONES = Registry("backbone")
-RECIPES = Registry("recipe")
-OBJECTIVES = Registry("objective")
+def _is_backbone(module: Any) -> bool:
+    if not isinstance(module, type) or not issubclass(module, Backbone):
+        return False
+    presets = module.presets
+    return isinstance(presets, Mapping) and all(isinstance(preset, Mapping) for preset in presets.values())
+
+
+BACKBONES = Registry("backbone", "a subclass of Backbone with a mapping `presets`", _is_backbone)
+RECIPES = Registry("recipe", "a function that returns stages", lambda module: not isinstance(module, type))
+OBJECTIVES = Registry(
+    "objective",
+    "a subclass of Objective",
+    lambda module: isinstance(module, type) and issubclass(module, Objective),
+)
 SAMPLERS = Registry("sampler")
-DATASETS = Registry("dataset")
-EXTRACTORS = Registry("extractor")
+DATASETS = Registry(
+    "dataset",
+    "a subclass of stbench.data.dataset.Dataset",
+    lambda module: isinstance(module, type) and hasattr(module, "preset_for"),
+)
+EXTRACTORS = Registry(
+    "extractor",
+    "a subclass of torch.nn.Module",
+    lambda module: isinstance(module, type) and hasattr(module, "forward"),
+)
+
+plugin_modules: set[str] = set()
+"""Names of the modules that `load_plugins` has imported."""
 
 BUILTINS = (
     "diffusion.noise_prediction",
@@ -101,6 +136,7 @@ def load_plugins(files: Iterable[Path] = (), group: str = "stbench.plugins") -> 
     """
     hashes = {}
     for point in entry_points(group=group):
+        plugin_modules.add(point.module)
         loaded = _load_plugin(point.value, point.load)
         source = getattr(loaded, "__file__", None) or getattr(sys.modules.get(point.module), "__file__", None)
         hashes[point.value] = hash_file(Path(source)) if source else ""
@@ -154,6 +190,7 @@ def _import_file(file: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up in sys.modules while it is executed.
     sys.modules[name] = module
+    plugin_modules.add(name)
     try:
         spec.loader.exec_module(module)
     except BaseException:

@@ -111,16 +111,18 @@ class _ZeroBackbone(Backbone):
         return x.new_zeros(x.shape[0], self._out, *x.shape[2:]), {}
 
 
-def check_steps(name: str, objective: Objective, steps: int) -> None:
+def check_steps(name: str, objective: Objective, steps: int, option: str = "--set eval.steps=") -> None:
     """Run a sampler on one pixel without a network; raises UserError if it cannot take that many steps.
 
-    Lets a command fail before training instead of at the first evaluation.
+    Lets a command fail before training instead of at the first evaluation. `option` is how the command sets
+    the number of steps.
     """
     pixel, label = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
     network = _ZeroBackbone(objective.out_channels(1))
     try:
         sample(name, network, objective, pixel, label, steps=steps, noise=lambda draw: pixel)
-    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, IndexError, RuntimeError, ValueError, UserError) as error:
+        reason = str(error).partition(";")[0]
         raise UserError(
-            f"sampler '{name}' cannot take {steps} steps: {error}; try --set eval.steps=20"
+            f"sampler '{name}' cannot take {steps} steps: {reason}; for example {option}50"
         ) from error

@@ -129,21 +129,17 @@ def inception_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
-def load_inception(
-    file: Path | None = None, sha256: str = INCEPTION_SHA256, *, has_option: bool = True
-) -> Inception:
+def load_inception(file: Path | None = None, sha256: str = INCEPTION_SHA256) -> Inception:
     """Load Inception from `file`, by default the one in torch hub's cache.
 
-    `has_option` says whether the calling command has --inception, which the error message then suggests.
     Raises UserError if the file is missing, if its sha256 does not start with `sha256`, or if it does not
     contain Inception's weights.
     """
     path = file or inception_path()
     if not path.is_file():
-        option = " or name your copy with --inception FILE" if has_option else ""
         raise UserError(
             f"Inception weights {INCEPTION_FILE} (sha256 {INCEPTION_SHA256}...) not found: expected them "
-            f"at {path}; put {URL_INCEPTION_V3} there{option}"
+            f"at {path}; put {URL_INCEPTION_V3} there or name your copy with --inception FILE"
         )
     # Hash first, then parse.
     state, digest = _read_checked(path, sha256, "Inception")

@@ -65,7 +65,7 @@ def resolve_request(request: SampleRequest, model: SamplingModel) -> SampleSpec:
 
     # Fail now rather than in the middle of a long job, or in a worker process.
     sampler = resolve_sampler(chosen["sampler"], model.objective)
-    check_steps(sampler.name, model.objective, chosen["steps"])
+    check_steps(sampler.name, model.objective, chosen["steps"], option="--steps ")
     info = model.backbone.info
     if (chosen["channels"] or 0) > info.channels:
         raise UserError(

@@ -46,6 +46,7 @@ def score_images(
     *,
     batch: int = 64,
     device: torch.device | str = "cpu",
+    adm_fp16: bool = False,
     progress: ProgressBar = no_progress,
 ) -> tuple[ScoreReport, Path]:
     """Measure samples and reference, compute all scores and write them; returns them and the JSON file.
@@ -63,7 +64,7 @@ def score_images(
         real = load_reference(reference, networks, batch=batch, device=device, report=report)
     with progress("samples", None) as report:
         measured = measure_images(images, networks, batch=batch, device=device, report=report)
-    scores = compute_scores(measured, real, device)
+    scores = compute_scores(measured, real, device, adm_fp16=adm_fp16)
 
     # Record how the samples were made, if `stbench sample` made them.
     settings = read_settings(samples)

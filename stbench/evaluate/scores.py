@@ -68,11 +68,16 @@ def require_comparable(
 
 
 def compute_scores(
-    samples: ImageStatistics, reference: Reference, device: torch.device | str = "cpu"
+    samples: ImageStatistics,
+    reference: Reference,
+    device: torch.device | str = "cpu",
+    *,
+    adm_fp16: bool = False,
 ) -> ScoreReport:
     """Compute all scores that the samples and the reference allow; precision and recall on `device`.
 
-    Scores that cannot be computed are named in the warnings. Raises UserError if the images differ in size.
+    With `adm_fp16`, the distances of precision and recall are rounded as in ADM's evaluator. Scores that
+    cannot be computed are named in the warnings. Raises UserError if the images differ in size.
     """
     require_comparable(
         samples.name,
@@ -98,7 +103,7 @@ def compute_scores(
     # Scores that need single features of both sides.
     if reference.features is not None and len(samples.features):
         found["precision"], found["recall"] = precision_recall(
-            samples.features.to(device), reference.features.to(device)
+            samples.features.to(device), reference.features.to(device), fp16=adm_fp16
         )
         found["kid"] = kernel_distance(samples.features, reference.features, subsets=100)
     elif len(samples.features):
@@ -108,7 +113,8 @@ def compute_scores(
     warnings += [f"{reference.name} has no statistics for {name}: left out" for name in missing]
     # In the order of SCORES, under their full names.
     metrics = {score_name(name, samples.count): found[name] for name in SCORES if name in found}
-    return ScoreReport(metrics, _protocol(samples, reference), warnings)
+    arithmetic = {"distances": "float16 as in ADM"} if adm_fp16 and "precision" in found else {}
+    return ScoreReport(metrics, _protocol(samples, reference) | arithmetic, warnings)
 
 
 def _singular_warnings(name: str, space: str, samples: ImageStatistics, reference: Reference) -> list[str]:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from stbench.config.spec import TrainSpec
 from stbench.core.backbone import Backbone
 from stbench.core.device import autocast, tf32
+from stbench.core.errors import UserError
 from stbench.core.objective import Batch, Objective
-from stbench.core.recipe import Cost, Step, Supervision
+from stbench.core.phases import phase
+from stbench.core.recipe import Cost, Step, Supervision, Term
 from stbench.core.rng import Rng, key
+from stbench.core.safe_load import shown
 from stbench.data.dataset import Dataset
 
 
@@ -77,9 +80,10 @@ class StageModel(nn.Module):
         noised = self.objective.draw(batch)
 
         # Forward: prediction and the tapped blocks.
-        prediction, features = self.student.forward_intermediates(
-            noised.x_t, noised.t, batch.y, indices=tuple(self.supervision.taps)
-        )
+        with phase("student"):
+            prediction, features = self.student.forward_intermediates(
+                noised.x_t, noised.t, batch.y, indices=tuple(self.supervision.taps)
+            )
         assert prediction is not None
         self.cost.student += 3.0 * self._student_flops * len(batch.y)  # backward costs twice the forward
 
@@ -102,11 +106,25 @@ class StageModel(nn.Module):
             global_batch=batch.rng.global_batch,
             cost=self.cost,
         )
-        for name, term in self.supervision.terms(step).items():
+        for name, term in _terms(self.supervision, step).items():
             mean = term.value.mean()
             total = total + term.weight * mean
             parts[name] = mean.detach()
         return Losses(total, parts)
+
+
+def _terms(supervision: Supervision, step: Step) -> Mapping[str, Term]:
+    """The terms of a step. Raises UserError if the supervision returns anything else."""
+    terms = supervision.terms(step)
+    if not isinstance(terms, Mapping) or not all(
+        isinstance(name, str) and isinstance(term, Term) and isinstance(term.value, Tensor)
+        for name, term in terms.items()
+    ):
+        raise UserError(
+            f"{type(supervision).__name__}.terms must return a mapping of names to Term(tensor, weight), got "
+            f"{shown(terms)}; fix the supervision"
+        )
+    return terms
 
 
 def training_step(
@@ -144,21 +162,24 @@ def training_step(
 
             # Backward: each micro-batch counts by its share of the global batch.
             share = len(batch.y) / train.batch
-            (found.total * share).backward()
+            with phase("backward"):
+                (found.total * share).backward()
             for name, value in found.parts.items():
                 losses[name] = losses.get(name, torch.zeros_like(value)) + value * share
 
     # Clip.
-    if train.clip is not None:
-        torch.nn.utils.clip_grad_norm_(model.trained_parameters(), train.clip)
+    with phase("optimizer"):
+        if train.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.trained_parameters(), train.clip)
 
-    # Optimiser.
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(train, step)
-    optimizer.step()
+        # Optimiser.
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(train, step)
+        optimizer.step()
 
     # EMA.
-    update_ema(model.ema, model.student, ema_decay(train, step))
+    with phase("EMA"):
+        update_ema(model.ema, model.student, ema_decay(train, step))
     return losses
 
 
@@ -178,9 +199,12 @@ def draw_batches(
         start, stop = part * size, train.batch if is_last else (part + 1) * size
         rng = Rng(seed, seen, train.batch, start, stop)
         rows = index[start:stop]
-        latents = dataset.latents(rows, rng.normal("posterior", shape))
-        extras = {"images": dataset.images(rows)} if supervision.images else {}
-        yield make_batch(latents, dataset.labels(rows), rows, rng, train.label_drop, dataset.classes, extras)
+        with phase("data"):
+            latents = dataset.latents(rows, rng.normal("posterior", shape))
+            extras = {"images": dataset.images(rows)} if supervision.images else {}
+            labels = dataset.labels(rows)
+            batch = make_batch(latents, labels, rows, rng, train.label_drop, dataset.classes, extras)
+        yield batch
 
 
 def make_batch(

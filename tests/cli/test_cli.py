@@ -180,7 +180,7 @@ MISTAKES = {
     "no npz": (("sample", "nowhere", "--output", "x.png"), "ends in .npz"),
     # Commands and folders
     "command": (("runn",), "No such command 'runn'"),
-    "flag": ((*VANILLA, "--stepz", "3"), "No such option: --stepz"),
+    "flag": ((*VANILLA, "--stepz", "3"), "--stepz"),
     "kind": (("list", "backbone"), "'backbone' is not one of"),
     "no run": (("show", "nowhere"), "nowhere is not a run folder"),
     "nothing to compare": (("compare", "nowhere"), "no run folder"),

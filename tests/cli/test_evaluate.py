@@ -39,10 +39,8 @@ def test_missing_inception_weights_are_named_with_path_url_and_hash(
             f"put https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}" in err
         )
     assert not (tmp_path / "a.json").exists()
-    with pytest.raises(UserError) as caught:  # `stbench run` has no --inception
+    with pytest.raises(UserError, match=rf"expected them at {place}; put https.* --inception FILE"):
         get_extractor("inception-v3-compat")
-    message = str(caught.value)
-    assert f"expected them at {place}; put https" in message and "--inception" not in message
 
 
 MISSING: dict[str, Any] = {"inception": Path("missing.pth"), "device": "cpu"}
@@ -86,9 +84,26 @@ def test_images_are_scored_against_an_adm_file(
     code, out, err = stbench(*command, "--output", tmp_path / "scores.json")
     assert code == 0 and "fid10" in out and "scores and protocol: " in out, err
     assert "warning: fid: 10 images" in err and "no statistics for sfid: left out" in err
+    code, _, err = stbench(*command[:2], "--adm-fp16", *options)
+    assert code == 2 and "--adm-fp16 applies to scores against --reference REF" in err
     content = json.loads((tmp_path / "scores.json").read_text())
     assert content["metrics"].keys() == {"fid10", "is_adm10", "is_torch_fidelity10"}
     assert content["protocol"]["networks"]["pool"] == f"inception-v3-compat {digest[:16]}"
+
+
+def test_the_protocol_says_that_distances_are_rounded_as_in_adm(
+    tmp_path: Path, inception_file: tuple[Path, str], stbench: Command
+) -> None:
+    file, digest = inception_file
+    options = ("--inception", file, "--inception-sha256", digest[:8], "--device", "cpu")
+    for name, seed in (("a", 2), ("b", 3)):
+        np.savez(tmp_path / f"{name}.npz", pictures(seed, 10))
+    command = ("evaluate", tmp_path / "a.npz", "--reference", tmp_path / "b.npz", *options)
+    for rounded in ((), ("--adm-fp16",)):
+        code, _, err = stbench(*command, *rounded, "--output", tmp_path / "s.json")
+        protocol = json.loads((tmp_path / "s.json").read_text())["protocol"]
+        assert code == 0 and protocol.get("distances") == ("float16 as in ADM" if rounded else None), err
+        (tmp_path / "s.json").unlink()
 
 
 def test_mistakes_in_what_is_scored_are_one_line(tmp_path: Path, stbench: Command) -> None:

@@ -92,3 +92,32 @@ def test_precision_and_recall_are_one_for_equal_sets_and_zero_for_distant_sets()
     rows = features(9, 60, 6)
     assert precision_recall(rows, rows) == (1.0, 1.0)
     assert precision_recall(rows, rows + 1e3) == (0.0, 0.0)
+
+
+def adm_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The distances of ADM's evaluator in numpy, whose float16 sums have float16 steps."""
+    u, v = a.astype(np.float16), b.astype(np.float16)
+    norms = [np.square(x).astype(np.float32).sum(1).astype(np.float16) for x in (u, v)]
+    product = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
+    return np.maximum(norms[0][:, None] - np.float16(2) * product + norms[1][None], np.float16(0))
+
+
+def test_precision_and_recall_in_fp16_are_those_of_rounded_distances() -> None:
+    """Pool features are positive with squared norms of hundreds, where float16 has steps of 1/4 and more."""
+    generator = torch.Generator().manual_seed(0)
+    samples, references = torch.randn(2, 400, 64, generator=generator).abs() * 3.0
+    a, b = samples.float().numpy(), references.float().numpy()
+    radii = [np.sort(adm_distances(x, x), axis=1)[:, 3] for x in (a, b)]
+    between = adm_distances(a, b)
+    expected = ((between <= radii[1]).any(1).mean(), (radii[0] >= between.T).any(1).mean())
+    found = precision_recall(samples, references, fp16=True)
+    assert found == pytest.approx(expected, abs=1e-12)
+    exact = precision_recall(samples, references)
+    assert found != exact and found == pytest.approx(exact, abs=0.05)
+    assert precision_recall(samples, references, fp16=True, block=70) == found
+
+
+def test_distances_that_overflow_fp16_are_not_rounded() -> None:
+    samples, references = features(12, 60, 8).abs() * 200.0, features(13, 70, 8).abs() * 200.0
+    exact = precision_recall(samples, references)
+    assert precision_recall(samples, references, fp16=True) == exact

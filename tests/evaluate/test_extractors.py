@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ class DeviceRecorder(DigitsExtractor):  # type: ignore[misc]
         super().__init__(name, features_list, **options)
         self.devices: list[str] = []
 
-    def to(self, device: Any) -> Self:  # type: ignore[override]
+    def to(self, device: Any) -> DeviceRecorder:  # type: ignore[override]
         self.devices.append(str(device))
         return self
 

@@ -1,0 +1,4 @@
+"""The speed of the training step: throughput, phases, memory, and the ratio to a plain loop.
+
+Run by `stbench bench`.
+"""
