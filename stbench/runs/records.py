@@ -9,8 +9,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-SCHEMA = 2
-"""Version of every file in a run folder."""
+SCHEMA = 3
+"""Version of every file in a new run folder."""
+READABLE = (2, 3)
+"""Versions that can be read. Version 2 has no checksums; a folder keeps the version it was created with."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class RunRecord:
     curve: Sequence[CurvePoint]
     protocols: Mapping[str, Mapping[str, Any]]
     spec: Mapping[str, Any]
+    schema: int = SCHEMA
+    """Version of the files in the folder."""
 
     @property
     def final_stage(self) -> int:
