@@ -1,6 +1,12 @@
-"""Convert run folders from schema 1 to schema 2: `python scripts/migrate_records.py FOLDER`.
+"""Convert run folders from schema 1 or 2 to schema 3: `python scripts/migrate_records.py FOLDER`.
 
-FOLDER contains run folders, and perhaps the journal of a sweep. Schema 1 stored `null` for options that were
+FOLDER contains run folders, and perhaps the journal of a sweep.
+
+Schema 3 adds checksums to all records and records the sha256 of every weight file. The weights that are there
+are taken to be undamaged, except those of finished stages, whose sha256 schema 2 recorded. Nothing else
+changes.
+
+Schema 1 stored `null` for options that were
 left at a default which depends on the backbone; schema 2 stores the values that were used, and computes the
 hashes from them. Every run is resolved again, and the result must agree with what schema 1 recorded of its
 stages; otherwise nothing is written. Metrics, costs and weights do not change. Folders are renamed after
@@ -9,6 +15,7 @@ their new train hash.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -20,8 +27,14 @@ from stbench.config.plan import PreparedRun, prepare
 from stbench.config.resolve import RunRequest, resolve
 from stbench.config.spec import InitSpec
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write
+from stbench.core.files import atomic_write, hash_file
 from stbench.core.registry import load_builtins, load_plugins
+from stbench.models.weights import load_weights
+from stbench.runs.folder import RunFolder
+from stbench.runs.journal import JOURNAL_FILE, read_journal, write_journal
+from stbench.runs.records import SCHEMA
+from stbench.runs.sealed import Binding, seal
+from stbench.runs.stage_folder import StageFolder
 
 SIMPLE_FILES = ("env.json", "status.json", "protocols.json")
 """Files of a run folder that change in nothing but their schema."""
@@ -53,13 +66,26 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}; nothing was changed", file=sys.stderr)
         return 2
-    # Everything has been checked: write.
+    # Everything has been checked: write schema 2.
     for run in runs:
         _write(run)
     _rename_artifacts(root, runs)
     if journal is not None:
         _dump(root / "sweep.json", journal)
-    print(f"{len(runs)} run folders converted in {root}")
+
+    # From schema 2 to schema 3.
+    try:
+        unsealed = sorted(file.parent for file in root.glob("*/spec.json") if _schema(file) == 2)
+        for folder in unsealed:
+            _require_undamaged(folder)
+        for folder in unsealed:
+            _seal_folder(folder)
+        _seal_artifacts(root)
+        write_journal(root, read_journal(root)) if (root / JOURNAL_FILE).is_file() else None
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(unsealed)} run folders converted in {root}")
     return 0
 
 
@@ -192,6 +218,65 @@ def _rename_artifacts(root: Path, runs: list[Converted]) -> None:
                 record = json.loads((artifact / "artifact.json").read_bytes())
                 _dump(artifact / "artifact.json", record | {"schema": 2, "fingerprint": new})
                 artifact.rename(artifact.with_name(new[:16]))
+
+
+def _require_undamaged(folder: Path) -> None:
+    """Check the types of all fields, and the weights of finished stages."""
+    run = RunFolder(folder)
+    if not any(_schema_of_line(line) == SCHEMA for line in _lines(folder / "stages.jsonl")):
+        run.record()
+    for file in folder.glob("checkpoints/*/*-*.safetensors"):
+        if not file.name.startswith("state-"):
+            load_weights(file, run.weights_sha256(file))
+
+
+def _seal_folder(folder: Path) -> None:
+    """Rewrite the records of a run folder with checksums, spec.json last; can be repeated after a crash."""
+    spec = json.loads((folder / "spec.json").read_bytes())
+    canonical = json.dumps(spec, sort_keys=True, separators=(",", ":"))
+    identity = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    binding = Binding(identity)
+
+    lines = {
+        name: [_fields(line) for line in _lines(folder / name)] for name in ("curve.jsonl", "stages.jsonl")
+    }
+    for name, rows in lines.items():
+        sealed = [seal(row, binding, f"{name}:{number}") for number, row in enumerate(rows, start=1)]
+        if sealed:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sealed)
+            atomic_write(folder / name, text)
+    counts = {name.partition(".")[0]: len(rows) for name, rows in lines.items()}
+    for name in SIMPLE_FILES:
+        if (folder / name).is_file():
+            extra = {"counts": counts} if name == "status.json" else {}
+            _dump(folder / name, seal(_fields((folder / name).read_text()) | extra, binding, name))
+    for place in folder.glob("checkpoints/*"):
+        stage = StageFolder(place, binding)
+        if stage.state_index.is_file():
+            stage.write(stage.state_index, _fields(stage.state_index.read_text()))
+        for kind in ("raw", "ema"):
+            for step, file in stage.weight_files(kind).items():
+                stage.record_weights(kind, step, hash_file(file))
+    _dump(
+        folder / "spec.json", seal({**_fields(json.dumps(spec)), "identity": identity}, binding, "spec.json")
+    )
+
+
+def _seal_artifacts(root: Path) -> None:
+    """Add checksums to the records of reusable finished stages."""
+    for file in root.glob(".artifacts/*/artifact.json"):
+        if _schema(file) == 2:
+            fields = _fields(file.read_text())
+            _dump(file, seal(fields, Binding(fields["fingerprint"]), file.name))
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """The fields of a record without its schema and checksum."""
+    return {k: v for k, v in json.loads(text).items() if k not in ("schema", "checksum", "counts")}
+
+
+def _schema_of_line(line: str) -> Any:
+    return json.loads(line).get("schema")
 
 
 def _lines(file: Path) -> list[str]:

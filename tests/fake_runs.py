@@ -6,6 +6,7 @@ builds the journal entry of a run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from stbench.runs.folder import RunFolder, State
 from stbench.runs.journal import JournalEntry
 from stbench.runs.records import CurvePoint, RunRecord, StageRecord
+from stbench.runs.sealed import seal
 
 BATCH = 64
 STEPS = (200, 400, 800)
@@ -210,3 +212,22 @@ def make_digits_records() -> list[RunRecord]:
             ),
         ]
     return records
+
+
+def edit_record(path: Path, line: int = -1, *, reseal: bool = True, **changes: Any) -> None:
+    """Change fields of a record of a run folder; None removes one.
+
+    `line` is the index of the line of a jsonl file. The checksum is computed anew unless `reseal` is false.
+    """
+    folder = RunFolder(path.parent)
+    binding = folder.binding
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    line %= len(lines)
+    content = json.loads(lines[line]) | changes
+    content = {key: value for key, value in content.items() if value is not None}
+    if reseal:
+        place = f"{path.name}:{line + 1}" if path.suffix == ".jsonl" else path.name
+        fields = {key: value for key, value in content.items() if key not in ("schema", "checksum")}
+        content = seal(fields, binding, place) | {key: content[key] for key in changes if key == "schema"}
+    lines[line] = json.dumps(content)
+    path.write_text("\n".join(lines) + "\n")

@@ -283,5 +283,5 @@ def test_the_recipe_of_the_readme_runs(
     options = [f"--set={name}={value}" for name, value in small.items()]
     exit_code, out, error = stbench(*command, "--steps", 2, "--device", "cpu", *options)
     assert exit_code == 0, error
-    assert "Curve of digits-sit-ti-2-pull-s0-" in out
+    assert "Curve of digits-sit-custom-pull-s0-" in out
     assert "pull" in error.split("denoise")[-1]  # the term's name in the last progress line

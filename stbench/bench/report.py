@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,12 @@ def as_json(measurements: Sequence[Measurement], device: torch.device, command: 
         "cpu": _cpu_features(),
         "results": [_row(measurement) for measurement in measurements],
     }
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file begins as the JSON files with figures do."""
+    with path.open("rb") as file:
+        return re.match(rb'\{\s*"schema":\s*\d+,\s*"command":\s*"stbench ', file.read(256)) is not None
 
 
 def _row(measurement: Measurement) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import typer
 
 from stbench.cli import options
 from stbench.cli.completion import complete
+from stbench.cli.outputs import require_outputs
+from stbench.core.text import print_line
 
 
 def bench(
@@ -53,6 +55,7 @@ def bench(
     from stbench.config.overrides import parse_set
     from stbench.core.device import pick_device
     from stbench.core.files import atomic_write
+    from stbench.core.outputs import Output
     from stbench.core.registry import load_builtins, load_plugins
 
     load_builtins()
@@ -65,6 +68,8 @@ def bench(
             backbone, recipe, sizes, precision, [False, True] if compiled else [False]
         )
     ]
+    if output is not None:
+        require_outputs([Output(output, is_own=report.is_report)])
     for case in cases:
         prepare_case(case)  # find mistakes before anything is timed
     measured = [
@@ -75,8 +80,8 @@ def bench(
     for table in report.tables(measured):
         Console().print(table)
     for line in report.loss_lines(measured):
-        print(line)
+        print_line(line)
     if output is not None:
         command = shlex.join(["stbench", *sys.argv[1:]])
         atomic_write(output, json.dumps(report.as_json(measured, torch_device, command), indent=1) + "\n")
-        print(f"figures: {output}")
+        print_line(f"figures: {output}")

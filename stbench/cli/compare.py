@@ -48,11 +48,21 @@ def compare(
     ] = None,
 ) -> None:
     """Compare finished runs: one table per setting and evaluation protocol."""
-    from stbench.compare.plot import plot_curves
+    from stbench.cli.outputs import require_outputs
+    from stbench.compare.plot import is_plot, plot_curves
     from stbench.compare.published import read_published
     from stbench.compare.terminal import print_leaderboard
-    from stbench.compare.writers import render
+    from stbench.compare.writers import is_leaderboard, render
     from stbench.core.files import atomic_write
+    from stbench.core.outputs import Output
+
+    remedy = "choose another path, or leave the option out"
+    outputs = [
+        Output(path, option, is_own=is_own, remedy=remedy)
+        for path, option, is_own in ((output, "--output", is_leaderboard), (plot, "--plot", is_plot))
+        if path is not None
+    ]
+    require_outputs(outputs, [reported_file])
 
     # Read and render everything before anything is written
     published: Sequence[PublishedValue] = ()

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stbench.cli import options
+from stbench.cli.outputs import require_outputs
 from stbench.core.errors import UserError
+from stbench.core.outputs import Output
 from stbench.core.text import print_line
 
 if TYPE_CHECKING:
@@ -96,10 +98,18 @@ def prepare_images(prepare_options: PrepareOptions) -> None:
     from stbench.cli.progress import counting_progress_bar
     from stbench.data import prepare as preparing
 
+    _require_set(prepare_options.target, prepare_options.source, prepare_options.classes)
     task = preparing.open_task(prepare_options)
     with counting_progress_bar("encode", len(task.source.ids)) as advance:
         manifest, written = preparing.prepare(prepare_options, task, advance)
     _print_summary(prepare_options.target, manifest, written)
+
+
+def _require_set(target: Path, *inputs: Path | None) -> None:
+    """Check that a data set can be written, or finished, at `target`, which is not in the inputs."""
+    from stbench.data.shard_writer import is_prepared
+
+    require_outputs([Output(target, "DST", kind="folder", is_own=is_prepared)], inputs)
 
 
 @app.command(name="import")
@@ -130,6 +140,7 @@ def import_repa(
     from stbench.cli.progress import counting_progress_bar
     from stbench.data import repa_convert, repa_layout
 
+    _require_set(target, source)
     if not repa_layout.is_repa(source):
         raise UserError(
             f"expected REPA's layout in {source} ({repa_layout.IMAGES}/ and "
@@ -185,6 +196,10 @@ def tokens(
         batch=batch,
         device=pick_device(device),
     )
+    require_outputs(
+        [Output(target, "DST", kind="folder", is_own=cache_tokens.is_token_folder)],
+        [source, prepared, checkpoint, classes],
+    )
     task = cache_tokens.open_task(token_options)
     with counting_progress_bar("tokens", len(task.ids)) as advance:
         spec = cache_tokens.cache(token_options, task, advance)
@@ -230,10 +245,11 @@ def statistics(
     from stbench.core.device import pick_device
     from stbench.evaluate.feature_networks import NetworkFiles
     from stbench.evaluate.image_sets import open_images
-    from stbench.evaluate.reference import write_statistics
+    from stbench.evaluate.reference import is_statistics, write_statistics
 
     if output.suffix != ".npz":
         raise UserError(f"the output must be a file that ends in .npz, found {output}; try {output}.npz")
+    require_outputs([Output(output, "OUTPUT", is_own=is_statistics)], [images, inception, dino])
     found = open_images(images, size)
     print_ignored(found)
     torch_device = pick_device(device)

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stbench.cli import options
+from stbench.cli.outputs import require_outputs
 from stbench.core.errors import UserError
+from stbench.core.outputs import Output
 from stbench.core.text import print_line, visible
 
 if TYPE_CHECKING:
     from stbench.config.spec import EvalSpec
     from stbench.evaluate.feature_networks import FeatureNetwork, NetworkFiles
     from stbench.evaluate.image_sets import ImageSet
+    from stbench.evaluate.run_plugins import PluginChoice
     from stbench.evaluate.scores import ScoreReport
 
 
@@ -37,6 +40,14 @@ class RunOptions:
     guidance: str | None = None
     samples: int | None = None
     overrides: tuple[str, ...] = ()
+    plugins: tuple[Path, ...] = ()
+    allow_changed_plugin: bool = False
+
+    def choice(self) -> PluginChoice:
+        """The plug-ins that may be executed."""
+        from stbench.evaluate.run_plugins import PluginChoice
+
+        return PluginChoice(self.plugins, self.allow_changed_plugin)
 
 
 def evaluate(
@@ -65,16 +76,20 @@ def evaluate(
         ),
     ] = False,
     device: options.Device = "auto",
+    plugin: options.Plugins = [],  # noqa: B006
+    allow_changed_plugin: options.AllowChangedPlugin = False,
 ) -> None:
     """Score images against a reference, or evaluate a run's stored weights under another protocol."""
     from stbench.evaluate.feature_networks import NetworkFiles
     from stbench.runs.folder import RunFolder
 
     measure = MeasureOptions(NetworkFiles(inception, inception_sha256, dino), batch, device, adm_fp16)
-    run = RunOptions(eval_guidance, samples, tuple(overrides))
+    run = RunOptions(eval_guidance, samples, tuple(overrides), tuple(plugin), allow_changed_plugin)
     if adm_fp16 and reference is None:
         raise UserError("--adm-fp16 applies to scores against --reference REF; add it, or drop --adm-fp16")
     if RunFolder(path).exists():
+        if reference is None and output is not None:
+            raise UserError("a run's scores are added to its curve; drop --output, or add --reference REF")
         if reference is None:
             evaluate_run(path, run, device)
         elif output is not None:
@@ -88,7 +103,8 @@ def evaluate(
         evaluate_run(path, run, device)  # raises the error that says what a run folder is
     elif run != RunOptions():
         raise UserError(
-            f"--samples, --eval-guidance and --set apply to a run, but {path} is not a run folder; drop them"
+            f"--samples, --eval-guidance, --set and --plugin apply to a run, but {path} is not a run folder; "
+            f"drop them"
         )
     else:
         score_files(path, reference, output, measure)
@@ -102,7 +118,7 @@ def evaluate_run(path: Path, run_options: RunOptions, device: str) -> None:
     from stbench.evaluate.points import evaluate_again
 
     settings = _evaluation_settings(path, run_options)
-    run = open_run(path)
+    run = open_run(path, run_options.choice())
     added = evaluate_again(run, settings, pick_device(device))
     for point in added:
         print_line(point_line(point))
@@ -124,7 +140,7 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, run_options:
 
     # Fail before hours of sampling if the reference does not fit or weights are missing.
     settings = _evaluation_settings(path, run_options)
-    height, width = open_run(path).prepared.dataset.image_shape[1:]
+    height, width = open_run(path, run_options.choice()).prepared.dataset.image_shape[1:]
     require_comparable(
         str(path),
         count=settings.samples,
@@ -147,15 +163,19 @@ def score_run(path: Path, reference: Path, measure: MeasureOptions, run_options:
         )
         output = path / "evaluation" / f"g{scale:g}-n{request.count}.npz"
         devices = pick_devices(measure.device)
-        sample_images(ModelLocation(path), request, [output], devices, progress=progress_bar)
+        location = ModelLocation(path, plugins=run_options.choice())
+        sample_images(location, request, [output], devices, progress=progress_bar)
         _score_and_print(output, reference, None, networks, measure)
 
 
 def score_files(samples: Path, reference: Path, output: Path | None, measure: MeasureOptions) -> None:
     """Score images against a reference, write the scores as JSON and print them."""
     from stbench.core.device import pick_device
-    from stbench.evaluate.score_images import open_samples
+    from stbench.evaluate.score_images import is_scores, open_samples, scores_file
 
+    files = measure.networks
+    target = output or scores_file(samples, "0" * 8)
+    require_outputs([Output(target, is_own=is_scores)], [samples, reference, files.inception, files.dino])
     print_ignored(open_samples(samples, reference))
     networks = measure.networks.load(pick_device(measure.device))
     _score_and_print(samples, reference, output, networks, measure)
@@ -192,7 +212,7 @@ def _evaluation_settings(path: Path, run_options: RunOptions) -> EvalSpec:
     from stbench.evaluate.past_run import open_run
 
     load_builtins()
-    spec = open_run(path).prepared.spec
+    spec = open_run(path, run_options.choice()).prepared.spec
     changes = _evaluation_overrides(run_options.overrides)
     if run_options.guidance is not None:
         changes["guidance"] = parse_scales(run_options.guidance)

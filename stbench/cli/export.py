@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from stbench.cli import options
 from stbench.core.errors import UserError
 from stbench.core.text import print_line
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from stbench.core.backbone import Backbone, BackboneInfo, Weights
     from stbench.evaluate.past_run import PastRun
+    from stbench.evaluate.run_plugins import PluginChoice
     from stbench.models.export import Kind
 
 
@@ -62,18 +64,28 @@ def export(
             "run's own if it has them, else zeros. Default: the run's own, if any; none: without heads."
         ),
     ] = None,
+    plugin: options.Plugins = [],  # noqa: B006
+    allow_changed_plugin: options.AllowChangedPlugin = False,
 ) -> None:
     """Write a run's final weights for the published repositories or for diffusers."""
     from stbench.core.registry import load_builtins
+    from stbench.evaluate.run_plugins import PluginChoice
 
     load_builtins()
+    chosen = PluginChoice(tuple(plugin), allow_changed_plugin)
     heads = with_heads and with_heads.value
-    for line in export_run(run, format.value, output, weights.value, heads):
+    for line in export_run(run, format.value, output, weights.value, heads, plugins=chosen):
         print_line(line)
 
 
 def export_run(
-    path: Path, kind: Kind, output: Path, weights: Weights, with_heads: str | None = None
+    path: Path,
+    kind: Kind,
+    output: Path,
+    weights: Weights,
+    with_heads: str | None = None,
+    *,
+    plugins: PluginChoice | None = None,
 ) -> list[str]:
     """Write a run's final weights; returns lines that say what was written and which code loads it.
 
@@ -82,12 +94,15 @@ def export_run(
     Raises:
         UserError: The other codebase cannot express the network, or the output exists.
     """
+    from stbench.cli.outputs import require_outputs
+    from stbench.core.outputs import Output
     from stbench.evaluate.past_run import open_run
+    from stbench.evaluate.run_plugins import PluginChoice
     from stbench.models.export import export_network
 
-    run = open_run(path)
-    if output.exists():
-        raise UserError(f"{output} exists; choose another --output")
+    kind_of_output: Literal["file", "new folder"] = "file" if kind == "official" else "new folder"
+    require_outputs([Output(output, kind=kind_of_output, remedy="choose another --output")])
+    run = open_run(path, plugins or PluginChoice())
     network, spec = final_network(run, weights), run.prepared.spec
     if kind == "diffusers":
         if with_heads not in (None, "none"):
@@ -125,7 +140,4 @@ def final_network(run: PastRun, weights: Weights) -> Backbone:
     Raises:
         UserError: The run has no such weights yet.
     """
-    files = run.weight_files(weights)
-    if not files:
-        raise UserError(f"{run.folder.path} has no {weights} weights yet; finish it with `stbench run` first")
-    return run.load(files[max(files)])
+    return run.load(run.final_file(weights))

@@ -61,6 +61,12 @@ Output = Annotated[Path, typer.Option(help="Folder that contains the run folders
 Plugins = Annotated[
     list[Path], typer.Option("--plugin", help="Python file that registers backbones or recipes; repeatable.")
 ]
+AllowChangedPlugin = Annotated[
+    bool,
+    typer.Option(
+        "--allow-changed-plugin", help="Accept a plug-in that differs from the one the run was trained with."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Original = Annotated[
     str | None,

@@ -135,6 +135,10 @@ class TrainingBar(Hook):
         self._progress, self._speed, self._task = Progress(*columns, console=console), Speed(batch), TaskID(0)
         self._progress.start()
 
+    def on_notice(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def on_stage(self, stage: PlannedStage, step: int) -> None:
         """Start a new bar."""
         self._speed.reset(step)
@@ -167,6 +171,10 @@ class TrainingLog(Hook):
 
     def _print(self, text: str) -> None:
         self._console.print(Text(visible(text)), soft_wrap=True)
+
+    def on_notice(self, text: str) -> None:
+        """Print a line."""
+        self._print(text)
 
     def on_stage(self, stage: PlannedStage, step: int) -> None:
         """Print the stage and where it starts."""

@@ -11,6 +11,7 @@ import typer
 
 from stbench.cli import options
 from stbench.cli.completion import complete
+from stbench.cli.outputs import require_run_outputs
 from stbench.core.text import print_line, visible
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def run(
     if dry_run:
         _print_plan(prepared, run_options)
     else:
+        require_run_outputs(output, prepared.spec.data.path if prepared.spec.data else None)
         _train(prepared, run_options, tensorboard=tensorboard)
 
 

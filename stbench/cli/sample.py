@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stbench.cli import options
 from stbench.core.errors import UserError
-from stbench.core.files import absolute_path
 from stbench.core.text import print_line
 
 if TYPE_CHECKING:
@@ -62,10 +63,13 @@ def sample(
         str,
         typer.Option(help="auto, cpu, cuda or cuda:N; all or a comma-separated list: one process each."),
     ] = "auto",
+    plugin: options.Plugins = [],  # noqa: B006
+    allow_changed_plugin: options.AllowChangedPlugin = False,
 ) -> None:
     """Generate images with a run's final EMA weights or with official weights; rerun to resume."""
     from stbench.cli.progress import progress_bar
     from stbench.core.device import pick_devices
+    from stbench.evaluate.run_plugins import PluginChoice
     from stbench.evaluate.sample_job import SampleRequest, sample_images
 
     location = model_location(
@@ -77,7 +81,8 @@ def sample(
         objective=objective,
         weights=weights,
     )
-    _require_valid_outputs(output)
+    location = replace(location, plugins=PluginChoice(tuple(plugin), allow_changed_plugin))
+    _require_valid_outputs(output, checkpoint)
     request = SampleRequest(
         count=count,
         scale=guidance,
@@ -133,12 +138,26 @@ def model_location(
     return ModelLocation(run or Path(), vae=vae)
 
 
-def _require_valid_outputs(outputs: Sequence[Path]) -> None:
+def _require_valid_outputs(outputs: Sequence[Path], checkpoint: Path | None) -> None:
+    """Raise UserError for outputs of another form, and as `require_outputs` does."""
+    from stbench.cli.outputs import require_outputs
+    from stbench.core.outputs import Output
+    from stbench.evaluate.sample_parts import is_parts, is_samples, parts_folder
+
     for output in outputs:
+        if output.name in ("", ".."):
+            raise UserError(
+                f"--output must name an npz file or a new folder, found {output}; try samples.npz"
+            )
         if output.suffix not in ("", ".npz"):
             raise UserError(
                 f"--output must be a folder or a file that ends in .npz, found {output}; "
                 f"try {output.with_suffix('.npz')}"
             )
-    if len({absolute_path(output) for output in outputs}) < len(outputs):
-        raise UserError("--output names the same path twice; give each path once")
+
+    # The shards of all outputs are beside the first one.
+    checked = [
+        Output(path, kind="file" if path.suffix else "new folder", is_own=is_samples) for path in outputs
+    ]
+    parts = Output(parts_folder(outputs[0]), kind="folder", is_own=is_parts)
+    require_outputs([*checked, parts], [checkpoint])

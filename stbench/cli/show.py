@@ -12,7 +12,15 @@ def show(run: Annotated[Path, typer.Argument(help="Run folder.")]) -> None:
     """Show the settings, stages, costs and curve of a run."""
     from stbench.compare import terminal
     from stbench.runs.folder import RunFolder
+    from stbench.runs.records import SCHEMA
 
     folder = RunFolder(run)
     folder.require()
-    terminal.print_run(folder.record())
+    record = folder.record()
+    folder.environment()  # not shown, but damage in it should be noticed here
+    if record.schema < SCHEMA:
+        print(
+            f"schema {record.schema}: these records have no checksums, so damage may go unnoticed; "
+            f"`python scripts/migrate_records.py FOLDER` converts the folder that contains the run folders"
+        )
+    terminal.print_run(record)

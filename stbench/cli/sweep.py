@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stbench.cli import options
+from stbench.cli.outputs import require_run_outputs
 from stbench.core.errors import UserError
 from stbench.core.limits import MAX_SEED, MAX_SEEDS
 from stbench.core.safe_load import shown
@@ -97,6 +98,8 @@ def sweep(
         _print_runs(runs, output)
         print_line(f"{len(slots)} at a time on {torch_device.type}; run folders in {output}")
         return
+    for data in {run.prepared.spec.data.path if run.prepared.spec.data else None for run in runs}:
+        require_run_outputs(output, data)
     arguments = ["--output", str(output), "--device", torch_device.type, "--keep", keep.value]
     arguments += [part for file in plugin for part in ("--plugin", str(file))]
     entries = _execute(runs, output, slots, arguments)

@@ -31,6 +31,10 @@ LABEL_LENGTH, TITLE_LENGTH = 400, 300
 LEGEND_WIDTH = 150
 """Characters of a line of the legend."""
 
+METADATA = {"png": "Software", "svg": "Title", "pdf": "Title"}
+"""Format -> field of its metadata that contains `MARK`; other formats have none that matplotlib writes."""
+MARK = "learning curves by stbench compare"
+
 Style = tuple[str, str, str]
 """Colour, marker and line style."""
 
@@ -44,6 +48,7 @@ def plot_curves(leaderboard: Leaderboard, path: Path) -> None:
     Raises:
         UserError: There are no finished runs, or the format is unknown.
     """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -77,8 +82,15 @@ def plot_curves(leaderboard: Leaderboard, path: Path) -> None:
 
     # Render in memory, so that the file is written atomically
     image = BytesIO()
-    figure.savefig(image, format=path.suffix[1:])
+    kind = path.suffix[1:]
+    with rc_context({"text.usetex": False}):  # names are not commands of TeX
+        figure.savefig(image, format=kind, metadata={METADATA[kind]: MARK} if kind in METADATA else None)
     atomic_write(path, image.getvalue())
+
+
+def is_plot(path: Path) -> bool:
+    """Whether a file is a plot of learning curves, which its metadata say in the formats of `METADATA`."""
+    return path.suffix[1:] in METADATA and MARK.encode() in path.read_bytes()
 
 
 def _styles(tables: Sequence[Table]) -> dict[str, Style]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 from stbench.compare.blocks import blocks
@@ -18,10 +20,12 @@ from stbench.compare.leaderboard import Leaderboard, Row, Table, UnfinishedRow
 from stbench.compare.published import PUBLISHED_FILE, TITLE, PublishedValue
 from stbench.core.errors import UserError
 from stbench.core.text import to_csv, to_latex, to_latex_comment, to_markdown
-from stbench.runs.records import SCHEMA
 from stbench.runs.schema import plain
 
 Format = Literal["md", "csv", "json", "tex"]
+
+LEADERBOARD_SCHEMA = 2
+"""Version of the JSON format."""
 
 
 def render(leaderboard: Leaderboard, form: Format, published: Sequence[PublishedValue] = ()) -> str:
@@ -31,6 +35,19 @@ def render(leaderboard: Leaderboard, form: Format, published: Sequence[Published
         UserError: Published values were given for CSV, which has room for a single table.
     """
     return _WRITERS[form](leaderboard, published)
+
+
+_OWN = re.compile(
+    rb"## .+\n\nsetting |no finished runs to compare\n|% .+\n% setting |% no finished runs to compare\n"
+    rb"|\{\s*\"schema\":\s*\d+,\s*\"tables\":\s*\[|dataset,setting,protocol,backbone,|\s*\Z"
+)
+"""The beginning of a leaderboard in any format."""
+
+
+def is_leaderboard(path: Path) -> bool:
+    """Whether a file begins as the files with leaderboards do, in any format."""
+    with path.open("rb") as file:
+        return _OWN.match(file.read(4096)) is not None
 
 
 # --- Markdown ---
@@ -61,7 +78,7 @@ def _text(lines: Sequence[str]) -> str:
 
 
 def _json(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
-    content: dict[str, Any] = {"schema": SCHEMA, **asdict(leaderboard)}
+    content: dict[str, Any] = {"schema": LEADERBOARD_SCHEMA, **asdict(leaderboard)}
     if published:
         content["reported"] = {"title": TITLE, "rows": [asdict(value) for value in published]}
     return json.dumps(plain(content), indent=1, allow_nan=False) + "\n"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stbench.config.spec import RunSpec
-from stbench.core.registry import BACKBONES, RECIPES, lookup, plugin_hash
+from stbench.core.registry import BACKBONES, OBJECTIVES, RECIPES, lookup, plugin_hash
 
 
 def fingerprint(value: Any) -> str:
@@ -57,11 +57,18 @@ def hashes(
 
 def setting_fields(spec: RunSpec, dataset_fingerprint: str) -> dict[str, Any]:
     """Everything besides the recipe, the seed and the steps that changes a weight."""
+    # Keys that most runs lack are added only where they apply, so that other hashes stay.
     init = {} if spec.init is None else {"init": spec.init.sha256}
-    return init | {
-        "dataset": dataset_fingerprint,
-        "backbone": spec.backbone.model_dump(include={"name", "size", "effective"}),
-        "backbone_plugin": plugin_hash(lookup(BACKBONES, spec.backbone.name)),
-        "objective": spec.objective,
-        "train": spec.train.model_dump(exclude={"steps", "save_every"}),
-    }
+    objective = plugin_hash(lookup(OBJECTIVES, spec.objective))
+    plugin = {"objective_plugin": objective} if objective else {}
+    return (
+        init
+        | plugin
+        | {
+            "dataset": dataset_fingerprint,
+            "backbone": spec.backbone.model_dump(include={"name", "size", "effective"}),
+            "backbone_plugin": plugin_hash(lookup(BACKBONES, spec.backbone.name)),
+            "objective": spec.objective,
+            "train": spec.train.model_dump(exclude={"steps", "save_every"}),
+        }
+    )

@@ -133,7 +133,7 @@ def _require_apart(output: Output, path: Path) -> None:
         raise UserError(
             f"{output.option} {output.path} is also an input of this command ({path}); {output.remedy}"
         )
-    if path.is_dir() and path.resolve() in output.path.resolve().parents:
+    if path.is_dir() and _real(path) in _real(output.path).parents:
         raise UserError(
             f"{output.option} {output.path} is in {path}, an input of this command; {output.remedy}"
         )
@@ -141,7 +141,7 @@ def _require_apart(output: Output, path: Path) -> None:
 
 def _require_different(first: Output, second: Output) -> None:
     """Two outputs are not the same path, also not by another spelling, and none is in the other."""
-    one, other = first.path.resolve(), second.path.resolve()
+    one, other = _real(first.path), _real(second.path)
     linked = one.exists() and other.exists() and one.samefile(other)
     if linked or one == other or one in other.parents or other in one.parents:
         options = first.option if first.option == second.option else f"{first.option} and {second.option}"
@@ -167,6 +167,10 @@ def _try_writing(output: Output) -> None:
         raise UserError(f"{output.option} {output.path}: {folder} is not a folder; {output.remedy}")
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # unlike Path.resolve, no error for a loop of links
 
 
 def _cannot_write(output: Output, error: Exception) -> UserError:

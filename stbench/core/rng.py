@@ -8,6 +8,8 @@ run in one process.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,25 @@ def key(seed: int, stream: str, images_seen: int = 0) -> int:
 def generator(seed: int, stream: str, images_seen: int = 0) -> torch.Generator:
     """Return a new host generator for one stream at one point of the run."""
     return torch.Generator().manual_seed(key(seed, stream, images_seen))
+
+
+@contextmanager
+def seeded_globals(
+    seed: int, stream: str, images_seen: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[None]:
+    """Seed torch's global generators, of the host and of `device`, for a `with` block, and restore them.
+
+    Nothing of stbench draws from them. A plug-in that does, such as a backbone with dropout, then draws the
+    same numbers in a resumed run as in an uninterrupted one.
+    """
+    device = torch.device(device)
+    index = (device.index or 0) if device.type == "cuda" else None
+    with torch.random.fork_rng(devices=[] if index is None else [index]):
+        number = key(seed, stream, images_seen)
+        torch.default_generator.manual_seed(number)
+        if index is not None:
+            torch.cuda.default_generators[index].manual_seed(number)
+        yield
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ class TokenTask:
     encoder: ImageEncoder
 
 
+def is_token_folder(folder: Path) -> bool:
+    """Whether a folder contains nothing but cached tokens, as a killed command leaves them."""
+    own = ("tokens.npy", "tokens.json", ".")  # hidden files: temporary files, and what was verified
+    return all(path.name.startswith(own) and not path.is_symlink() for path in folder.iterdir())
+
+
 def open_task(options: TokenOptions) -> TokenTask:
     """Find images and encoder. Raises UserError for options that are wrong or do not fit."""
     if (options.target / "tokens.json").exists():

@@ -11,7 +11,6 @@ import hashlib
 import json
 import operator
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +23,7 @@ from stbench.core.errors import UserError
 from stbench.core.files import absolute_path
 from stbench.core.npy import read_npy
 from stbench.core.safe_load import parse_json, read_text
+from stbench.core.text import print_line
 from stbench.core.verified import verify_unchanged
 from stbench.data.crop import SUFFIXES, UnreadableImage, decode_image, reason, require_same_size
 from stbench.data.listing import list_files
@@ -111,10 +111,10 @@ class RepaFolder:
         names = [f"{FEATURES}/{name}" for name in (LABELS, *self.ids)]
         names += [f"{IMAGES}/{name}" for name in images]
         if len(names) > VERIFIED:
-            print(
+            print_line(
                 f"{self.path} contains {len(names)} files without recorded hashes, too many to verify; "
                 f"`stbench data import` records a hash of every file",
-                file=sys.stderr,
+                error=True,
             )
             return
         verify_unchanged(self.path, names, "copy it again")

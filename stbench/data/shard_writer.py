@@ -76,6 +76,15 @@ def shard_bounds(count: int, shards: int | None) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder contains a prepared data set, finished or not, or nothing.
+
+    Raises UserError, which names a file, if it contains something else.
+    """
+    _read_plan(folder)
+    return True
+
+
 def write_shards(
     folder: Path,
     draft: Manifest,

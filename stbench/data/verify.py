@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from stbench.core.errors import UserError
 from stbench.core.files import hash_file
+from stbench.core.text import print_line
 from stbench.core.verified import verify_files
 from stbench.data.shards import REMEDY, Manifest, Shard, open_array, read_manifest, require_size
 
@@ -23,10 +23,10 @@ def require_intact(folder: Path, manifest: Manifest) -> None:
         require_size(folder / name, file.bytes)
     hashes = {name: file.sha256 for name, file in sizes.items() if file.sha256}
     if len(hashes) < len(sizes):
-        print(
+        print_line(
             f"{folder} was prepared by a version that recorded no hashes, so that damage cannot be noticed; "
             f"prepare the data again",
-            file=sys.stderr,
+            error=True,
         )
     verify_files(folder, hashes, REMEDY)
 

@@ -19,7 +19,7 @@ from stbench.core.device import arithmetic
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.core.objective import Objective
-from stbench.core.rng import generator
+from stbench.core.rng import generator, seeded_globals
 from stbench.data.dataset import Dataset
 from stbench.diffusion.sample import Guidance, Noise, sample
 
@@ -84,20 +84,24 @@ def generate(
     guidance: Guidance,
     device: torch.device | str,
     batch: int = 250,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, bool]:
     """Generate n images: uint8 (n,c,H,W) and their class labels (n,), both on the CPU.
+
+    The third value says whether all latents are finite. If not, the images show nothing: NaN is decoded to
+    black.
 
     `backbone` and `dataset` must be on `device`. `batch`, a multiple of NOISE_BLOCK, affects memory but not
     the noise. Everything is computed in fp32, whatever precision the network was trained in.
     """
     y = draw_labels(labels, n, classes=dataset.classes, seed=seed)
     shape = (dataset.channels, dataset.input_size, dataset.input_size)
-    images = []
+    images, finite = [], True
     for start in range(0, n, batch):
         stop = min(start + batch, n)
         # Noise is drawn on the CPU: CUDA generators produce other numbers.
         z = block_noise(seed, "evaluation", start=start, stop=stop, shape=shape).to(device)
-        with arithmetic("fp32", torch.device(device)):
+        seeded = seeded_globals(seed, "evaluation-global", start, device)
+        with arithmetic("fp32", torch.device(device)), seeded:
             latents = sample(
                 sampler,
                 backbone,
@@ -109,7 +113,8 @@ def generate(
                 noise=step_noise(seed, start=start, stop=stop, shape=shape),
             )
             images.append(dataset.decode(latents).cpu())
-    return torch.cat(images), y
+            finite = finite and bool(latents.isfinite().all())
+    return torch.cat(images), y, finite
 
 
 @torch.no_grad()
@@ -139,7 +144,8 @@ def validation_loss(
         parts = []
         for clean, eps, time, labels in zip(*columns, strict=True):
             noised = objective.at(clean, eps, time)
-            with arithmetic("fp32", torch.device(device)):
+            seeded = seeded_globals(seed, "validation-global", index, device)
+            with arithmetic("fp32", torch.device(device)), seeded:
                 prediction = backbone(noised.x_t, noised.t, labels)
             parts.append(objective.loss(prediction, noised).double())
         losses.append(float(torch.cat(parts).mean()))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from stbench.config.build import build_objective
 from stbench.config.plan import PlannedStage, PreparedRun
 from stbench.config.spec import EvalSpec
 from stbench.core.backbone import Backbone
+from stbench.core.registry import SAMPLERS, lookup, plugin_hash
 from stbench.data.dataset import Dataset
 from stbench.diffusion.guidance import Guidance
 from stbench.evaluate.extractors import extractor_hash, get_extractor, tensors_hash
@@ -46,10 +49,12 @@ class Protocol:
     rounding: str
     weights: str
     """ "ema" or "raw"."""
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    """Code of plug-ins that the run's own hashes do not cover: what it provides -> sha256."""
 
     def fields(self) -> dict[str, Any]:
-        """All fields as plain data."""
-        return asdict(self)
+        """All fields as plain data; `plugins` only if there are any."""
+        return {name: value for name, value in asdict(self).items() if name != "plugins" or value}
 
     @property
     def hash(self) -> str:
@@ -57,9 +62,19 @@ class Protocol:
         return hashlib.sha256(json.dumps(self.fields(), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def protocol_of(dataset: Dataset, settings: EvalSpec, weights: str = "ema") -> Protocol:
-    """The protocol of evaluation settings on a data set."""
+def protocol_of(
+    dataset: Dataset,
+    settings: EvalSpec,
+    weights: str = "ema",
+    *,
+    changed: Mapping[str, str] = MappingProxyType({}),
+) -> Protocol:
+    """The protocol of evaluation settings on a data set.
+
+    `changed` are parts of the run from plug-ins that differ from the recorded ones: kind -> sha256.
+    """
     images = dataset.references["train"]()
+    sampler = plugin_hash(lookup(SAMPLERS, settings.sampler))[:16]
     return Protocol(
         reference=f"{dataset.name}/train {tensors_hash([images])[:16]}",
         extractor=f"{dataset.extractor} {extractor_hash(get_extractor(dataset.extractor))[:16]}",
@@ -72,6 +87,7 @@ def protocol_of(dataset: Dataset, settings: EvalSpec, weights: str = "ema") -> P
         decoder=dataset.decoder[:16],
         rounding=ROUNDING,
         weights=weights,
+        plugins={**changed, **({"sampler": sampler} if sampler else {})},
     )
 
 
@@ -86,12 +102,14 @@ class PointEvaluator:
         *,
         dataset: Dataset,
         device: torch.device,
+        changed: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """`changed` are parts of the run from plug-ins that differ from the recorded ones: kind -> sha256."""
         self._spec, self._stage, self._folder = prepared.spec, stage, folder
         self._dataset, self._device = dataset, device
         self._cache = OutputFolder(folder.path.parent).reference_statistics
         self._objective = build_objective(prepared.spec.objective)
-        self.protocol = protocol_of(dataset, prepared.spec.eval)
+        self.protocol = protocol_of(dataset, prepared.spec.eval, changed=changed)
 
     def evaluate(self, ema: Backbone, step: int, *, seconds: float, flops: float) -> list[CurvePoint]:
         """Evaluate at every guidance scale that is due at this step.
@@ -152,7 +170,7 @@ class PointEvaluator:
     def _measure(self, ema: Backbone, step: int, scale: float, extras: bool) -> dict[str, float]:
         """Generate images at one guidance scale, store a grid of them, and compute the metrics."""
         settings = self._spec.eval
-        images, labels = generate(
+        images, labels, finite = generate(
             ema,
             self._objective,
             self._dataset,
@@ -168,21 +186,25 @@ class PointEvaluator:
         picture = self._folder.sample_file(self._stage.index, self._stage.name, step, scale)
         save_grid(images[: 10 * columns], picture, columns)
         names = BASIC_METRICS + (EXTRA_METRICS if extras else ())
-        return compute_metrics(
+        metrics = compute_metrics(
             images, self._dataset, names, cache_dir=self._cache, labels=labels, device=self._device
         )
+        # Metrics of images that were decoded from NaN would look like numbers.
+        return metrics if finite else dict.fromkeys(metrics, math.nan)
 
 
 def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> Sequence[CurvePoint]:
     """Evaluate the stored weights of a run's last stage under other settings; returns the added rows."""
     spec = run.prepared.spec.model_copy(update={"eval": settings})
     prepared, stage = replace(run.prepared, spec=spec), run.last_stage
-    known = {(p.stage_index, p.step): p for p in run.folder.points()}
+    known = {(p.stage_index, p.step): p for p in run.folder.record().curve}
     added: list[CurvePoint] = []
     with run.folder.lock():
         dataset = prepared.dataset.to(device)
-        evaluator = PointEvaluator(prepared, stage, run.folder, dataset=dataset, device=device)
-        for step, file in run.weight_files("ema").items():
+        evaluator = PointEvaluator(
+            prepared, stage, run.folder, dataset=dataset, device=device, changed=run.changed
+        )
+        for step, file in run.point_files().items():
             before = known.get((stage.index, step))
             if before is not None:  # only points that training has reached have a cost
                 network = run.load(file).to(device)

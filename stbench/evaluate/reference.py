@@ -130,6 +130,11 @@ def reference_from(measured: ImageStatistics) -> Reference:
     )
 
 
+def is_statistics(path: Path) -> bool:
+    """Whether an npz is a statistics file of stbench. Raises UserError if it is not an npz."""
+    return "about" in _array_names(path)
+
+
 def write_statistics(
     images: ImageSet,
     networks: Sequence[FeatureNetwork],

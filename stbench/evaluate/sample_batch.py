@@ -14,6 +14,9 @@ import numpy as np
 import torch
 
 from stbench.core.device import arithmetic
+from stbench.core.errors import UserError
+from stbench.core.registry import SAMPLERS, lookup, plugin_hash
+from stbench.core.rng import seeded_globals
 from stbench.diffusion.sample import Guidance, sample
 from stbench.evaluate.generate import draw_labels, image_noise
 from stbench.evaluate.sample_model import SamplingModel
@@ -39,6 +42,7 @@ class SampleSpec:
 
     def fields(self) -> dict[str, Any]:
         """Return plain data for the settings that are stored with the images."""
+        plugin = plugin_hash(lookup(SAMPLERS, self.sampler))
         return {
             "count": self.count,
             "cfg": self.guidance.scale,
@@ -50,6 +54,7 @@ class SampleSpec:
             "seed": self.seed,
             "batch": self.batch,
             "precision": self.precision,
+            **({"sampler_plugin": plugin} if plugin else {}),
         }
 
 
@@ -81,7 +86,8 @@ class BatchSampler:
         labels = torch.zeros(self._rows, dtype=torch.long)
         existing = self._labels[first:last]
         labels[: len(existing)] = existing
-        with arithmetic(spec.precision, self._device):
+        seeded = seeded_globals(spec.seed, "sample-global", first, self._device)
+        with arithmetic(spec.precision, self._device), seeded:
             latents = sample(
                 spec.sampler,
                 model.backbone,
@@ -93,6 +99,13 @@ class BatchSampler:
                 noise=lambda draw: image_noise(
                     spec.seed, f"sample-step-{draw}", start=first, stop=last, shape=shape
                 ),
+            )
+
+        if not bool(latents.isfinite().all()):
+            raise UserError(
+                f"the network generates NaN or infinite values (images from {first}, guidance "
+                f"{spec.guidance.scale:g}, {spec.precision}); expected finite latents: use other weights, a "
+                f"smaller --guidance, or --precision fp32"
             )
 
         # The decoder runs in fp32, so that --precision changes the network only.

@@ -14,12 +14,13 @@ from stbench.config.build import build_objective
 from stbench.core.backbone import Backbone, Weights
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
-from stbench.core.registry import load_builtins
+from stbench.core.registry import load_builtins, load_plugins
 from stbench.data.dataset import Dataset
 from stbench.data.path_dataset import PathDataset
 from stbench.data.spec import PIXELS
 from stbench.evaluate.extractors import tensors_hash
 from stbench.evaluate.past_run import open_run
+from stbench.evaluate.run_plugins import PluginChoice
 from stbench.models.autoencoder import ROUNDING, VAEInfo, find_vae, to_uint8
 from stbench.models.official import load_official
 
@@ -46,6 +47,8 @@ class ModelLocation:
     """Which weights of an official training checkpoint."""
     objective: str | None = None
     """Objective of official weights that do not say the path of their SiT."""
+    plugins: PluginChoice = field(default_factory=PluginChoice)
+    """Plug-in files that may be executed."""
 
 
 @final
@@ -63,7 +66,7 @@ class SamplingModel:
     defaults: dict[str, Any]
     """Values of the `SampleSpec` fields that a request leaves open."""
     import_options: dict[str, Any] = field(default_factory=dict)
-    """How official weights were interpreted; their hash does not cover this."""
+    """How official weights were interpreted, or which plug-ins of a run have changed; no hash covers this."""
     description: str = ""
     """Which official checkpoint was recognised; empty for a run."""
 
@@ -88,13 +91,9 @@ def load_model(location: ModelLocation, device: torch.device | str = "cpu") -> S
 
 
 def _load_run(location: ModelLocation, device: torch.device | str) -> SamplingModel:
-    run = open_run(location.path)
-    files = run.weight_files("ema")
-    if not files:
-        raise UserError(f"{location.path} has no weights yet; finish it with `stbench run` first")
+    run = open_run(location.path, location.plugins)
     spec = run.prepared.spec
-    # The largest step is the final one, or the latest of an unfinished run.
-    network, settings = run.load(files[max(files)]), spec.eval
+    network, settings = run.load(run.final_file("ema")), spec.eval
     dataset = _with_decoder(run.prepared.dataset, location.vae).to(device)
     return SamplingModel(
         backbone=network.to(device),
@@ -109,6 +108,7 @@ def _load_run(location: ModelLocation, device: torch.device | str) -> SamplingMo
             "interval": settings.interval,
             "channels": settings.channels,
         },
+        import_options={"changed_plugins": dict(run.changed)} if run.changed else {},
     )
 
 
@@ -129,6 +129,7 @@ def _load_official(location: ModelLocation, device: torch.device | str) -> Sampl
             "official weights need a decoder: add --vae sd-vae-ft-ema, sd-vae-ft-mse or a folder, "
             "or none for pixels"
         )
+    load_plugins(location.plugins.files)
     # "none" is a value of --vae: the network generates pixels.
     vae = None if location.vae == PIXELS else find_vae(location.vae)
     model = load_official(

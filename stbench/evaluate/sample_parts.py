@@ -32,6 +32,21 @@ OWN = re.compile(r"\d{8,}\.np[yz]|settings\.json|\.lock|\.(\d{8,}\.np[yz]|settin
 """Names of the files in a parts folder; earlier versions wrote npy files. Nothing else is ever deleted."""
 
 
+def parts_folder(output: Path) -> Path:
+    """Return the folder of the shards of an output."""
+    return output.with_name(f"{output.name}.parts")
+
+
+def is_parts(folder: Path) -> bool:
+    """Whether a folder contains nothing but the files of a sampling job."""
+    return all(OWN.fullmatch(path.name) and not path.is_symlink() for path in folder.iterdir())
+
+
+def is_samples(output: Path) -> bool:
+    """Whether an npz or a folder was made by `stbench sample`. Raises UserError if it is damaged."""
+    return read_settings(output) is not None
+
+
 class PartsFolder:
     """The folder `<output>.parts/`: settings.json and one npz per shard, with arr_0 uint8 (B,H,W,3).
 
@@ -40,7 +55,7 @@ class PartsFolder:
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any], size: int) -> None:
-        self.folder = output.with_name(f"{output.name}.parts")
+        self.folder = parts_folder(output)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))  # as stored: tuples become lists
         self.token = ""
         """Random name of the job; empty until `open`."""

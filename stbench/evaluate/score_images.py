@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stbench.core.files import absolute_path, atomic_write
+from stbench.core.files import atomic_write
 from stbench.evaluate.feature_networks import FeatureNetwork
 from stbench.evaluate.image_sets import ImageSet, open_images
 from stbench.evaluate.progress import ProgressBar, no_progress
@@ -20,6 +22,8 @@ from stbench.evaluate.statistics import measure_images
 
 SCORES_SCHEMA = 1
 """Version of the files that contain scores."""
+LARGEST_SCORES = 1 << 24
+"""Bytes of a file that may contain scores."""
 
 
 def open_samples(samples: Path, reference: Path) -> ImageSet:
@@ -55,8 +59,6 @@ def score_images(
     `<samples>-<digest>.json` if the former contains scores against another reference. Raises UserError as
     `open_samples` does, and if the disk is full.
     """
-    if samples.name in ("", ".."):  # for example `stbench evaluate .`: the folder's name is needed below
-        samples = absolute_path(samples)
     images = open_samples(samples, reference)
 
     # Measure.
@@ -76,22 +78,36 @@ def score_images(
         "sampling": settings,
     }
     scores = ScoreReport(scores.metrics, protocol, scores.warnings)
-    target = output or _scores_file(samples, real.digest)
+    target = output or scores_file(samples, real.digest)
     _write_scores(target, scores)
     return scores, target
 
 
-def _scores_file(samples: Path, digest: str) -> Path:
-    """Return the file for scores against the reference with this digest: existing scores are kept."""
+def scores_file(samples: Path, digest: str) -> Path:
+    """Return the file for scores against the reference with this digest: other files are kept."""
+    samples = samples.resolve() if samples.name in ("", "..") else samples  # as in `stbench evaluate .`
     name = samples.name.removesuffix(".npz")
-    first = samples.parent / f"{name}.json"
-    if not first.exists():
-        return first
+    endings = chain(["", f"-{digest[:8]}"], (f"-{digest[:8]}-{number}" for number in count(2)))
+    for file in (samples.parent / f"{name}{ending}.json" for ending in endings):
+        if not os.path.lexists(file) or _reference_digest(file) == digest:
+            return file
+    raise AssertionError("unreachable: the names never end")
+
+
+def is_scores(path: Path) -> bool:
+    """Whether a file contains scores."""
+    return _reference_digest(path) is not None
+
+
+def _reference_digest(path: Path) -> str | None:
+    """The hash of the reference behind a file of scores; None for any other file."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_SCORES:
+        return None
     try:
-        same = json.loads(first.read_text())["protocol"]["reference_sha256"] == digest
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    return first if same else samples.parent / f"{name}-{digest[:8]}.json"
+        content = json.loads(path.read_text())
+        return str(content["protocol"]["reference_sha256"]) if "metrics" in content else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _write_scores(target: Path, scores: ScoreReport) -> None:

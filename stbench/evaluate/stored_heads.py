@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stbench.models.weights import load_weights
 from stbench.runs import schema
-from stbench.runs.folder import StageFolder
+from stbench.runs.stage_folder import StageFolder
 
 PREFIX = "heads."
 """Prefix of the heads' parameters in a training state."""
@@ -20,10 +20,8 @@ def stored_heads(folder: StageFolder, step: int) -> dict[str, Tensor]:
     index = folder.state_index
     if not index.is_file():
         return {}
-    row = schema.parse(index.read_bytes(), index)
-    fields = {"file": schema.text, "sha256": schema.text, "step": schema.whole}
-    values = schema.convert(row, fields, index)
+    values = schema.convert(folder.read(index), schema.STATE, index)
     if values["step"] != step:
         return {}
-    tensors = load_weights(folder.path / values["file"], values["sha256"])
+    tensors = load_weights(folder.state(step), values["sha256"])
     return {key.removeprefix(PREFIX): value for key, value in tensors.items() if key.startswith(PREFIX)}

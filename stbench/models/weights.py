@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from stbench.core.errors import UserError
-from stbench.core.files import atomic_write
+from stbench.core.files import atomic_write, hash_file
 
 State = Mapping[str, Tensor]
 """Tensors by name."""
@@ -34,17 +34,36 @@ def load_weights(file: Path, sha256: str | None = None) -> dict[str, Tensor]:
     if not file.is_file():
         raise UserError(f"weights not found: {file}; expected a safetensors file")
     data = file.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 is not None and found != sha256:
-        raise UserError(
-            f"{file} is damaged: expected sha256 {sha256[:12]}, found {found[:12]}; delete it and run again"
-        )
+    if sha256 is not None:
+        _require_hash(file, hashlib.sha256(data).hexdigest(), sha256)
     try:
         return safetensors.torch.load(data)
     except SafetensorError as error:
         raise UserError(
             f"{file} is truncated or not a safetensors file ({error}); delete it and run again"
         ) from error
+
+
+def verify_file(file: Path, sha256: str | None) -> None:
+    """Raise UserError unless the bytes of a file have the recorded `sha256`; None accepts any."""
+    if sha256 is not None:
+        _require_hash(file, hash_file(file), sha256)
+
+
+def _require_hash(file: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise UserError(
+            f"{file} is damaged: expected sha256 {expected[:12]}, found {found[:12]}; "
+            f"restore the file, or delete the run folder and run again"
+        )
+
+
+def require_finite(state: State, where: str, remedy: str) -> None:
+    """Raise UserError, which names the first tensor, if a tensor contains NaN or an infinite value."""
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            kind = "NaN" if bool(value.isnan().any()) else "infinite values"
+            raise UserError(f"{where} contains {kind} in '{name}'; {remedy}")
 
 
 def tensors_sha256(state: State) -> str:

@@ -5,22 +5,35 @@ Every write is atomic, so a reader never sees part of a file. The fields of the 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from stbench.core.errors import UserError
-from stbench.core.files import absolute_path, atomic_write, is_locked, lock_folder, remove_unfinished
+from stbench.core.files import absolute_path, is_locked, lock_folder, remove_unfinished
 from stbench.core.text import check_name
 from stbench.runs import schema
-from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord
-from stbench.runs.schema import REMEDY, Fields, convert, parse, plain
+from stbench.runs.consistency import require_consistent
+from stbench.runs.record_folder import RecordFolder
+from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord, network_name
+from stbench.runs.schema import REMEDY, Fields, convert
+from stbench.runs.sealed import Binding
+from stbench.runs.stage_folder import CHECKPOINTS, StageFolder
 
+RUN_FILES = frozenset(
+    {
+        *("spec.json", "env.json", "status.json", "curve.jsonl", "stages.jsonl", "protocols.json", ".lock"),
+        *("checkpoints", "samples", "tensorboard"),
+    }
+)
+"""What a run folder contains. Users may put other files into it."""
 State = Literal["running", "stopped", "failed", "finished"]
-Record = TypeVar("Record")
+COUNTED = ("curve", "stages")
+"""Files whose number of lines status.json records, so that missing lines are noticed."""
 
 
 def find_runs(root: Path | Sequence[Path]) -> list[Path]:
@@ -38,6 +51,19 @@ def find_runs(root: Path | Sequence[Path]) -> list[Path]:
             )
         found.update((absolute_path(run), run) for run in runs)
     return sorted(found.values())
+
+
+def require_no_run_file(path: Path, option: str) -> None:
+    """Raise UserError for an output path that stbench itself uses, in a run folder or beside run folders."""
+    resolved = Path(os.path.realpath(path))
+    for folder in resolved.parents:
+        if (folder / "spec.json").is_file() and resolved.relative_to(folder).parts[0] in RUN_FILES:
+            raise UserError(
+                f"{option} {path} belongs to the run folder {folder}; choose another name, such as "
+                f"{path.with_stem('output')}"
+            )
+    if resolved.name == "sweep.json":
+        raise UserError(f"{option} {path} has the name of a sweep's journal; choose another name")
 
 
 def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
@@ -87,49 +113,8 @@ class OutputFolder:
         return self.path / ".logs" / f"{_checked_id(run_id)}.log"
 
 
-@dataclass(frozen=True)
-class StageFolder:
-    """The checkpoints of one stage of a run."""
-
-    path: Path
-
-    @property
-    def state_index(self) -> Path:
-        """JSON file that names the current training state."""
-        return self.path / "state.json"
-
-    @property
-    def draft(self) -> Path:
-        """Where an artifact is assembled before it is published."""
-        return self.path / "artifact"
-
-    def state(self, step: int) -> Path:
-        """Tensors of the training state after a step."""
-        return self.path / f"state-{step:08d}.safetensors"
-
-    def states(self) -> list[Path]:
-        """All files with tensors of a training state; more than one only after a crash."""
-        return sorted(self.path.glob("state-*.safetensors"))
-
-    def weights(self, kind: str, step: int) -> Path:
-        """Network weights after a step; `kind` is "raw" or "ema"."""
-        return self.path / f"{kind}-{step:08d}.safetensors"
-
-    def weight_files(self, kind: str) -> dict[int, Path]:
-        """The stored network weights by step; `kind` is "raw" or "ema"."""
-        files = sorted(self.path.glob(f"{kind}-*.safetensors"))
-        return {int(file.stem.rpartition("-")[2]): file for file in files}
-
-
-class RunFolder:
+class RunFolder(RecordFolder):
     """The files of one run, results/runs/<run-id>/. Writers must hold `lock()`; readers need no lock."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def exists(self) -> bool:
-        """Whether a run was created here."""
-        return (self.path / "spec.json").exists()
 
     def require(self) -> None:
         """Raise UserError if this is not a run folder."""
@@ -140,7 +125,7 @@ class RunFolder:
 
     def stage(self, index: int, name: str) -> StageFolder:
         """The checkpoints of a stage."""
-        return StageFolder(self.path / "checkpoints" / f"{index}-{name}")
+        return StageFolder(self.path / CHECKPOINTS / f"{index}-{name}", self.binding)
 
     def sample_file(self, index: int, name: str, step: int, scale: float) -> Path:
         """Picture of generated images at an evaluation point."""
@@ -155,15 +140,17 @@ class RunFolder:
         """Event files of --tensorboard."""
         return self.path / "tensorboard"
 
-    def create(self, spec: Mapping[str, Any], env: Mapping[str, Any]) -> None:
-        """Write env.json, a first status.json and finally spec.json, which makes this a run folder.
+    def create(self, content: Mapping[str, Any], env: Mapping[str, Any]) -> None:
+        """Write a first status.json, env.json and finally spec.json, which makes this a run folder.
 
         For a run that continues, this replaces spec and environment and keeps the rest.
         """
-        self._write("env.json", env)
-        if not (self.path / "status.json").exists():
+        if not self.exists():
+            self._binding = Binding(secrets.token_hex(8))
             self.write_status("running")
-        self._write("spec.json", spec)
+        self.write("env.json", env)
+        identity = {"identity": self.binding.identity} if self.binding.schema == SCHEMA else {}
+        self.write("spec.json", {**content, **identity})
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -182,15 +169,26 @@ class RunFolder:
 
     def write_status(self, state: State, **fields: Any) -> None:
         """Replace status.json by a state and fields that explain it, such as an error message."""
-        self._write("status.json", {"state": state, **fields})
+        self._write_status({"state": state, **fields})
 
     def status(self) -> dict[str, Any]:
         """Read status.json: "state" and the fields written with it."""
-        return self._read("status.json")
+        content = self.read("status.json")
+        content.pop("counts", None)
+        convert(content, {"state": schema.text}, self.path / "status.json")
+        return content
 
     def spec(self) -> dict[str, Any]:
         """Read spec.json: the resolved settings of the run."""
-        return self._read("spec.json")
+        content = self.read_spec()
+        convert(content, schema.SPEC, self.path / "spec.json")
+        present = {name: check for name, check in schema.OPTIONAL.items() if name in content}
+        convert(content, present, self.path / "spec.json")
+        return content
+
+    def environment(self) -> dict[str, Any]:
+        """Read env.json: where the run was made."""
+        return self.read("env.json")
 
     def append_points(self, points: Iterable[CurvePoint]) -> None:
         """Append evaluations to curve.jsonl.
@@ -200,35 +198,56 @@ class RunFolder:
         rows = {_identity(point): point for point in self.points()}
         for point in points:
             rows.setdefault(_identity(point), point)
-        self._write_lines("curve.jsonl", list(rows.values()))
+        self.write_lines("curve.jsonl", list(rows.values()))
+        self._update_counts()
 
     def points(self) -> list[CurvePoint]:
         """Read the evaluations of all stages, in the order they were added."""
-        return self._read_lines("curve.jsonl", CurvePoint, schema.POINT)
+        return self.read_lines("curve.jsonl", CurvePoint, schema.POINT)
 
     def add_stage(self, stage: StageRecord) -> None:
         """Add a finished stage to stages.jsonl, replacing one of the same index."""
         rows = {known.index: known for known in self.stages()} | {stage.index: stage}
-        self._write_lines("stages.jsonl", [rows[index] for index in sorted(rows)])
+        self.write_lines("stages.jsonl", [rows[index] for index in sorted(rows)])
+        self._update_counts()
 
     def stages(self) -> list[StageRecord]:
         """Read the finished stages, ordered by index."""
-        return self._read_lines("stages.jsonl", StageRecord, schema.STAGE)
+        return self.read_lines("stages.jsonl", StageRecord, schema.STAGE)
 
     def add_protocol(self, digest: str, fields: Mapping[str, Any]) -> None:
         """Store the fields behind the hash of an evaluation protocol."""
         known = self.protocols()
         if digest not in known:
-            self._write("protocols.json", {"protocols": {**known, digest: fields}})
+            self.write("protocols.json", {"protocols": {**known, digest: fields}})
 
     def protocols(self) -> dict[str, dict[str, Any]]:
         """Read the evaluation protocols: hash -> fields."""
         if not (self.path / "protocols.json").exists():
             return {}
-        content = self._read("protocols.json")
-        if not isinstance(content.get("protocols"), dict):
-            raise UserError(f"{self.path / 'protocols.json'} has no field 'protocols'; {REMEDY}")
-        return dict(content["protocols"])
+        fields: Fields = {"protocols": schema.mappings}
+        found = convert(self.read("protocols.json"), fields, self.path / "protocols.json")
+        return dict(found["protocols"])
+
+    def weights_sha256(self, file: Path) -> str | None:
+        """The recorded sha256 of a weight file in a stage's folder; None if schema 2 recorded none.
+
+        Raises:
+            UserError: If there is no record of the file, or if two records differ.
+        """
+        index, _, name = file.parent.name.partition("-")
+        found = self.stage(int(index), name).weight_hashes().get(file.name)
+        kind, _, step = file.stem.partition("-")
+        for stage in self.stages():
+            if (stage.index, stage.steps) == (int(index), int(step)) and kind in stage.sha256:
+                if found not in (None, stage.sha256[kind]):
+                    raise UserError(
+                        f"the records of {file} differ: {found} and {stage.sha256[kind]}; {REMEDY}"
+                    )
+                found = stage.sha256[kind]
+        if found is None and self.binding.schema == SCHEMA:
+            raise UserError(f"the sha256 of {file} is not recorded, so it is not of this run; {REMEDY}")
+        return found
 
     def record(self) -> RunRecord:
         """Read everything that `compare` needs.
@@ -236,69 +255,44 @@ class RunFolder:
         Raises:
             UserError: If a file is missing or damaged; the message names the file, line and field.
         """
-        spec, file = self.spec(), self.path / "spec.json"
-        fields = convert(spec, schema.SPEC, file)
-        backbone = convert(fields["backbone"], {"name": schema.text, "size": schema.text}, file)
-        recipe = convert(
-            fields["recipe"], {"name": schema.text, "options": schema.mapping, "needs": schema.text}, file
-        )
-        train = convert(
-            fields["train"], {"steps": schema.whole, "batch": schema.whole, "precision": schema.text}, file
-        )
-        return RunRecord(
-            run_id=fields["run_id"],
+        # Counts are written after the records, and protocols before them: a run may be under way.
+        spec, status = self.spec(), self.read("status.json")
+        state = convert(status, {"state": schema.text}, self.path / "status.json")["state"]
+        record = RunRecord(
+            run_id=spec["run_id"],
             path=str(self.path),
-            status=convert(self.status(), {"state": schema.text}, self.path / "status.json")["state"],
-            dataset=fields["dataset"],
-            backbone=f"{backbone['name']}-{backbone['size']}",
-            objective=fields["objective"],
-            recipe=recipe["name"],
-            options=recipe["options"],
-            needs=recipe["needs"],
-            seed=fields["seed"],
-            steps=train["steps"],
-            batch=train["batch"],
-            precision=train["precision"],
-            setting_hash=fields["setting_hash"],
-            train_hash=fields["train_hash"],
+            status=state,
+            dataset=spec["dataset"],
+            backbone=network_name(spec["backbone"]),
+            objective=spec["objective"],
+            recipe=spec["recipe"]["name"],
+            options=spec["recipe"]["options"],
+            needs=spec["recipe"]["needs"],
+            seed=spec["seed"],
+            steps=spec["train"]["steps"],
+            batch=spec["train"]["batch"],
+            precision=spec["train"]["precision"],
+            setting_hash=spec["setting_hash"],
+            train_hash=spec["train_hash"],
             stages=self.stages(),
             curve=self.points(),
             protocols=self.protocols(),
             spec=spec,
+            schema=self.binding.schema,
         )
+        if self.binding.schema == SCHEMA:
+            fields: Fields = {"counts": schema.section(**dict.fromkeys(COUNTED, schema.whole))}
+            require_consistent(record, convert(status, fields, self.path / "status.json")["counts"])
+        return record
 
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        text = json.dumps(plain({"schema": SCHEMA, **content}), indent=1, allow_nan=False)
-        atomic_write(self.path / name, text + "\n")
+    def _write_status(self, content: Mapping[str, Any]) -> None:
+        counts = {"curve": len(self.points()), "stages": len(self.stages())}
+        extra = {"counts": counts} if self.binding.schema == SCHEMA else {}
+        self.write("status.json", {**content, **extra})
 
-    def _write_lines(self, name: str, records: Sequence[CurvePoint | StageRecord]) -> None:
-        rows = [plain({"schema": SCHEMA, **asdict(record)}) for record in records]
-        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
-        if lines:
-            atomic_write(self.path / name, "".join(lines))
-
-    def _read(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        try:
-            return parse(path.read_bytes(), path)
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror}); {REMEDY}") from None
-
-    def _read_lines(self, name: str, cls: Callable[..., Record], fields: Fields) -> list[Record]:
-        path = self.path / name
-        if not path.exists():
-            return []
-        *lines, rest = path.read_bytes().split(b"\n")
-        if rest or not lines:
-            raise UserError(f"{path} line {len(lines) + 1} is cut off; {REMEDY}")
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            where = f"{path} line {number}"
-            row = parse(line, where)
-            if unknown := sorted(row.keys() - fields.keys()):
-                raise UserError(f"{where} has an unknown field '{unknown[0]}'; {REMEDY}")
-            rows.append(cls(**convert(row, fields, where)))
-        return rows
+    def _update_counts(self) -> None:
+        if (self.path / "status.json").exists():
+            self._write_status(self.status())
 
 
 def _checked_id(run_id: str) -> str:

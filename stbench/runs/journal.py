@@ -14,9 +14,11 @@ from typing import Any, Literal, get_args
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.runs import schema
-from stbench.runs.records import SCHEMA, RunRecord, row_label
+from stbench.runs.records import RunRecord, row_label
+from stbench.runs.sealed import Binding, parse, seal, unseal
 
 JOURNAL_FILE = "sweep.json"
+REMEDY = "restore the file, or delete it and rerun `stbench sweep`, which keeps finished runs"
 State = Literal["waiting", "running", "failed", "finished"]
 
 
@@ -55,9 +57,8 @@ class JournalEntry:
 
 def write_journal(root: Path, entries: Iterable[JournalEntry]) -> None:
     """Write the journal of the run folders in `root`, replacing an existing one."""
-    rows = [schema.plain(asdict(entry)) for entry in entries]
-    content = json.dumps({"schema": SCHEMA, "runs": rows}, indent=1)
-    atomic_write(root / JOURNAL_FILE, f"{content}\n")
+    record = seal({"runs": [asdict(entry) for entry in entries]}, Binding(), JOURNAL_FILE)
+    atomic_write(root / JOURNAL_FILE, f"{json.dumps(record, indent=1)}\n")
 
 
 def read_journal(root: Path) -> list[JournalEntry]:
@@ -69,9 +70,11 @@ def read_journal(root: Path) -> list[JournalEntry]:
     path = root / JOURNAL_FILE
     if not path.exists():
         return []
-    rows = schema.parse(path.read_bytes(), path).get("runs")
-    if not isinstance(rows, list):
-        raise UserError(f"{path} lacks 'runs'; {schema.REMEDY}")
+    record = parse(path.read_bytes(), path, remedy=REMEDY)
+    content = unseal(record, Binding(schema=record["schema"]), JOURNAL_FILE, path, remedy=REMEDY)
+    rows = content.get("runs")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path} has no valid field 'runs'; {REMEDY}")
     return [JournalEntry(**schema.convert(row, _FIELDS, path)) for row in rows]
 
 

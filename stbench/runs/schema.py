@@ -1,4 +1,4 @@
-"""The fields of the files in a run folder: records to JSON and back, with strict checks. Opens no file.
+"""The fields of the files in a run folder: the type of each, and JSON values for floats. Opens no file.
 
 Floats are written with `repr` and read back bit for bit. JSON has no infinities and no NaN, so these are
 written as the strings "inf", "-inf" and "nan". Every error is one line that names the place and the field.
@@ -6,17 +6,21 @@ written as the strings "inf", "-inf" and "nan". Every error is one line that nam
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stbench.core.errors import UserError
-from stbench.runs.records import SCHEMA
 
 Fields = Mapping[str, Callable[[Any], Any]]
 """Name of a field -> function that checks and converts its JSON value."""
+
+LONGEST_VALUE = 60
+"""Characters of an invalid value that an error message shows."""
+
+NOT_FINITE = ("nan", "inf", "-inf")
+"""Strings that stand for floats that are not finite."""
 
 REMEDY = "restore the file, or delete the folder and run `stbench run` again"
 
@@ -32,32 +36,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def parse(data: bytes, where: Path | str) -> dict[str, Any]:
-    """Parse a JSON object of the current schema; returns it without its "schema" field.
-
-    Raises:
-        UserError: If the data are not a JSON object, or have another schema.
-    """
-    try:
-        content = json.loads(data)
-    except ValueError:
-        raise UserError(f"{where} is not complete JSON (cut off or damaged); {REMEDY}") from None
-    if not isinstance(content, dict) or "schema" not in content:
-        raise UserError(f"{where} has no field 'schema'; {REMEDY}")
-    found = content.pop("schema")
-    if found == 1:
-        raise UserError(
-            f"{where} has schema 1, but this version reads schema {SCHEMA}; convert the folder that contains "
-            f"the run folders with `python scripts/migrate_records.py FOLDER`"
-        )
-    if found != SCHEMA:
-        raise UserError(
-            f"{where} has schema {found!r}, but this version reads schema {SCHEMA}; use the version of "
-            f"stbench that wrote it"
-        )
-    return content
-
-
 def convert(row: Mapping[str, Any], fields: Fields, where: Path | str) -> dict[str, Any]:
     """Convert the named fields of a row.
 
@@ -70,8 +48,10 @@ def convert(row: Mapping[str, Any], fields: Fields, where: Path | str) -> dict[s
             raise UserError(f"{where} has no field '{name}'; {REMEDY}")
         try:
             values[name] = converter(row[name])
-        except (TypeError, ValueError):
-            raise UserError(f"{where}: {name} = {row[name]!r} is not a valid value; {REMEDY}") from None
+        except (TypeError, ValueError, OverflowError):
+            found = repr(row[name])
+            found = found if len(found) <= LONGEST_VALUE else f"{found[:LONGEST_VALUE]}..."
+            raise UserError(f"{where}: {name} = {found} is not a valid value; {REMEDY}") from None
     return values
 
 
@@ -84,18 +64,79 @@ def _typed(kind: type) -> Callable[[Any], Any]:
     return checked
 
 
-text, whole, flag, mapping = _typed(str), _typed(int), _typed(bool), _typed(dict)
+text, flag, mapping, sequence = _typed(str), _typed(bool), _typed(dict), _typed(list)
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
+def whole(value: Any) -> int:
+    """Check a non-negative integer below 2^63; True and False are not integers."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise TypeError
+    return value
+
+
+def number(value: Any) -> float:
+    """Check a number, or one of the strings that `plain` writes for a float that is not finite."""
+    if value not in NOT_FINITE and type(value) not in (int, float):
         raise TypeError
     return float(value)
 
 
+def numbers(value: Any) -> dict[str, float]:
+    """Check a mapping from names to numbers."""
+    return {name: number(item) for name, item in mapping(value).items()}
+
+
+def texts(value: Any) -> dict[str, str]:
+    """Check a mapping from names to strings."""
+    return {name: text(item) for name, item in mapping(value).items()}
+
+
+def digest(value: Any) -> str:
+    """Check a sha256 in hexadecimal."""
+    if len(text(value)) != 64 or not set(value) <= set("0123456789abcdef"):
+        raise ValueError
+    return str(value)
+
+
+def digests(value: Any) -> dict[str, str]:
+    """Check a mapping from names to sha256 in hexadecimal."""
+    return {name: digest(item) for name, item in mapping(value).items()}
+
+
+def mappings(value: Any) -> dict[str, dict[str, Any]]:
+    """Check a mapping from names to mappings."""
+    return {name: mapping(item) for name, item in mapping(value).items()}
+
+
+def section(**fields: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return a check of a mapping with at least these fields; the value is returned unchanged."""
+
+    def checked(value: Any) -> Any:
+        for name, converter in fields.items():
+            if name not in mapping(value):
+                raise TypeError
+            converter(value[name])
+        return value
+
+    return checked
+
+
 def _interval(value: Any) -> tuple[float, float]:
-    low, high = value
-    return _number(low), _number(high)
+    low, high = sequence(value)
+    return number(low), number(high)
+
+
+def _backbone(value: Any) -> Any:
+    optional = [mapping(value)[name] for name in ("options", "effective") if name in mapping(value)]
+    for options in optional:
+        mapping(options)
+    return section(name=text, size=text)(value)
+
+
+def _stages(value: Any) -> Any:
+    for stage in sequence(value):
+        section(name=text, steps=whole, images=whole, supervision=mapping)(stage)
+    return value
 
 
 POINT: Fields = {
@@ -103,39 +144,49 @@ POINT: Fields = {
     "stage_index": whole,
     "step": whole,
     "images": whole,
-    "guidance": _number,
+    "guidance": number,
     "interval": _interval,
     "protocol": text,
-    "metrics": lambda value: {name: _number(number) for name, number in mapping(value).items()},
-    "val_loss": lambda value: [_number(number) for number in value],
-    "seconds": _number,
-    "flops": _number,
+    "metrics": numbers,
+    "val_loss": lambda value: [number(item) for item in sequence(value)],
+    "seconds": number,
+    "flops": number,
 }
 STAGE: Fields = {
     "name": text,
     "index": whole,
     "steps": whole,
     "images": whole,
-    "seconds": _number,
-    "warmup_seconds": _number,
-    "flops_student": _number,
-    "flops_heads": _number,
-    "flops_teachers": _number,
+    "seconds": number,
+    "warmup_seconds": number,
+    "flops_student": number,
+    "flops_heads": number,
+    "flops_teachers": number,
     "fingerprint": text,
-    "sha256": mapping,
+    "sha256": digests,
     "reused": flag,
+}
+STATE: Fields = {
+    "file": text,
+    "sha256": digest,
+    "step": whole,
+    "seconds": number,
+    "warmup_seconds": number,
+    "cost": numbers,
 }
 SPEC: Fields = {
     "run_id": text,
     "dataset": text,
-    "backbone": mapping,
+    "backbone": _backbone,
     "objective": text,
-    "recipe": mapping,
-    "train": mapping,
+    "recipe": section(name=text, options=mapping, needs=text),
+    "train": section(steps=whole, batch=whole, precision=text),
     "eval": mapping,
     "seed": whole,
     "stage_count": whole,
     "setting_hash": text,
     "train_hash": text,
-    "plugins": mapping,
+    "plugins": texts,
 }
+OPTIONAL: Fields = {"row_hash": text, "stages": _stages}
+"""Fields of spec.json that the earliest records lack."""

@@ -18,6 +18,9 @@ class Hook:
         """Whether `on_step` should be called now. Reading the losses synchronises the device."""
         return bool(self.every) and (step % self.every == 0 or step == stage.steps)
 
+    def on_notice(self, text: str) -> None:
+        """The run resumes, and the user should know `text`, one line."""
+
     def on_stage(self, stage: PlannedStage, step: int) -> None:
         """A stage begins, or resumes after `step` steps."""
 

@@ -20,12 +20,13 @@ from stbench.config.plan import PlannedStage, PreparedRun
 from stbench.core.backbone import Backbone, Weights
 from stbench.core.errors import UserError
 from stbench.core.recipe import Artifact, Cost
-from stbench.core.rng import key
+from stbench.core.rng import key, seeded_globals
 from stbench.data.dataset import Dataset
 from stbench.evaluate.points import PointEvaluator
-from stbench.models.weights import load_weights, save_weights
+from stbench.models.weights import load_weights, require_finite, save_weights
 from stbench.runs.folder import OutputFolder, RunFolder
 from stbench.runs.records import StageRecord
+from stbench.train.divergence import LossMonitor, diverged, first_bad_tensor
 from stbench.train.hooks import Hook
 from stbench.train.interrupt import Interrupt
 from stbench.train.state import TrainingState, load_state, publish_artifact, reuse_artifact, save_state
@@ -34,7 +35,7 @@ from stbench.train.step import StageModel, make_optimizer, training_step
 Keep = Literal["all", "last"]
 
 CHECK_EVERY = 50
-"""Steps between checks that the loss is finite; each check synchronises the device."""
+"""Steps between checks that the losses are finite, besides every save; each synchronises the device."""
 
 
 class Interrupted(Exception):
@@ -77,7 +78,7 @@ class StageTrainer:
         self._options, self._hooks, self._interrupt = options, hooks, interrupt
         self._earlier = earlier
         self._evaluator = PointEvaluator(prepared, stage, folder, dataset=dataset, device=options.device)
-        self._state = TrainingState()
+        self._state, self._losses = TrainingState(), LossMonitor()
 
     def execute(self) -> Artifact:
         """Return the stage's artifact: already recorded, reused from another run, or trained now."""
@@ -101,6 +102,8 @@ class StageTrainer:
         record = reuse_artifact(self._output, self._folder, self._stage.fingerprint)
         if record is None:
             return None
+        for kind, sha256 in record.sha256.items():
+            self._folder.record_weights(kind, record.steps, sha256)
         for hook in self._hooks:
             hook.on_stage(self._stage, self._stage.steps)
         ema = self._load("ema", record.sha256["ema"]).to(self._options.device)
@@ -123,14 +126,18 @@ class StageTrainer:
     def _load(self, weights: Weights, sha256: str) -> Backbone:
         """The network with the final weights of this stage, on the host."""
         network = build_backbone(self._spec.backbone, self._spec.objective, self._dataset)
-        network.load_state_dict(load_weights(self._folder.weights(weights, self._stage.steps), sha256))
+        file = self._folder.weights(weights, self._stage.steps)
+        state = load_weights(file, sha256)
+        require_finite(state, str(file), "delete the run folder and train it with a smaller learning rate")
+        network.load_state_dict(state)
         return network
 
     def _train(self) -> StageRecord:
         """Train from the last saved state to the last step of the stage."""
         # Build, and restore the last saved state.
         stage, train, device = self._stage, self._spec.train, self._options.device
-        model = self._build()
+        with seeded_globals(self._spec.seed, "setup", device=device):  # for plug-ins that draw in `setup`
+            model = self._build()
         optimizer = make_optimizer(model.trained_parameters(), train, device)
         self._folder.path.mkdir(parents=True, exist_ok=True)
         self._state = load_state(self._folder, _networks(model), optimizer) or TrainingState()
@@ -184,10 +191,12 @@ class StageTrainer:
     def _count_step(self, model: StageModel, started: float, losses: Mapping[str, torch.Tensor]) -> None:
         """Advance the counters. Reading losses synchronises the device, so it is done only where needed."""
         step = self._state.step + 1
+        norm = {} if model.gradient_norm is None else {"gradient norm": model.gradient_norm}
+        self._losses.add(step, {**losses, **norm})
         wanted = [hook for hook in self._hooks if hook.wants(step, self._stage)]
         if wanted or step % CHECK_EVERY == 0:
+            self._require_finite_losses()
             values = {name: float(value) for name, value in losses.items()}
-            self._require_finite(step, values)
             for hook in self._hooks:
                 hook.on_step(self._stage, step, values)
         took = time.perf_counter() - started
@@ -199,12 +208,27 @@ class StageTrainer:
             cost=asdict(model.cost),
         )
 
-    def _require_finite(self, step: int, losses: Mapping[str, float]) -> None:
-        if not all(abs(value) < float("inf") for value in losses.values()):
-            raise UserError(
-                f"loss is not finite at step {step} of stage '{self._stage.name}' ({losses}); "
-                f"try a smaller learning rate, --set train.lr={self._spec.train.lr / 2}"
-            )
+    def _require_finite_losses(self) -> None:
+        """Raise UserError if a loss or a gradient since the last call was not finite."""
+        bad = self._losses.first_bad()
+        if bad is not None:
+            values = ", ".join(f"{name}={value:g}" for name, value in bad[1].items())
+            raise self._diverged(f"loss or gradient is not finite at step {bad[0]} ({values})")
+
+    def _require_finite_state(self, model: StageModel, optimizer: torch.optim.Optimizer) -> None:
+        """Raise UserError if weights or optimiser contain values that are not finite."""
+        bad = first_bad_tensor(_networks(model), optimizer)
+        if bad is not None:
+            raise self._diverged(f"the weights are not finite after step {self._state.step} ({bad})")
+
+    def _diverged(self, reason: str) -> UserError:
+        return diverged(
+            f"{reason} of stage '{self._stage.name}'",
+            run=self._run_folder.path,
+            folder=self._folder,
+            is_last=self._stage.is_last,
+            lr=self._spec.train.lr,
+        )
 
     def _after_step(self, model: StageModel, optimizer: torch.optim.Optimizer) -> None:
         """Save, stop and evaluate where these are due, in this order."""
@@ -212,6 +236,8 @@ class StageTrainer:
         at_point, stop = step in self._stage.points, self._interrupt.requested
         if at_point or stop or step % self._spec.train.save_every == 0 or step == self._stage.steps:
             self._synchronise()
+            self._require_finite_losses()
+            self._require_finite_state(model, optimizer)
             save_state(self._folder, self._state, _networks(model), optimizer)
         if stop:
             raise Interrupted(str(self._run_folder.path))
@@ -228,11 +254,12 @@ class StageTrainer:
     def _evaluate_point(self, model: StageModel) -> None:
         """Store the EMA weights of this point and evaluate them."""
         step = self._state.step
-        save_weights(model.ema.state_dict(), self._folder.weights("ema", step))
+        self._store("ema", step, model.ema)
         if self._options.keep == "last":
             for other, file in self._folder.weight_files("ema").items():
                 if other != step:
                     file.unlink()
+            self._folder.forget_missing()
         self._evaluate(model.ema, step, seconds=self._state.seconds, flops=model.cost.total)
 
     def _evaluate(self, ema: Backbone, step: int, *, seconds: float, flops: float) -> None:
@@ -240,12 +267,18 @@ class StageTrainer:
             for hook in self._hooks:
                 hook.on_point(self._stage, point)
 
+    def _store(self, kind: Weights, step: int, network: torch.nn.Module) -> str:
+        """Write the weights of a step and record their sha256, which is returned."""
+        sha256 = save_weights(network.state_dict(), self._folder.weights(kind, step))
+        self._folder.record_weights(kind, step, sha256)
+        return sha256
+
     def _record(self, model: StageModel) -> StageRecord:
         """Store the final weights and describe the finished stage."""
         steps = self._stage.steps
         sha256 = {
-            "raw": save_weights(model.student.state_dict(), self._folder.weights("raw", steps)),
-            "ema": save_weights(model.ema.state_dict(), self._folder.weights("ema", steps)),
+            "raw": self._store("raw", steps, model.student),
+            "ema": self._store("ema", steps, model.ema),
         }
         return StageRecord(
             name=self._stage.name,

@@ -19,10 +19,15 @@ from torch import Tensor, nn
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.core.recipe import Cost
-from stbench.models.weights import load_weights, save_weights
+from stbench.models.weights import load_weights, require_finite, save_weights
 from stbench.runs import schema
-from stbench.runs.folder import OutputFolder, StageFolder
-from stbench.runs.records import SCHEMA, StageRecord
+from stbench.runs.folder import OutputFolder
+from stbench.runs.records import StageRecord
+from stbench.runs.sealed import Binding, parse, seal, unseal
+from stbench.runs.stage_folder import StageFolder
+
+ARTIFACT = "artifact.json"
+"""Record of a published stage, next to its weights."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,7 @@ def save_state(
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
     file = folder.state(state.step)
     digest = save_weights(tensors, file)
-    content = {"schema": SCHEMA, "file": file.name, "sha256": digest, **asdict(state)}
-    atomic_write(folder.state_index, json.dumps(content, indent=1) + "\n")
+    folder.write(folder.state_index, {"file": file.name, "sha256": digest, **asdict(state)})
     for old in folder.states():
         if old != file:
             old.unlink()
@@ -70,24 +74,34 @@ def load_state(
     index = folder.state_index
     if not index.is_file():
         return None
-    row = schema.parse(index.read_bytes(), index)
-    fields = {"file": schema.text, "sha256": schema.text, "step": schema.whole, "seconds": float}
-    fields |= {"warmup_seconds": float, "cost": schema.mapping}
-    values = schema.convert(row, fields, index)
+    values = schema.convert(folder.read(index), schema.STATE, index)
+    file, expected = values.pop("file"), folder.state(values["step"]).name
+    if file != expected:
+        raise UserError(
+            f"{index} is damaged: expected the file {expected}, found {file!r}; {_remedy(folder)}"
+        )
     try:
-        tensors = load_weights(folder.path / values.pop("file"), values.pop("sha256"))
+        tensors = load_weights(folder.path / file, values.pop("sha256"))
     except UserError as error:
-        reason = str(error).rsplit(";", 1)[0]
-        raise UserError(f"{reason}; delete {folder.path} to train this stage again") from error
-
-    for name, network in networks.items():
-        network.load_state_dict(_with_prefix(tensors, f"{name}."))
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in _with_prefix(tensors, "optimizer.").items():
-        number, name = key.split(".", 1)
-        moments.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+        raise UserError(f"{str(error).rsplit(';', 1)[0]}; {_remedy(folder)}") from error
+    require_finite(tensors, str(folder.path / file), _remedy(folder))
+    try:
+        values["cost"] = asdict(Cost(**values["cost"]))
+        for name, network in networks.items():
+            network.load_state_dict(_with_prefix(tensors, f"{name}."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for key, value in _with_prefix(tensors, "optimizer.").items():
+            number, name = key.split(".", 1)
+            moments.setdefault(int(number), {})[name] = value
+        optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{index} is not a state of this run ({reason}); {_remedy(folder)}") from error
     return TrainingState(**values)
+
+
+def _remedy(folder: StageFolder) -> str:
+    return f"delete {folder.path} to train this stage again"
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -120,7 +134,7 @@ def reuse_artifact(output: OutputFolder, folder: StageFolder, fingerprint: str) 
     source = output.artifact(fingerprint)
     if not source.is_dir():
         return None
-    record = read_artifact(source)
+    record = read_artifact(source, fingerprint)
     folder.path.mkdir(parents=True, exist_ok=True)
     for kind in ("raw", "ema"):
         file = source / f"{kind}.safetensors"
@@ -131,19 +145,30 @@ def reuse_artifact(output: OutputFolder, folder: StageFolder, fingerprint: str) 
 
 def write_artifact(folder: Path, record: StageRecord) -> None:
     """Write the record of a finished stage next to its raw.safetensors and ema.safetensors."""
-    atomic_write(folder / "artifact.json", json.dumps({"schema": SCHEMA, **asdict(record)}, indent=1) + "\n")
+    content = seal(asdict(record), Binding(record.fingerprint), ARTIFACT)
+    atomic_write(folder / ARTIFACT, json.dumps(content, indent=1) + "\n")
 
 
-def read_artifact(folder: Path) -> StageRecord:
-    """Read the record of a finished stage.
+def read_artifact(folder: Path, fingerprint: str) -> StageRecord:
+    """Read the record of the finished stage with this fingerprint.
 
     Raises:
-        UserError: If it is missing, damaged or of another version.
+        UserError: If it is missing, damaged, of another version or of another stage.
     """
-    file = folder / "artifact.json"
+    file = folder / ARTIFACT
     if not file.is_file():
-        raise UserError(f"{folder} contains no artifact.json; delete the folder and run the command again")
-    return StageRecord(**schema.convert(schema.parse(file.read_bytes(), file), schema.STAGE, file))
+        raise UserError(f"{folder} contains no {ARTIFACT}; delete the folder and run the command again")
+    try:
+        content = parse(file.read_bytes(), file)
+        binding = Binding(fingerprint, content["schema"])
+        record = StageRecord(**schema.convert(unseal(content, binding, ARTIFACT, file), schema.STAGE, file))
+    except UserError as error:
+        raise UserError(
+            f"{str(error).rsplit(';', 1)[0]}; delete {folder} and run the command again"
+        ) from error
+    if record.fingerprint != fingerprint or not {"raw", "ema"} <= record.sha256.keys():
+        raise UserError(f"{file} is of another stage; delete {folder} and run the command again")
+    return record
 
 
 def link(source: Path, target: Path) -> None:

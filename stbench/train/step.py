@@ -17,7 +17,7 @@ from stbench.core.errors import UserError
 from stbench.core.objective import Batch, Objective
 from stbench.core.phases import phase
 from stbench.core.recipe import Cost, Step, Supervision, Term
-from stbench.core.rng import Rng, key
+from stbench.core.rng import Rng, key, seeded_globals
 from stbench.core.safe_load import shown
 from stbench.data.dataset import Dataset
 
@@ -40,6 +40,8 @@ class StageModel(nn.Module):
 
     ema: Backbone
     supervision: Supervision
+    gradient_norm: Tensor | None
+    """Norm of the last gradient before clipping, on the device; None without clipping."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class StageModel(nn.Module):
         object.__setattr__(self, "supervision", supervision)
         self.objective, self.dataset_size = objective, dataset_size
         self.cost = Cost()
+        self.gradient_norm: Tensor | None = None
         self._student_flops = float(student.flops())
 
     def prepare(self, device: torch.device, compile_student: bool = False) -> None:
@@ -153,7 +156,8 @@ def training_step(
     """
     losses: dict[str, Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
-    with tf32(train.precision == "tf32"):
+    globals_seeded = seeded_globals(seed, "global", step * train.batch, device)
+    with tf32(train.precision == "tf32"), globals_seeded:
         for batch in draw_batches(dataset, train, model.supervision, seed=seed, step=step):
             # Corrupt, forward, denoising loss and terms. Autocast must not cover the backward pass, which
             # runs in the types that the forward pass chose.
@@ -170,7 +174,8 @@ def training_step(
     # Clip.
     with phase("optimizer"):
         if train.clip is not None:
-            torch.nn.utils.clip_grad_norm_(model.trained_parameters(), train.clip)
+            norm = torch.nn.utils.clip_grad_norm_(model.trained_parameters(), train.clip)
+            model.gradient_norm = norm.detach()
 
         # Optimiser.
         for group in optimizer.param_groups:

@@ -115,7 +115,7 @@ def test_mistakes_in_what_is_scored_are_one_line(tmp_path: Path, stbench: Comman
         ((), "to score images, add --reference REF"),
         (
             ("--reference", tmp_path / "samples.npz", "--samples", 20),
-            "--samples, --eval-guidance and --set apply to a run",
+            "--samples, --eval-guidance, --set and --plugin apply to a run",
         ),
         (("--reference", tmp_path / "gone"), "gone not found; expected an ADM npz"),
     ):

@@ -16,7 +16,7 @@ MISTAKES = {
     "objective of a run": (("nowhere", "--objective", "linear"), "apply to --checkpoint"),
     "weights": (("--checkpoint", "x.pt", "--weights", "mean"), "--weights must be ema or raw, found 'mean'"),
     "suffix": (("nowhere", "--output", "x.png"), "must be a folder or a file that ends in .npz"),
-    "twice": (("nowhere", "--output", "x", "--output", "./x"), "names the same path twice"),
+    "twice": (("nowhere", "--output", "x", "--output", "./x"), "give each output a path of its own"),
     "no decoder": (("--checkpoint", "x.pt"), "official weights need a decoder: add --vae"),
     "guidance": (("nowhere", "--cfg", "0.5"), "Invalid value for '--cfg'"),
 }

@@ -58,7 +58,7 @@ def draw(digits: Dataset, n: int = 60, **changes: object) -> tuple[Tensor, Tenso
         "steps": 2,
         "guidance": Guidance(),
     } | changes
-    return generate(Linear(), LinearFlow(), digits, n=n, device="cpu", **options)  # type: ignore[arg-type]
+    return generate(Linear(), LinearFlow(), digits, n=n, device="cpu", **options)[:2]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler-maruyama"])
@@ -169,3 +169,27 @@ def test_a_grid_can_be_in_colour(tmp_path: Path) -> None:
     image = torch.tensor([10, 20, 30]).to(torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     save_grid(image, tmp_path / "grid.png", columns=1)
     assert np.asarray(Image.open(tmp_path / "grid.png"))[3, 3].tolist() == [10, 20, 30]
+
+
+class NotANumber(Zero):
+    """Predicts NaN."""
+
+    def forward_intermediates(self, x: Tensor, *args: Tensor, **options: object) -> tuple[Tensor, Features]:  # type: ignore[override]
+        return torch.full_like(x, torch.nan), {}
+
+
+@pytest.mark.parametrize("network", [Zero, NotANumber])
+def test_latents_that_are_not_finite_are_reported(digits: Dataset, network: type[Linear]) -> None:
+    finite = generate(
+        network(),
+        LinearFlow(),
+        digits,
+        n=50,
+        labels="balanced",
+        seed=0,
+        sampler="euler",
+        steps=2,
+        guidance=Guidance(),
+        device="cpu",
+    )[2]
+    assert finite == (network is Zero)

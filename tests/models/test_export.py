@@ -47,14 +47,13 @@ def past(tmp_path: Path) -> Callable[..., Path]:
         folder = RunFolder(options.output / prepared.run_id)
         with folder.lock():
             engine.open_folder(folder, prepared, options)
-        place = folder.stage(0, prepared.stages[0].name).path
-        place.mkdir(parents=True)
+        stage = folder.stage(0, prepared.stages[0].name)
         for weights in ("raw", "ema"):
             net = build_backbone(spec.backbone, spec.objective, prepared.dataset)
             for name, parameter in net.named_parameters():
                 if name != "pos_embed" or spec.backbone.name == "uvit":
                     torch.nn.init.normal_(parameter, std=0.1)
-            save_weights(net.state_dict(), place / f"{weights}-00000002.safetensors")
+            stage.record_weights(weights, 2, save_weights(net.state_dict(), stage.weights(weights, 2)))
         return folder.path
 
     return make

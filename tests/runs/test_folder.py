@@ -63,7 +63,7 @@ def test_files_are_strict_json_with_a_schema(folder: RunFolder) -> None:
     for name in ("curve", "stages"):
         texts += (folder.path / f"{name}.jsonl").read_text().splitlines()
     for text in texts:
-        assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["schema"] == 2
+        assert json.loads(text, parse_constant=lambda name: pytest.fail(name))["schema"] == 3
 
 
 def test_record_reads_every_field(folder: RunFolder) -> None:
@@ -126,20 +126,16 @@ def test_the_line_number_is_named(folder: RunFolder) -> None:
 
 
 def edited(folder: RunFolder, name: str, **changes: object) -> None:
-    """Change keys of the last object of a file; None removes one."""
-    file = folder.path / name
-    *lines, last = file.read_text().splitlines() if name.endswith("l") else [file.read_text()]
-    content = json.loads(last) | changes
-    content = {key: value for key, value in content.items() if value is not None}
-    file.write_text("\n".join([*lines, json.dumps(content)]) + "\n")
+    """Change fields of the last record of a file, with a valid checksum; None removes one."""
+    runs.edit_record(folder.path / name, **changes)
 
 
 @pytest.mark.parametrize(
     "name", ["spec.json", "status.json", "protocols.json", "curve.jsonl", "stages.jsonl"]
 )
 def test_another_schema_is_refused(folder: RunFolder, name: str) -> None:
-    edited(folder, name, schema=3)
-    assert "schema 3" in refusal(folder.path)
+    edited(folder, name, schema=4)
+    assert "schema '4'" in refusal(folder.path)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from stbench.core.errors import UserError
 from stbench.runs.journal import JOURNAL_FILE, merge_journals, read_journal, reconcile, write_journal
-from tests.fake_runs import make_entry, make_record
+from tests.fake_runs import edit_record, make_entry, make_record
 
 ENTRY = make_entry("vanilla", options={"coefficient": 0.5})
 
@@ -29,7 +30,8 @@ def test_a_missing_journal_has_no_entries(tmp_path: Path) -> None:
 def test_an_invalid_field_is_a_one_line_error(tmp_path: Path, damage: str) -> None:
     write_journal(tmp_path, [ENTRY])
     path = tmp_path / JOURNAL_FILE
-    path.write_text(path.read_text().replace('"state": "waiting"', damage))
+    field, value = json.loads(f"[{damage.replace(':', ',')}]")
+    edit_record(path, runs=[{**json.loads(path.read_text())["runs"][0], field: value}])
     with pytest.raises(UserError, match="state = ") as caught:
         read_journal(tmp_path)
     assert "\n" not in str(caught.value)
@@ -38,8 +40,8 @@ def test_an_invalid_field_is_a_one_line_error(tmp_path: Path, damage: str) -> No
 def test_a_journal_without_runs_is_an_error(tmp_path: Path) -> None:
     write_journal(tmp_path, [])
     path = tmp_path / JOURNAL_FILE
-    path.write_text(path.read_text().replace('"runs"', '"entries"'))
-    with pytest.raises(UserError, match="lacks 'runs'"):
+    edit_record(path, runs=None)
+    with pytest.raises(UserError, match="no valid field 'runs'"):
         read_journal(tmp_path)
 
 
@@ -54,3 +56,11 @@ def test_a_finished_run_folder_takes_precedence_over_the_journal() -> None:
     entry = replace(ENTRY, run_id=record.run_id, steps=record.steps, state="failed", error="killed")
     longer = replace(entry, steps=2 * record.steps)
     assert reconcile([entry, longer], [record]) == [replace(entry, state="finished", error=""), longer]
+
+
+def test_a_changed_journal_is_an_error(tmp_path: Path) -> None:
+    write_journal(tmp_path, [ENTRY])
+    path = tmp_path / JOURNAL_FILE
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match="is damaged.*rerun `stbench sweep`"):
+        read_journal(tmp_path)

@@ -96,14 +96,14 @@ def child(output: Path, event: str | None) -> tuple[bool, str]:
 
 
 def digest(output: Path) -> dict[str, str]:
-    """Hashes of all weight files, and the curve and stage records without their wall-clock fields."""
+    """Hashes of all weight files, and the curve and stage records without wall-clock fields and checksums."""
     found = {}
     (folder,) = (path.parent for path in (*output.glob("*/spec.json"), *output.glob("spec.json")))
     for file in sorted(folder.rglob("checkpoints/*/[er][ma][aw]-*.safetensors")):
         found[str(file.relative_to(folder))] = hashlib.sha256(file.read_bytes()).hexdigest()
     for name in ("curve.jsonl", "stages.jsonl"):
         rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        clockless = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+        clockless = [{k: v for k, v in row.items() if "seconds" not in k and k != "checksum"} for row in rows]
         found[name] = json.dumps(clockless, sort_keys=True)
     found["status"] = json.loads((folder / "status.json").read_text())["state"]
     return found
