@@ -215,7 +215,7 @@ def test_a_malformed_config_file_is_one_line(stbench: Command, tmp_path: Path, c
 def test_a_path_that_cannot_be_written_is_one_line(stbench: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, _, err = stbench(*tiny_options(), "--output", tmp_path / "file")
-    assert code == 2 and "error: Not a directory" in err.splitlines()[-1]
+    assert code == 2 and "is a file, expected a new path or a folder" in err.splitlines()[-1]
 
 
 def test_a_broken_recipe_is_one_line(stbench: Command, tmp_path: Path) -> None:
