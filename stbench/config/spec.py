@@ -15,6 +15,7 @@ from stbench.core.ranges import (
     Fraction,
     FractionBelowOne,
     Guidance,
+    Name,
     NonNegativeReal,
     PositiveReal,
     SamplerSteps,
@@ -24,6 +25,7 @@ from stbench.core.ranges import (
     Width,
 )
 from stbench.data.spec import DataSpec, SpecModel
+from stbench.runs.records import size_name
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
@@ -33,10 +35,16 @@ class BackboneSpec(SpecModel):
 
     name: str
     size: str
+    """The preset that the options start from."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options set by the user that differ from the size's preset."""
     effective: dict[str, Any] = Field(default_factory=dict)
     """All constructor options that the data set and the objective do not decide."""
+
+    @property
+    def size_name(self) -> str:
+        """The size, or "custom" if the options change the shape that it stands for."""
+        return size_name(self.size, self.options)
 
 
 class RecipeSpec(SpecModel):
@@ -98,6 +106,15 @@ class EvalSpec(SpecModel):
     extras: Literal["last", "all"] | Annotated[list[Steps], Field(max_length=limits.MAX_ITEMS)] = "last"
     """Where the guidance grid and the slow metrics are evaluated: at the last point, at all points, or at
     these steps and the last one."""
+    extractor: Name | Literal[""] = ""
+    """Feature extractor: "inception-v3-compat", "dinov2", "timm/MODEL", "torchvision/MODEL", or a registered
+    one; "" for the data set's, in records of earlier versions."""
+    extractor_file: Name | None = None
+    """Absolute path of its weights; None for those in the local caches, or its own."""
+    extractor_sha256: Name | None = None
+    """First digits of the sha256 of that file, if the user gave them."""
+    extractor_batch: BatchSize = 250
+    """Images that the extractor measures at a time. It is not part of the protocol."""
 
 
 class InitSpec(SpecModel):
