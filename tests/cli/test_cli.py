@@ -294,5 +294,5 @@ def test_truncated_weights_are_one_line(stbench: Command, finished: Path, tmp_pa
     (file,) = finished.glob("checkpoints/*/ema-*")
     file.write_bytes(file.read_bytes()[:-9])
     code, _, err = stbench("sample", finished, "--output", tmp_path / "x.npz", "--device", "cpu")
-    assert code == 2 and err.count("\n") == 1 and "is truncated or no" in err
+    assert code == 2 and err.count("\n") == 1 and "damaged: expected sha256" in err
     assert not (tmp_path / "x.npz").exists()
