@@ -126,7 +126,8 @@ def repa(
 
     encoder: a timm model, `digits` (the shipped encoder), a folder of cached tokens, or a list of these.
       Default: `digits` on ti, else vit_base_patch14_dinov2.lvd142m (DINOv2-B, one token per latent patch).
-    checkpoint: file with local weights for each timm model; without it they come from the hub.
+    checkpoint: file with the weights of each timm model; without it, the Hugging Face cache. Nothing is
+      downloaded: get them with `hf download timm/MODEL model.safetensors`.
     block: 0-based. Published, 1-based: 8 for XL and L, 4 for B.
     weight: weight of the loss; 0.5 as published.
     hidden: hidden width of the projector. Default: 4 D on ti, else 2048 as published.

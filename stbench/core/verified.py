@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write, hash_file
+from stbench.core.text import print_line
 
 SCHEMA = 1
 """Version of the memory files."""
@@ -133,7 +133,7 @@ def _hash_all(folder: Path, names: Sequence[str], remedy: str) -> dict[str, tupl
     try:
         total = sum(_stamp(folder / name)[0] for name in names)
         if total >= ANNOUNCED:
-            print(f"verifying {len(names)} files in {folder} ({total / 2**30:.1f} GiB)", file=sys.stderr)
+            print_line(f"verifying {len(names)} files in {folder} ({total / 2**30:.1f} GiB)", error=True)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             return dict(zip(names, pool.map(hashed, names), strict=True))
     except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from stbench.config.plan import PlannedStage, PreparedRun, prepare
 from stbench.config.spec import stored_spec
 from stbench.core.backbone import Backbone, Weights
 from stbench.core.errors import UserError
+from stbench.core.text import print_line
 from stbench.evaluate.run_plugins import PluginChoice, changed_plugins, load_run_plugins, require_unchanged
 from stbench.models.weights import load_weights
 from stbench.runs.folder import RunFolder
@@ -42,7 +42,7 @@ class PastRun:
         folder = self.folder.stage(stage.index, stage.name)
         for name in sorted(folder.weight_hashes()):
             if name.startswith("ema-") and not (folder.path / name).exists():
-                print(f"{folder.path / name} is missing; this evaluation point is left out", file=sys.stderr)
+                print_line(f"{folder.path / name} is missing; this evaluation point is left out", error=True)
         return files
 
     def final_file(self, kind: Weights) -> Path:
@@ -65,9 +65,9 @@ class PastRun:
                 )
             return files[stage.steps]
         step = max(files)
-        print(
+        print_line(
             f"{path} is not finished ({state}): using its {kind} weights after step {step} of {stage.steps}",
-            file=sys.stderr,
+            error=True,
         )
         return files[step]
 

@@ -24,12 +24,16 @@ from stbench.core.files import atomic_write, hash_file
 from stbench.core.flops import forward_flops
 from stbench.core.npy import map_npy
 from stbench.core.safe_load import parse_json, read_text
+from stbench.core.text import check_name
 from stbench.core.verified import hash_and_remember, verify_files
 from stbench.models.assets import asset_manifest, load_asset
 from stbench.models.autoencoder import to_float
 
 DIGITS = "digits"
 """Name of the shipped encoder of the embedded digits."""
+
+WEIGHTS = "model.safetensors"
+"""Name of the file with the weights of a timm model on the hub."""
 
 DINOV2 = "vit_base_patch14_dinov2.lvd142m"
 """timm's name of DINOv2 ViT-B/14, the default of REPA."""
@@ -59,8 +63,9 @@ class EncoderSpec:
 def find_encoder(name: str, checkpoint: Path | None = None) -> EncoderSpec:
     """Identify an encoder: "digits", a folder written by `cache_tokens`, or a timm model.
 
-    `checkpoint` is a file with the weights of a timm model; without it they come from the hub. Raises
-    UserError if something is missing or unknown.
+    `checkpoint` is a file with the weights of a timm model; without it they are read from the Hugging Face
+    cache when the encoder is opened. Nothing is downloaded. Raises UserError if something is missing or
+    unknown.
     """
     if checkpoint is not None and (name == DIGITS or (Path(name) / "tokens.json").is_file()):
         raise UserError(
@@ -76,6 +81,7 @@ def find_encoder(name: str, checkpoint: Path | None = None) -> EncoderSpec:
         raise UserError(f"no cached tokens at {name}: expected tokens.json and tokens.npy in that folder")
     if checkpoint is not None and not checkpoint.is_file():
         raise UserError(f"encoder weights not found: {checkpoint}; {_download(name)}")
+    check_name(name, "the name of an encoder", length=100)  # timm downloads what "hf-hub:..." names
     digest = hash_file(checkpoint) if checkpoint else ""
     return EncoderSpec("timm", name, _width(name), digest, str(checkpoint) if checkpoint else "")
 
@@ -290,22 +296,46 @@ def _timm_network(spec: EncoderSpec, tokens: int, load: bool) -> nn.Module:
         plain: Any = timm.create_model(spec.name, pretrained=False, num_classes=0)
     patch: int = plain.patch_embed.patch_size[0]
     size = patch * math.isqrt(tokens)
+    weights = spec.path or (cached_weights(spec.name) if load else "")
     with torch.random.fork_rng(devices=[]):  # timm draws initial weights from the global random state
         try:
             # As pretrained weights, because timm then resizes the position table to the image size.
-            overlay = {"file": spec.path} if spec.path else None
+            overlay = {"file": weights} if weights else None
             return timm.create_model(
                 spec.name, pretrained=load, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size
             )
-        except Exception as error:  # the hub, the file system and timm may raise anything
+        except Exception as error:  # the file system and timm may raise anything
             reason = " ".join(str(error).split())[:160]
             raise UserError(
                 f"cannot load encoder '{spec.name}' ({reason}); {_download(spec.name)}"
             ) from error
 
 
+def cached_weights(name: str) -> str:
+    """Return the file with the weights of a timm model in the Hugging Face cache, without downloading.
+
+    Raises UserError, with the command that downloads them, if they are not there.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(_repository(name), WEIGHTS)
+    if not isinstance(found, str):
+        raise UserError(
+            f"the weights of '{name}' are not in the Hugging Face cache, and stbench downloads nothing; "
+            f"{_download(name)}"
+        )
+    return found
+
+
+def _repository(name: str) -> str:
+    """Return the repository of a timm model on the hub: with the tag that the name may leave out."""
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name)
+    return (config.hf_hub_id if config else None) or f"timm/{name}"
+
+
 def _download(name: str) -> str:
     return (
-        f"download it with `hf download timm/{name} model.safetensors --local-dir encoders/{name}` and type "
-        f"--set recipe.checkpoint=encoders/{name}/model.safetensors"
+        f"type `hf download {_repository(name)} {WEIGHTS}`, or give a file with --set recipe.checkpoint=FILE"
     )

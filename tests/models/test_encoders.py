@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -58,9 +60,42 @@ def test_the_path_of_weights_is_no_part_of_a_source(vit: Path) -> None:
 def test_weights_that_are_not_here_name_the_download() -> None:
     missing = encoders.find_encoder("vit_tiny_patch16_224.augreg_in21k")
     with pytest.raises(
-        UserError, match=r"cannot load encoder .*hf download timm/vit_tiny_patch16_224\.augreg"
+        UserError, match=r"downloads nothing; type `hf download timm/vit_tiny_patch16_224\.augreg"
     ):
         encoders.open_encoder(missing, 16, CPU)
+
+
+def test_nothing_is_downloaded_also_when_the_hub_is_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    contacted: list[object] = []
+
+    def connect(self: socket.socket, address: object) -> None:
+        contacted.append(address)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *host, **options: contacted.append(host))
+    for name in ("vit_tiny_patch16_224", encoders.DINOV2, "hf-hub:timm", "hf_hub:timm", "local-dir:x"):
+        with pytest.raises(UserError):
+            encoders.open_encoder(encoders.find_encoder(name), 16, CPU)
+    assert not contacted
+
+
+def test_weights_in_the_hugging_face_cache_are_found(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = tmp_path / "models--timm--vit_tiny_patch16_224.augreg_in21k_ft_in1k" / "snapshots" / "0"
+    revision.mkdir(parents=True)
+    (revision / "model.safetensors").write_bytes(vit.read_bytes())
+    (revision.parents[1] / "refs").mkdir()
+    (revision.parents[1] / "refs" / "main").write_text("0")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    name = "vit_tiny_patch16_224"
+    cached = encoders.open_encoder(encoders.find_encoder(name), 16, CPU)
+    given = encoders.open_encoder(encoders.find_encoder(name, vit), 16, CPU)
+    assert isinstance(cached, encoders.ImageEncoder) and isinstance(given, encoders.ImageEncoder)
+    states = cached.network.state_dict(), given.network.state_dict()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 def test_an_encoder_of_another_grid_is_refused() -> None:
