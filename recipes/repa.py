@@ -106,7 +106,7 @@ def published_block(info: BackboneInfo) -> int:
 
 
 def _is_tiny(info: BackboneInfo) -> bool:
-    return info.size.startswith("ti")
+    return (info.preset or info.size).startswith("ti")
 
 
 @RECIPES.register_module(name="repa")

@@ -45,7 +45,7 @@ def defaults(info: BackboneInfo) -> Defaults:
     for U-ViT: they use the relative depth of B/2's blocks. The `ti` sizes have their own options, chosen on
     the digits.
     """
-    if info.size.startswith("ti"):
+    if (info.preset or info.size).startswith("ti"):
         return Defaults(
             align_block=0,
             student_block=2,

@@ -253,6 +253,21 @@ def test_completion_knows_the_registered_names(kind: str) -> None:
     assert set(registered_names(kind)) == builtin(REGISTRIES[kind])
 
 
+# Plug-ins
+
+
+@pytest.mark.parametrize("block", [code for language, code in fenced(DOCS / "plugins.md") if language])
+def test_the_plugins_page_quotes_the_examples(block: str) -> None:
+    """Or calls the check, which tests/test_examples.py runs."""
+    sources = [file.read_text() for file in (ROOT / "examples").glob("*.py")]
+    assert any(block in source for source in sources) or "check_recipe(" in block
+
+
+def test_the_plugins_page_lists_every_example() -> None:
+    listed = re.findall(r"`(examples/\w+\.py)`", (DOCS / "plugins.md").read_text())
+    assert set(listed) == {f"examples/{file.name}" for file in (ROOT / "examples").glob("*.py")}
+
+
 # The recipe of the README
 
 
@@ -268,5 +283,5 @@ def test_the_recipe_of_the_readme_runs(
     options = [f"--set={name}={value}" for name, value in small.items()]
     exit_code, out, error = stbench(*command, "--steps", 2, "--device", "cpu", *options)
     assert exit_code == 0, error
-    assert "Curve of digits-sit-ti-2-pull-s0-" in out
+    assert "Curve of digits-sit-custom-pull-s0-" in out
     assert "pull" in error.split("denoise")[-1]  # the term's name in the last progress line

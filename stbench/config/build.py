@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,14 +37,17 @@ def build_backbone(
                 input_size=dataset.input_size,
                 classes=dataset.classes,
                 out_channels=out,
-                size=spec.size,
+                size=spec.size_name,
                 **spec.effective,
             )
         except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                f"{spec.name}-{spec.size} cannot be built with {spec.options}: {error}; "
+                f"{spec.name}-{spec.size_name} cannot be built with {spec.options}: {error}; "
                 f"change the backbone.* options"
             ) from error
+    if spec.size_name != spec.size:
+        with suppress(AttributeError):  # a plug-in may compute its info
+            network.info = replace(network.info, preset=spec.size)
     if network.info.depth < 1:
         raise UserError(
             f"{spec.name} must have at least one block, got {network.info.depth}; increase backbone.depth"

@@ -54,7 +54,7 @@ class PreparedRun:
     def run_id(self) -> str:
         """Name of the run folder: data set, backbone, recipe, seed and train hash."""
         spec = self.spec
-        size = spec.backbone.size.replace("/", "-")
+        size = spec.backbone.size_name.replace("/", "-")
         name = f"{spec.dataset}-{spec.backbone.name}-{size}-{spec.recipe.name}"
         return f"{name}-s{spec.seed}-{self.hashes.train}"
 

@@ -221,6 +221,9 @@ def _train_spec(request: RunRequest, preset: Preset, options: dict[str, Any]) ->
     if request.steps is not None:
         values["steps"] = request.steps
     values["precision"] = "fp32" if request.precision is None else request.precision
+    steps = options.get("steps", values["steps"])
+    if preset.warmup_share is not None and type(steps) is int:
+        values["warmup"] = min(preset.warmup, int(preset.warmup_share * max(steps, 0)))
     spec = validate_section(TrainSpec, values | options, "train")
     if spec.accumulate > spec.batch:
         raise UserError(

@@ -24,6 +24,7 @@ from stbench.core.ranges import (
     Width,
 )
 from stbench.data.spec import DataSpec, SpecModel
+from stbench.runs.records import size_name
 
 Precision = Literal["fp32", "tf32", "bf16"]
 
@@ -33,10 +34,16 @@ class BackboneSpec(SpecModel):
 
     name: str
     size: str
+    """The preset that the options start from."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Options set by the user that differ from the size's preset."""
     effective: dict[str, Any] = Field(default_factory=dict)
     """All constructor options that the data set and the objective do not decide."""
+
+    @property
+    def size_name(self) -> str:
+        """The size, or "custom" if the options change the shape that it stands for."""
+        return size_name(self.size, self.options)
 
 
 class RecipeSpec(SpecModel):

@@ -50,6 +50,8 @@ class BackboneInfo:
     """Number of classes K; also the index of the null label."""
     null_label: bool = True
     """Whether the network accepts the null label. If not, it needs label_drop=0 and cannot be guided."""
+    preset: str = ""
+    """Preset that the options of a "custom" size start from; defaults of recipes may depend on it."""
 
     def block(self, option: str, index: int) -> int:
         """Return `index` if the network has that block.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LARGEST = 1e9
+LARGEST = 1e18
 """Real numbers, such as a learning rate or the weight of a loss."""
 MAX_STEPS = 1_000_000_000
 """Optimiser steps."""

@@ -28,6 +28,8 @@ class Preset:
     adam_eps: float
     warmup: int
     """Steps of linear warm-up to `lr`, which stays constant afterwards."""
+    warmup_share: float | None
+    """The warm-up is at most this share of the steps; None for no limit."""
     clip: float | None
     """Maximum gradient norm; None for no clipping."""
     ema_decay: float

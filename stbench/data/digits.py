@@ -27,6 +27,7 @@ DIGITS_PRESET = Preset(
     weight_decay=0.0,
     adam_eps=1e-8,
     warmup=50,
+    warmup_share=None,
     clip=1.0,
     ema_decay=0.995,
     ema_warmup=True,

@@ -19,7 +19,7 @@ from stbench.core.text import check_name
 from stbench.runs import schema
 from stbench.runs.consistency import require_consistent
 from stbench.runs.record_folder import RecordFolder
-from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord
+from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord, network_name
 from stbench.runs.schema import REMEDY, Fields, convert
 from stbench.runs.sealed import Binding
 from stbench.runs.stage_folder import CHECKPOINTS, StageFolder
@@ -263,7 +263,7 @@ class RunFolder(RecordFolder):
             path=str(self.path),
             status=state,
             dataset=spec["dataset"],
-            backbone=f"{spec['backbone']['name']}-{spec['backbone']['size']}",
+            backbone=network_name(spec["backbone"]),
             objective=spec["objective"],
             recipe=spec["recipe"]["name"],
             options=spec["recipe"]["options"],

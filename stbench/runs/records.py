@@ -15,6 +15,30 @@ READABLE = (2, 3)
 """Versions that can be read. Version 2 has no checksums; a folder keeps the version it was created with."""
 
 
+SHAPE = ("depth", "width", "heads", "patch")
+"""Options of a backbone that the name of a size stands for."""
+
+
+def size_name(size: str, options: Mapping[str, Any]) -> str:
+    """The size of a network: "custom" if `options`, those that differ from the preset, change its shape."""
+    return "custom" if any(name in options for name in SHAPE) else size
+
+
+def network_name(backbone: Mapping[str, Any]) -> str:
+    """The name of a network, with its shape if it is not that of a preset: "sit-custom (depth 3, width 96)".
+
+    Args:
+        backbone: The field `backbone` of spec.json.
+    """
+    effective = backbone.get("effective", {})
+    size = size_name(backbone["size"], backbone.get("options", {}))
+    name = f"{backbone['name']}-{size}"
+    if size != "custom":
+        return name
+    shape = ", ".join(f"{key} {effective[key]}" for key in SHAPE if type(effective.get(key)) is int)
+    return f"{name} ({shape})" if shape else name
+
+
 @dataclass(frozen=True)
 class CurvePoint:
     """One evaluation of one stage's EMA weights under one protocol at one guidance scale."""

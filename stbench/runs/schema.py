@@ -126,6 +126,13 @@ def _interval(value: Any) -> tuple[float, float]:
     return number(low), number(high)
 
 
+def _backbone(value: Any) -> Any:
+    optional = [mapping(value)[name] for name in ("options", "effective") if name in mapping(value)]
+    for options in optional:
+        mapping(options)
+    return section(name=text, size=text)(value)
+
+
 def _stages(value: Any) -> Any:
     for stage in sequence(value):
         section(name=text, steps=whole, images=whole, supervision=mapping)(stage)
@@ -170,7 +177,7 @@ STATE: Fields = {
 SPEC: Fields = {
     "run_id": text,
     "dataset": text,
-    "backbone": section(name=text, size=text),
+    "backbone": _backbone,
     "objective": text,
     "recipe": section(name=text, options=mapping, needs=text),
     "train": section(steps=whole, batch=whole, precision=text),

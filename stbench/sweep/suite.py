@@ -18,6 +18,7 @@ from stbench.core.limits import MAX_RUNS, MAX_SEEDS
 from stbench.core.registry import suggest
 from stbench.core.safe_load import shorten, shown
 from stbench.runs.journal import JournalEntry
+from stbench.runs.records import network_name
 
 LEVEL_OPTIONS = (*OPTIONS, "seeds")
 """Options that each level of a suite file may contain: those of a config file of `run`, and `seeds`."""
@@ -183,7 +184,7 @@ def _journal_entry(prepared: PreparedRun) -> JournalEntry:
     return JournalEntry(
         run_id=prepared.run_id,
         dataset=spec.dataset,
-        backbone=f"{spec.backbone.name}-{spec.backbone.size}",
+        backbone=network_name(spec.backbone.model_dump()),
         objective=spec.objective,
         recipe=spec.recipe.name,
         options=spec.model_dump(mode="json")["recipe"]["options"],

@@ -13,6 +13,7 @@ from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
 from stbench.core.recipe import NoSupervision, Stage, computed, effective_options
 from stbench.core.registry import BACKBONES, RECIPES, load_builtins, lookup, names
+from stbench.sweep.suite import SuiteRun, prepare_runs
 
 load_builtins()
 
@@ -112,3 +113,27 @@ def test_an_earlier_stage_is_relative_to_steps_or_absolute() -> None:
     assert [stage.steps for stage in fixed.stages] == [7, 40]
     longer = prepared("self-transcendence", steps=80, recipe__teacher_steps=7)
     assert longer.run_id == fixed.run_id  # it continues the shorter run
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "size"),
+    [
+        ({}, "sit-ti/2", "ti-2"),
+        ({"depth": 6}, "sit-ti/2", "ti-2"),  # the preset's own depth
+        ({"qk_norm": True}, "sit-ti/2", "ti-2"),  # the size does not stand for it
+        ({"depth": 3}, "sit-custom (depth 3, width 96, heads 3, patch 2)", "custom"),
+        ({"patch": 4, "qk_norm": True}, "sit-custom (depth 6, width 96, heads 3, patch 4)", "custom"),
+        ({"width": 48}, "sit-custom (depth 6, width 48, heads 3, patch 2)", "custom"),
+        ({"heads": 1}, "sit-custom (depth 6, width 96, heads 1, patch 2)", "custom"),
+    ],
+)
+def test_a_network_of_another_shape_is_not_called_by_the_name_of_a_size(
+    options: dict[str, Any], name: str, size: str
+) -> None:
+    overrides = {f"backbone.{option}": value for option, value in options.items()}
+    (run,) = prepare_runs([SuiteRun("", {"backbone": "sit-ti/2", "recipe": "repa"}, overrides)])
+    assert run.entry.backbone == name
+    assert run.prepared.run_id.startswith(f"digits-sit-{size}-repa-s0-")
+    assert run.prepared.info.size == size.replace("-", "/")
+    # The defaults of the recipe are still those of the preset that the options start from.
+    assert run.prepared.spec.recipe.effective["encoder"] == "digits"

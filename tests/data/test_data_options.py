@@ -76,3 +76,24 @@ def test_the_preset_follows_the_backbone(finished: PrepareOptions) -> None:
         sizes[backbone] = spec.backbone.size
     assert sizes == {"dit": "s/2", "sit": "s/2", "uvit": "s/2-latent"}
     assert spec.data is not None and spec.data.path == str(finished.target)
+
+
+@pytest.mark.parametrize(
+    ("steps", "overrides", "warmup"),
+    [
+        (None, {}, 1000),  # 50,000 steps
+        (20_000, {}, 1000),
+        (1000, {}, 50),
+        (10, {}, 0),
+        (None, {"train.steps": 200}, 10),
+        (1000, {"train.warmup": 1000}, 1000),
+        (1000, {"train.warmup": 0}, 0),
+    ],
+)
+def test_the_warmup_of_a_custom_data_set_is_at_most_5_percent_of_the_steps(
+    finished: PrepareOptions, steps: int | None, overrides: dict[str, int], warmup: int
+) -> None:
+    request = RunRequest(
+        "sit", "vanilla", "custom", data=str(finished.target), steps=steps, overrides=overrides
+    )
+    assert resolve(request).train.warmup == warmup

@@ -24,6 +24,7 @@ def test_presets_are_the_published_settings(
     p = dataset.preset_for(family, size)
     found = (p.batch, p.lr, p.betas, p.weight_decay, p.warmup, p.clip, p.label_drop, p.steps)
     assert found == expected
+    assert p.warmup_share is None  # the published warm-up, however long the run is
     assert (p.ema_decay, p.ema_warmup, p.adam_eps) == (0.9999, False, 1e-8)
     if size[0] in "xh":
         assert dataset.preset_for(family).size == size
