@@ -256,7 +256,7 @@ def test_the_command_writes_a_file_and_does_not_overwrite_one(
     assert code == 0, err
     assert "REPA" in out
     code, _, err = stbench("export", path, "--output", tmp_path / "w.pt")
-    assert code == 2 and "exists; choose another --output" in err
+    assert code == 2 and "exists; delete it, or choose another --output" in err
     code, _, err = stbench("export", path, "--output", tmp_path / "w.bin")
     assert code == 2 and "ends in .pt" in err
     assert [f.name for f in tmp_path.glob("*w.*")] == ["w.pt"]
