@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stbench.core.errors import UserError
 from stbench.core.registry import EXTRACTORS, lookup, plugin_hash
+from stbench.core.text import check_name
 from stbench.evaluate.feature_networks import load_dino
 from stbench.models.external import read_external
 
@@ -131,6 +132,7 @@ def load_timm(name: str, file: Path | None) -> Classifier:
     """
     import timm
 
+    check_name(name, "the name of a timm model", length=100)  # timm downloads what "hf-hub:..." names
     # The configuration of a name without a tag is that of timm's default weights.
     try:
         with torch.device("meta"):
