@@ -253,6 +253,21 @@ def test_completion_knows_the_registered_names(kind: str) -> None:
     assert set(registered_names(kind)) == builtin(REGISTRIES[kind])
 
 
+# Plug-ins
+
+
+@pytest.mark.parametrize("block", [code for language, code in fenced(DOCS / "plugins.md") if language])
+def test_the_plugins_page_quotes_the_examples(block: str) -> None:
+    """Or calls the check, which tests/test_examples.py runs."""
+    sources = [file.read_text() for file in (ROOT / "examples").glob("*.py")]
+    assert any(block in source for source in sources) or "check_recipe(" in block
+
+
+def test_the_plugins_page_lists_every_example() -> None:
+    listed = re.findall(r"`(examples/\w+\.py)`", (DOCS / "plugins.md").read_text())
+    assert set(listed) == {f"examples/{file.name}" for file in (ROOT / "examples").glob("*.py")}
+
+
 # The recipe of the README
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import typer
 
+from stbench.core.disk import DISK_FULL
 from stbench.core.errors import UserError
-from stbench.core.files import DISK_FULL
 from stbench.core.safe_load import shorten, shown
 from stbench.core.text import visible
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +43,8 @@ class RunOptions:
     overrides: tuple[str, ...] = ()
     plugins: tuple[Path, ...] = ()
     allow_changed_plugin: bool = False
+    inception: Path | None = None
+    inception_sha256: str | None = None
 
     def choice(self) -> PluginChoice:
         """The plug-ins that may be executed."""
@@ -94,6 +96,12 @@ def evaluate(
         if reference is None and output is not None:
             raise UserError("a run's scores are added to its curve; drop --output, or add --reference REF")
         if reference is None:
+            if dino is not None:
+                raise UserError(
+                    f"--dino requires --reference; to evaluate a run with DINOv2, type "
+                    f"--set eval.extractor=dinov2 --set eval.extractor_file={dino}"
+                )
+            run = replace(run, inception=inception, inception_sha256=inception_sha256)
             evaluate_run(path, run, device)
         elif output is not None:
             raise UserError("a run's scores are written to its folder evaluation/; drop --output")
@@ -216,7 +224,9 @@ def _evaluation_settings(path: Path, run_options: RunOptions) -> EvalSpec:
 
     load_builtins()
     spec = open_run(path, run_options.choice()).prepared.spec
-    changes = _evaluation_overrides(run_options.overrides)
+    changes = _evaluation_overrides(run_options)
+    if changes.get("extractor", spec.eval.extractor) != spec.eval.extractor:
+        changes = {"extractor_file": None, "extractor_sha256": None} | changes  # those of the old extractor
     if run_options.guidance is not None:
         changes["guidance"] = parse_scales(run_options.guidance)
     if run_options.samples is not None:
@@ -224,11 +234,12 @@ def _evaluation_settings(path: Path, run_options: RunOptions) -> EvalSpec:
     return evaluation_spec(spec.eval.model_dump() | changes, spec.objective, spec.train.steps)
 
 
-def _evaluation_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def _evaluation_overrides(run_options: RunOptions) -> dict[str, Any]:
     """Return the values of --set without their prefix; UserError for anything but evaluation settings."""
     from stbench.config.overrides import parse_set
 
-    settings = parse_set(overrides)
+    settings = parse_set(run_options.overrides)
+    settings |= options.inception_settings(run_options.inception, run_options.inception_sha256, settings)
     for name in settings:
         if not name.startswith("eval.") or name == "eval.points":
             raise UserError(

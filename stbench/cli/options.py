@@ -12,6 +12,7 @@ import typer
 
 from stbench.cli.completion import complete
 from stbench.core import limits
+from stbench.core.errors import UserError
 
 RUNS = Path("results/runs")
 """Default folder of run folders."""
@@ -22,6 +23,13 @@ class KeepChoice(str, Enum):
 
     all = "all"
     last = "last"
+
+
+class VerifyChoice(str, Enum):
+    """Choices of --verify."""
+
+    fast = "fast"
+    full = "full"
 
 
 # --- What a run is: `run` and `sweep` ---
@@ -78,7 +86,14 @@ Original = Annotated[
     ),
 ]
 
-# --- How images are measured: `evaluate` and `data statistics` ---
+Verify = Annotated[
+    VerifyChoice,
+    typer.Option(
+        help="Compare the data with their recorded hashes: fast, once per machine; or full, now in any case."
+    ),
+]
+
+# --- How images are measured: `run`, `evaluate` and `data statistics` ---
 
 Inception = Annotated[
     Path | None, typer.Option(help="Inception weights; default: the file in the torch hub cache.")
@@ -98,6 +113,24 @@ def finite(value: Any) -> Any:
         if number is not None and not math.isfinite(number):
             raise typer.BadParameter(f"expected finite numbers, got {number}")
     return value
+
+
+def inception_settings(file: Path | None, sha256: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of --inception and --inception-sha256, by dotted name.
+
+    Raises UserError if `settings`, those of --set, choose another extractor.
+    """
+    from stbench.data.spec import INCEPTION
+
+    if file is None and sha256 is None:
+        return {}
+    if settings.get("eval.extractor", INCEPTION) != INCEPTION:
+        raise UserError(
+            f"--inception gives the weights of {INCEPTION}, but eval.extractor is another one; "
+            f"give its weights with --set eval.extractor_file=FILE"
+        )
+    found = {"extractor": INCEPTION, "extractor_file": file and str(file), "extractor_sha256": sha256}
+    return {f"eval.{name}": value for name, value in drop_missing(found).items()}
 
 
 def drop_missing(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stbench.core.outputs import Output, check_outputs
-from stbench.runs.folder import require_no_run_file
+from stbench.runs.own_files import require_no_run_file
 
 
 def require_outputs(outputs: Sequence[Output], inputs: Iterable[Path | None] = ()) -> None:

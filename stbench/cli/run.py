@@ -71,6 +71,9 @@ def run(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Log losses and metrics to TensorBoard in the run folder.")
     ] = False,
+    inception: options.Inception = None,
+    inception_sha256: options.InceptionSha256 = None,
+    verify: options.Verify = options.VerifyChoice.fast,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
 ) -> None:
     """Train a backbone under a recipe and evaluate it at regular points; rerun to resume."""
@@ -80,6 +83,7 @@ def run(
     from stbench.config.resolve import resolve_options
     from stbench.core.device import default_precision, pick_device
     from stbench.core.registry import load_builtins, load_plugins
+    from stbench.core.verified import full_verification
     from stbench.train.engine import RunOptions
 
     load_builtins()
@@ -104,9 +108,11 @@ def run(
     values: dict[str, Any] = {"precision": default_precision(torch_device)}
     values |= read_config(config) if config else {}
     settings = values.pop("set", {}) | parse_set(overrides)
+    settings |= options.inception_settings(inception, inception_sha256, settings)
     values |= options.drop_missing(typed)
 
-    prepared = prepare(resolve_options(values, settings))
+    with full_verification(verify is options.VerifyChoice.full):
+        prepared = prepare(resolve_options(values, settings))
     if prepared.spec.init is not None:
         print_line(describe_start(prepared.spec.init, prepared.dataset.classes))
     run_options = RunOptions(output, torch_device, keep.value, reuse, plugins)

@@ -19,6 +19,7 @@ from stbench.core.files import absolute_path
 from stbench.core.registry import BACKBONES, lookup
 from stbench.core.safe_load import shown
 from stbench.models.official import OfficialModel, load_official
+from stbench.runs.recorded import require_recorded
 
 LABEL_TABLES = ("y_embedder.embedding_table.weight", "label_emb.weight")
 """Names of the families' label embeddings; the last row is the null label."""
@@ -59,6 +60,7 @@ def read_start(
     heads, path = overrides.get("backbone.heads"), absolute_path(str(file))
     if heads is not None and (type(heads) is not int or heads < 1):
         raise UserError(f"backbone.heads must be a positive integer, got {heads!r}; for example 6")
+    require_recorded(path)
     model = load_official(
         path,
         weights=weights or "ema",

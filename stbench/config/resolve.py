@@ -19,6 +19,7 @@ from stbench.config.overrides import (
 from stbench.config.spec import BackboneSpec, EvalSpec, RecipeSpec, RunSpec, TrainSpec
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
+from stbench.core.files import absolute_path
 from stbench.core.limits import MAX_NAME, MAX_SEED
 from stbench.core.recipe import effective_options, is_computed
 from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, lookup, suggest
@@ -142,6 +143,7 @@ def resolve(request: RunRequest) -> RunSpec:
     lookup(OBJECTIVES, objective)
     train = _train_spec(request, preset, sections["train"])
     evaluation = _eval_spec(request, preset, objective, train.steps, sections["eval"])
+    evaluation = evaluation.model_copy(update={"extractor": evaluation.extractor or dataset.extractor})
     if (evaluation.channels or 1) > dataset.channels:
         raise UserError(
             f"eval.channels must be in 1..{dataset.channels} (latent channels), got {evaluation.channels}; "
@@ -279,7 +281,10 @@ def evaluation_spec(values: dict[str, Any], objective: str, steps: int) -> EvalS
             f"eval.interval must be [low,high] with low <= high, got {spec.interval}; for example [0.0,0.7]"
         )
     check_steps(spec.sampler, build_objective(objective), spec.steps)
-    return spec.model_copy(update={"guidance": sorted({1.0, *spec.guidance}), "points": points})
+    file = spec.extractor_file and str(absolute_path(spec.extractor_file))
+    return spec.model_copy(
+        update={"guidance": sorted({1.0, *spec.guidance}), "points": points, "extractor_file": file}
+    )
 
 
 def evaluation_points(preset: Sequence[int], steps: int) -> list[int]:

@@ -15,6 +15,7 @@ from stbench.core.ranges import (
     Fraction,
     FractionBelowOne,
     Guidance,
+    Name,
     NonNegativeReal,
     PositiveReal,
     SamplerSteps,
@@ -105,6 +106,15 @@ class EvalSpec(SpecModel):
     extras: Literal["last", "all"] | Annotated[list[Steps], Field(max_length=limits.MAX_ITEMS)] = "last"
     """Where the guidance grid and the slow metrics are evaluated: at the last point, at all points, or at
     these steps and the last one."""
+    extractor: Name | Literal[""] = ""
+    """Feature extractor: "inception-v3-compat", "dinov2", "timm/MODEL", "torchvision/MODEL", or a registered
+    one; "" for the data set's, in records of earlier versions."""
+    extractor_file: Name | None = None
+    """Absolute path of its weights; None for those in the local caches, or its own."""
+    extractor_sha256: Name | None = None
+    """First digits of the sha256 of that file, if the user gave them."""
+    extractor_batch: BatchSize = 250
+    """Images that the extractor measures at a time. It is not part of the protocol."""
 
 
 class InitSpec(SpecModel):

@@ -1,4 +1,4 @@
-"""Atomic and durable file writes, exclusive folder locks, file hashes and disk-full errors.
+"""Atomic and durable file writes, exclusive folder locks and file hashes.
 
 Every file that stbench keeps is written here. A reader finds the old file or the new one, never a part of it,
 also after a power cut. This module knows bytes and arrays, not what they mean.
@@ -6,26 +6,23 @@ also after a power cut. This module knows bytes and arrays, not what they mean.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from filelock import FileLock, Timeout, lock_descriptor
 
+from stbench.core.disk import DISK_FULL, Needed, disk_full_errors, free_space
 from stbench.core.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
-
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""Errors of a write that does not fit: the disk, the user's quota, the limit on the size of a file."""
 
 LOCK = ".lock"
 """Name of the lock file in a locked folder. It contains the process id of its last owner."""
@@ -44,23 +41,30 @@ BLOCK = 1 << 22
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path, size: int | None = None) -> Iterator[IO[bytes]]:
     """Open a binary file that replaces `path` when the block ends; if the block fails, `path` is unchanged.
 
     Parent folders are created. File and folder are synced, so the new file survives a power cut. Raises
-    UserError if the disk is full.
+    UserError if the disk is full; `size`, the bytes that will be written if that is known, is part of the
+    message.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    with disk_full_errors(path):
+    temporary, needed = temporary_path(path), Needed(size or 0, exact=size is not None)
+    with disk_full_errors(path, needed):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.unlink(missing_ok=True)  # never written through: it may be a link
             with open(temporary, "xb") as file:
-                yield file
+                try:
+                    yield file
+                finally:
+                    needed.bytes = max(needed.bytes, file.tell())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as error:
+            with suppress(OSError):
+                if isinstance(error, OSError) and error.errno in DISK_FULL:
+                    needed.free = free_space(path) + temporary.stat().st_size
             temporary.unlink(missing_ok=True)
             raise
         _sync_folder(path.parent)
@@ -87,15 +91,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def atomic_write(path: Path, content: bytes | str) -> None:
     """Replace the content of `path` atomically and durably; text is written as UTF-8."""
-    with atomic_file(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+    data = content.encode() if isinstance(content, str) else content
+    with atomic_file(path, len(data)) as file:
+        file.write(data)
 
 
 def write_array(path: Path, array: np.ndarray) -> str:
     """Write an npy file atomically, without a second copy in memory; returns the file's sha256."""
     import numpy as np  # not at the top: `compare` uses this module and must start fast
 
-    with atomic_file(path) as file:
+    with atomic_file(path, array.nbytes) as file:
         hashing = _HashingFile(file)
         # numpy writes to a real file through C, where a full disk is an OSError without an errno.
         np.lib.format.write_array(hashing, np.ascontiguousarray(array), allow_pickle=False)  # type: ignore[arg-type]
@@ -165,32 +170,6 @@ def hash_file(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-# --- Disk space ---
-
-
-@contextmanager
-def disk_full_errors(path: Path) -> Iterator[None]:
-    """Turn the OSError of a full disk into a UserError that names `path`; other errors pass through."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free some space and rerun the same command"
-        ) from error
-
-
-def require_free_space(folder: Path, needed: int) -> None:
-    """Raise a UserError unless `needed` bytes are free on the disk of `folder`."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"not enough disk space in {folder}: about {needed / 2**20:.1f} MiB needed, "
-            f"{free / 2**20:.1f} MiB free; free some space or choose another folder"
-        )
-
-
 # --- Locks ---
 
 
@@ -201,12 +180,14 @@ def lock_folder(folder: Path, remedy: str) -> Iterator[None]:
     Raises a UserError that names the owning process, and ends with `remedy`, if the folder is in use, or if
     its lock is not a file of its own.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK
+    with disk_full_errors(file):
+        folder.mkdir(parents=True, exist_ok=True)
     _require_lock_file(file)
     lock = FileLock(file, timeout=LOCK_WAIT, on_acquired=_write_owner)
     try:
-        lock.acquire()
+        with disk_full_errors(file):
+            lock.acquire()
     except Timeout:
         with file.open("rb") as opened:
             owner = _owner(opened.fileno()) or "unknown"
@@ -246,9 +227,14 @@ def _require_lock_file(file: Path) -> None:
 
 def _write_owner(descriptor: int) -> None:
     """Write the process id into the lock, unless it contains something else."""
-    if _owner(descriptor) is not None:
+    if _owner(descriptor) is None:
+        return
+    try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    except OSError as error:  # the first file that is written names itself
+        if error.errno not in DISK_FULL:
+            raise
 
 
 def _owner(descriptor: int) -> str | None:

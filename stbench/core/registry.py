@@ -1,4 +1,4 @@
-"""Registries of backbones, recipes, objectives, samplers and data sets; lookup by name and plug-in loading.
+"""Registries of everything that a plug-in can add, lookup by name, and plug-in loading.
 
 The only module that uses mmengine's Registry.
 """
@@ -72,6 +72,11 @@ DATASETS = Registry(
     "dataset",
     "a subclass of stbench.data.dataset.Dataset",
     lambda module: isinstance(module, type) and hasattr(module, "preset_for"),
+)
+EXTRACTORS = Registry(
+    "extractor",
+    "a subclass of torch.nn.Module",
+    lambda module: isinstance(module, type) and hasattr(module, "forward"),
 )
 
 plugin_modules: set[str] = set()

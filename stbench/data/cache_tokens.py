@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stbench.core.disk import require_free_space
 from stbench.core.errors import UserError
-from stbench.core.files import require_free_space
 from stbench.data.crop import UnreadableImage, decode_image, reason
 from stbench.data.encode import Advance
 from stbench.data.repa_layout import RepaFolder, is_repa

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -71,7 +72,7 @@ class Dataset(ABC):
     fingerprint: str
     """Hash of images, labels, split, autoencoder and normalisation."""
     references: Mapping[str, Callable[[], Tensor]]
-    """Reference sets, uint8 (N,c,H,W). "train" is the main one; FID is also computed against the others."""
+    """Reference sets, uint8 (N,c,H,W). "train" is the main one; "all" is optional and gives `fid_all`."""
     from_path: ClassVar[bool] = False
     """Whether it is built from a `DataSpec`, that is from `--data PATH`."""
     published: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -168,7 +169,29 @@ _built: dict[tuple[str, DataSpec | None], Dataset] = {}
 def _build(name: str, data: DataSpec | None) -> Dataset:
     if (name, data) not in _built:
         cls = lookup(DATASETS, name)
-        _built[name, data] = dataset = cls() if data is None else cls(data)
+        dataset = cls() if data is None else cls(data)
+        require_interface(name, dataset)
+        _built[name, data] = dataset
         if data is not None:  # a specification with effective values names the same data set
             _built[name, dataset.effective(data).model_copy(update=UNKNOWN)] = dataset
     return _built[name, data]
+
+
+def require_interface(name: str, dataset: Any) -> None:
+    """Check what a run reads of a data set, so that a faulty plug-in fails before training.
+
+    Raises UserError.
+    """
+    if not isinstance(dataset, Dataset):
+        raise UserError(f"data set '{name}' must be a {Dataset.__module__}.Dataset; derive its class from it")
+    for attribute in Dataset.__annotations__:
+        if inspect.getattr_static(dataset, attribute, None) is None:  # a property may need missing files
+            raise UserError(
+                f"data set '{name}' has no attribute '{attribute}'; see {Dataset.__module__}.Dataset"
+            )
+    references = dataset.references
+    if not isinstance(references, Mapping) or not callable(references.get("train")):
+        raise UserError(
+            f"data set '{name}' must have a reference set 'train', a function that returns images, in "
+            f"references; found {references!r:.80}"
+        )

@@ -19,7 +19,7 @@ from stbench.data.encoded import EncodedImages
 from stbench.data.epochs import Epochs
 from stbench.data.open import open_data
 from stbench.data.prefetch import Prefetch
-from stbench.data.spec import DataSpec
+from stbench.data.spec import INCEPTION, DataSpec
 from stbench.data.split import HELDOUT, REFERENCE
 from stbench.models.autoencoder import Autoencoder, VAEInfo, find_vae, to_float, to_uint8
 
@@ -43,7 +43,7 @@ class PathDataset(Dataset):
     channels = 4
     size = 0
     classes = 0
-    extractor = "inception-v3-compat"
+    extractor = INCEPTION
     expected: ClassVar[tuple[int, int] | None] = None
     """Required image size and number of classes; None for any."""
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from stbench.core.disk import require_free_space
 from stbench.core.errors import UserError
-from stbench.core.files import LOCK, atomic_write, hash_file, lock_folder, require_free_space, write_array
+from stbench.core.files import LOCK, atomic_write, hash_file, lock_folder, write_array
 from stbench.data.shards import (
     DTYPES,
     MANIFEST,

@@ -11,6 +11,9 @@ from stbench.core.errors import UserError
 from stbench.core.files import absolute_path
 from stbench.core.ranges import Pixels
 
+INCEPTION = "inception-v3-compat"
+"""torch-fidelity's name of its Inception, the default extractor of images from a path."""
+
 PIXELS = "none"
 """The value of `--vae` and `data.vae` for training on pixels, without an autoencoder."""
 
@@ -42,7 +45,7 @@ class DataSpec(SpecModel):
     resident: Literal["auto", "yes", "no"] = "auto"
     """Whether all moments are kept in the memory of the device."""
     extractor: str | None = None
-    """torch-fidelity feature extractor for the evaluation; None for the data set's default."""
+    """Default feature extractor of the data set, recorded when the run started; see `EvalSpec`."""
     vae_sha256: str = ""
     """Hash of the autoencoder that decodes, when the run started; "" for pixels, or if it is not known."""
     fingerprint: str = ""
@@ -58,6 +61,8 @@ def data_fields(path: str | None, options: Mapping[str, Any]) -> dict[str, Any] 
         if options:
             raise UserError(f"data.{next(iter(options))} requires --data PATH; add it, or drop the option")
         return None
+    if "extractor" in options:
+        raise UserError("data.extractor is now eval.extractor; type --set eval.extractor=NAME")
     for name in RESERVED:
         if name in options:
             raise UserError(f"data.{name} cannot be set; give the path with --data")

@@ -1,4 +1,4 @@
-"""Feature extractors of a run's evaluation: torch-fidelity's registry and the shipped digits classifier."""
+"""Feature extractors of a run's evaluation by name, the digits classifier, and features in batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import final
 
 import torch
@@ -16,12 +17,23 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
+from stbench.config.spec import EvalSpec
 from stbench.core.device import arithmetic
 from stbench.core.errors import UserError
-from stbench.core.registry import suggest
-from stbench.evaluate.feature_networks import INCEPTION, load_inception
+from stbench.core.files import hash_file
+from stbench.core.registry import EXTRACTORS, suggest
+from stbench.data.dataset import Dataset
+from stbench.data.spec import INCEPTION
+from stbench.evaluate import classifiers
+from stbench.evaluate.feature_networks import INCEPTION_SHA256, load_inception
 from stbench.models.assets import load_asset
 from stbench.models.autoencoder import to_float
+
+EXTRACTOR_BATCH = 250
+"""Images that an extractor measures at a time by default; features depend on it in the last bits."""
+
+DINOV2 = "dinov2"
+"""Name of DINOv2 as in FD-DINOv2."""
 
 
 class DigitsClassifier(nn.Module):
@@ -88,25 +100,82 @@ register_feature_extractor("stbench-digits", DigitsExtractor)
 
 
 @cache
-def get_extractor(name: str) -> FeatureExtractorBase:
-    """Return a registered torch-fidelity extractor that computes (FID features, IS logits), on the CPU.
+def get_extractor(name: str, file: Path | None = None, sha256: str | None = None) -> nn.Module:
+    """Return an extractor that computes (FID features, IS logits), on the CPU.
 
-    Inception is loaded from local weights; see `load_inception`. Raises UserError for an unknown name.
+    Args:
+        name: "inception-v3-compat", "dinov2", "timm/MODEL", "torchvision/MODEL", or a name registered in
+            `stbench.core.registry.EXTRACTORS` or at torch-fidelity.
+        file: Its weights; None for those in the local caches of torch and Hugging Face, or its own.
+        sha256: First digits of the sha256 of the file; None for those of the published Inception, or any.
+
+    Raises UserError for an unknown name, and for weights that are missing or do not fit.
     """
-    if name == INCEPTION:
+    if name == INCEPTION:  # its loader checks file and hash
         # torch-fidelity would download the weights; this loads a local file and checks its hash.
-        return load_inception(has_option=False).net
-    known = FEATURE_EXTRACTORS_REGISTRY
+        return load_inception(file, INCEPTION_SHA256 if sha256 is None else sha256).net
+    if file is not None and not file.is_file():
+        raise UserError(f"weights of extractor '{name}' not found: {file}; give a file")
+    found = hash_file(file) if file is not None and sha256 is not None else ""
+    if sha256 is not None and not found.startswith(sha256.lower()):
+        raise UserError(
+            f"eval.extractor_file is not the expected file: expected sha256 {sha256}..., found "
+            f"{found[:16] or 'no file'}; give the right one"
+        )
+    collection, slash, model = name.partition("/")
+    if slash and collection in ("timm", "torchvision"):
+        load = classifiers.load_timm if collection == "timm" else classifiers.load_torchvision
+        return load(model, file)
+    if name == DINOV2:
+        return classifiers.load_dinov2(file)
+    if name in EXTRACTORS.module_dict:
+        return classifiers.Registered(name, file)
+    return _from_torch_fidelity(name, file)
+
+
+def _from_torch_fidelity(name: str, file: Path | None) -> FeatureExtractorBase:
+    """Return an extractor that is registered at torch-fidelity, except those that download their weights."""
+    known = {
+        k: v for k, v in FEATURE_EXTRACTORS_REGISTRY.items() if not v.__module__.startswith("torch_fidelity")
+    }
     if name not in known:
-        raise UserError(f"unknown feature extractor '{name}'{suggest(name, known)}")
+        ours = [INCEPTION, DINOV2, *EXTRACTORS.module_dict, *known]
+        raise UserError(
+            f"unknown feature extractor '{name}'{suggest(name, ours)}; models of timm and torchvision are "
+            f"named timm/MODEL and torchvision/MODEL"
+        )
+    if file is not None:
+        raise UserError(f"extractor '{name}' has its own weights; leave eval.extractor_file out")
     # torch-fidelity names layers per extractor and metric; the order here is the order of the outputs.
     layers = [known[name].get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
     return create_feature_extractor(name, layers, cuda=False, verbose=False)
 
 
+def run_extractor(dataset: Dataset, settings: EvalSpec) -> nn.Module:
+    """Return the extractor of a run's evaluation, after two black images have passed through it.
+
+    A faulty one fails here, before training. Raises UserError as `get_extractor` does.
+    """
+    name = settings.extractor or dataset.extractor
+    file = Path(settings.extractor_file) if settings.extractor_file else None
+    extractor = get_extractor(name, file, settings.extractor_sha256)
+    black = torch.zeros(2, *dataset.image_shape, dtype=torch.uint8)
+    try:
+        extract_features(extractor, black)
+    except UserError:
+        raise
+    except Exception as error:  # the code of a plug-in may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"extractor '{name}' cannot measure images of {'x'.join(map(str, dataset.image_shape))} "
+            f"({reason}); choose another one with --set eval.extractor=NAME"
+        ) from error
+    return extractor
+
+
 @torch.no_grad()
 def extract_features(
-    extractor: FeatureExtractorBase, images: Tensor, *, batch: int = 250, device: torch.device | str = "cpu"
+    extractor: nn.Module, images: Tensor, *, batch: int = EXTRACTOR_BATCH, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
     """Compute FID features (N,D) and IS logits (N,K), float64 on the CPU, of uint8 images (N,c,H,W).
 
@@ -137,7 +206,8 @@ def tensors_hash(tensors: Sequence[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def extractor_hash(extractor: FeatureExtractorBase) -> str:
+def extractor_hash(extractor: nn.Module) -> str:
     """Return a hash of an extractor's weights and of the layers it returns."""
     weights = tensors_hash(list(extractor.state_dict().values()))
-    return hashlib.sha256(f"{extractor.get_requested_features_list()}{weights}".encode()).hexdigest()
+    layers = extractor.get_requested_features_list()  # type: ignore[operator]
+    return hashlib.sha256(f"{layers}{weights}".encode()).hexdigest()

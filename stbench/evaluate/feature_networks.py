@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,16 +19,14 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import load
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from stbench.core.errors import UserError
+from stbench.data.spec import INCEPTION
 
-INCEPTION = "inception-v3-compat"
-"""torch-fidelity's name of its Inception."""
 INCEPTION_FILE = URL_INCEPTION_V3.rsplit("/", 1)[1]
 INCEPTION_SHA256 = "6726825d"
 """First hex digits of the file's sha256; they are part of its name."""
@@ -131,21 +129,17 @@ def inception_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
-def load_inception(
-    file: Path | None = None, sha256: str = INCEPTION_SHA256, *, has_option: bool = True
-) -> Inception:
+def load_inception(file: Path | None = None, sha256: str = INCEPTION_SHA256) -> Inception:
     """Load Inception from `file`, by default the one in torch hub's cache.
 
-    `has_option` says whether the calling command has --inception, which the error message then suggests.
     Raises UserError if the file is missing, if its sha256 does not start with `sha256`, or if it does not
     contain Inception's weights.
     """
     path = file or inception_path()
     if not path.is_file():
-        option = " or name your copy with --inception FILE" if has_option else ""
         raise UserError(
             f"Inception weights {INCEPTION_FILE} (sha256 {INCEPTION_SHA256}...) not found: expected them "
-            f"at {path}; put {URL_INCEPTION_V3} there{option}"
+            f"at {path}; put {URL_INCEPTION_V3} there or name your copy with --inception FILE"
         )
     # Hash first, then parse.
     state, digest = _read_checked(path, sha256, "Inception")
@@ -203,8 +197,11 @@ def _read_checked(file: Path, sha256: str, what: str) -> tuple[dict[str, Any], s
     try:
         if file.suffix == ".safetensors":
             return load(content), digest
+        # torch.load ignores the checksums of the archive.
+        if zipfile.is_zipfile(io.BytesIO(content)) and zipfile.ZipFile(io.BytesIO(content)).testzip():
+            raise ValueError("a checksum is wrong")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError, ValueError) as error:
+    except Exception as error:  # unpickling damaged bytes may raise anything
         raise _wrong_weights(file, what, error) from error
     if not isinstance(state, dict):
         raise _wrong_weights(file, what, f"a {type(state).__name__}")

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
@@ -27,7 +26,13 @@ from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.core.registry import suggest
 from stbench.data.dataset import Dataset
-from stbench.evaluate.extractors import extract_features, extractor_hash, get_extractor, tensors_hash
+from stbench.evaluate.extractors import (
+    EXTRACTOR_BATCH,
+    extract_features,
+    extractor_hash,
+    get_extractor,
+    tensors_hash,
+)
 
 BASIC_METRICS = ("fid", "fid_all", "is", "accuracy")
 """Metrics computed at every evaluation point."""
@@ -64,10 +69,11 @@ def feature_statistics(features: Tensor) -> dict[str, Tensor]:
 def reference_statistics(
     dataset: Dataset,
     reference: str,
-    extractor: FeatureExtractorBase,
+    extractor: nn.Module,
     *,
     cache_dir: Path,
     device: torch.device | str = "cpu",
+    batch: int = EXTRACTOR_BATCH,
 ) -> dict[str, Tensor]:
     """Return the `feature_statistics` of a reference set, cached by the hash of its images and the extractor.
 
@@ -79,7 +85,7 @@ def reference_statistics(
     path = cache_dir / f"reference-{key[:16]}.safetensors"
     found = _read_cache(path)
     if found is None:
-        found = feature_statistics(extract_features(extractor, images, device=device)[0])
+        found = feature_statistics(extract_features(extractor, images, batch=batch, device=device)[0])
         atomic_write(path, save(found, {"sha256": tensors_hash(list(found.values()))}))
     return found
 
@@ -149,25 +155,30 @@ def compute_metrics(
     cache_dir: Path,
     labels: Tensor | None = None,
     device: torch.device | str = "cpu",
+    extractor: nn.Module | None = None,
+    batch: int = EXTRACTOR_BATCH,
 ) -> dict[str, float]:
     """Compute the metrics `names` of uint8 images (N,c,H,W), in the given order.
 
-    `labels` (N,) are the classes the images were generated for. The extractor runs on `device`, the formulas
-    on the CPU. Metrics that do not apply are left out: "accuracy" without labels or if the extractor has
-    other classes than the data set, "nn_distance*" for images larger than 64x64. Raises UserError for an
-    unknown name and for fewer than MIN_IMAGES images.
+    `labels` (N,) are the classes the images were generated for. `extractor`, by default that of the data set,
+    runs on `device` on `batch` images at a time, the formulas on the CPU. Metrics that do not apply are left
+    out: "accuracy" without labels or if the extractor has other classes than the data set, "is" if it does
+    not classify, "fid_all" if the data set has no reference "all", "nn_distance*" for images larger than
+    64x64. Raises UserError for an unknown name and for fewer than MIN_IMAGES images.
     """
     _require_computable(names, len(images))
 
     # Extract the features of the samples once.
     images = images.cpu()
-    extractor = get_extractor(dataset.extractor)
-    features, logits = extract_features(extractor, images, device=device)
+    network = get_extractor(dataset.extractor) if extractor is None else extractor
+    features, logits = extract_features(network, images, batch=batch, device=device)
     own = feature_statistics(features)
 
     # Formulas, evaluated only for the requested names.
     def statistics_of(reference: str) -> dict[str, Tensor]:
-        return reference_statistics(dataset, reference, extractor, cache_dir=cache_dir, device=device)
+        return reference_statistics(
+            dataset, reference, network, cache_dir=cache_dir, device=device, batch=batch
+        )
 
     def distance(reference: str) -> float:
         other = statistics_of(reference)
@@ -181,14 +192,16 @@ def compute_metrics(
 
     compute: dict[str, Callable[[], float]] = {
         "fid": lambda: distance("train"),
-        "fid_all": lambda: distance("all"),
-        "is": lambda: isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN],
         "kid": lambda: kernel_distance(features, statistics_of("train")["features"]),
         "precision": lambda: precision_recall()[KEY_METRIC_PRECISION],
         "recall": lambda: precision_recall()[KEY_METRIC_RECALL],
     }
 
-    # Metrics that only some data sets have.
+    # Metrics that only some data sets and extractors have.
+    if "all" in dataset.references:
+        compute["fid_all"] = lambda: distance("all")
+    if logits.shape[1]:
+        compute["is"] = lambda: isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
     if images[0].numel() <= MAX_PIXEL_VALUES:
         compute["nn_distance"] = lambda: nearest_distance(images, dataset.train_images())
         compute["nn_distance_heldout"] = lambda: nearest_distance(

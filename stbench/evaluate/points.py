@@ -19,7 +19,7 @@ from stbench.core.backbone import Backbone
 from stbench.core.registry import SAMPLERS, lookup, plugin_hash
 from stbench.data.dataset import Dataset
 from stbench.diffusion.guidance import Guidance
-from stbench.evaluate.extractors import extractor_hash, get_extractor, tensors_hash
+from stbench.evaluate.extractors import extractor_hash, run_extractor, tensors_hash
 from stbench.evaluate.generate import generate, save_grid, validation_loss
 from stbench.evaluate.metrics import BASIC_METRICS, EXTRA_METRICS, compute_metrics
 from stbench.evaluate.past_run import PastRun
@@ -73,11 +73,12 @@ def protocol_of(
 
     `changed` are parts of the run from plug-ins that differ from the recorded ones: kind -> sha256.
     """
+    extractor = run_extractor(dataset, settings)
     images = dataset.references["train"]()
     sampler = plugin_hash(lookup(SAMPLERS, settings.sampler))[:16]
     return Protocol(
         reference=f"{dataset.name}/train {tensors_hash([images])[:16]}",
-        extractor=f"{dataset.extractor} {extractor_hash(get_extractor(dataset.extractor))[:16]}",
+        extractor=f"{settings.extractor or dataset.extractor} {extractor_hash(extractor)[:16]}",
         samples=settings.samples,
         labels=settings.labels,
         seed=settings.seed,
@@ -110,6 +111,7 @@ class PointEvaluator:
         self._cache = OutputFolder(folder.path.parent).reference_statistics
         self._objective = build_objective(prepared.spec.objective)
         self.protocol = protocol_of(dataset, prepared.spec.eval, changed=changed)
+        self._extractor = run_extractor(dataset, prepared.spec.eval)
 
     def evaluate(self, ema: Backbone, step: int, *, seconds: float, flops: float) -> list[CurvePoint]:
         """Evaluate at every guidance scale that is due at this step.
@@ -187,7 +189,14 @@ class PointEvaluator:
         save_grid(images[: 10 * columns], picture, columns)
         names = BASIC_METRICS + (EXTRA_METRICS if extras else ())
         metrics = compute_metrics(
-            images, self._dataset, names, cache_dir=self._cache, labels=labels, device=self._device
+            images,
+            self._dataset,
+            names,
+            cache_dir=self._cache,
+            labels=labels,
+            device=self._device,
+            extractor=self._extractor,
+            batch=settings.extractor_batch,
         )
         # Metrics of images that were decoded from NaN would look like numbers.
         return metrics if finite else dict.fromkeys(metrics, math.nan)

@@ -23,6 +23,7 @@ from stbench.evaluate.past_run import open_run
 from stbench.evaluate.run_plugins import PluginChoice
 from stbench.models.autoencoder import ROUNDING, VAEInfo, find_vae, to_uint8
 from stbench.models.official import load_official
+from stbench.runs.recorded import require_recorded
 
 PUBLISHED_SAMPLERS = {"dit": "ddpm", "sit": "euler-maruyama", "uvit": "dpm-solver"}
 """Backbone family -> sampler that its paper uses."""
@@ -132,6 +133,7 @@ def _load_official(location: ModelLocation, device: torch.device | str) -> Sampl
     load_plugins(location.plugins.files)
     # "none" is a value of --vae: the network generates pixels.
     vae = None if location.vae == PIXELS else find_vae(location.vae)
+    require_recorded(location.path)
     model = load_official(
         location.path,
         weights=location.weights,

@@ -16,6 +16,8 @@ from stbench.core.errors import UserError
 from stbench.core.files import absolute_path, hash_file
 from stbench.core.safe_load import parse_json, read_text
 from stbench.models.assets import asset_manifest, load_asset
+from stbench.models.repositories import shorten
+from stbench.models.weights import require_finite
 
 ROUNDING = "clamp, round half to even of (x+1)*127.5"
 """How `to_uint8` rounds; part of an evaluation protocol."""
@@ -98,23 +100,55 @@ def digits_autoencoder() -> Autoencoder:
 def read_vae(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load diffusers' AutoencoderKL from a local folder, with weights of type `dtype`.
 
-    Raises UserError if it does not load.
+    Raises UserError if it does not load, if weights are missing or unknown, or if they are not finite.
     """
     from diffusers import AutoencoderKL
 
+    _require_size(folder)
     try:
-        return AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+        vae, found = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
             str(folder),
             local_files_only=True,
             low_cpu_mem_usage=False,
             use_safetensors=True,
             torch_dtype=dtype,
+            output_loading_info=True,
         )
     except Exception as error:  # diffusers and safetensors may raise anything
-        found = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"cannot load the autoencoder in {folder} ({type(error).__name__}: {found}); download it again"
+            f"cannot load the autoencoder in {folder} ({type(error).__name__}: {reason}); download it again"
         ) from error
+    # diffusers draws missing weights at random, with a warning only.
+    for what in ("missing", "unexpected", "mismatched"):
+        if names := [str(key) for key in found[f"{what}_keys"]]:
+            raise UserError(
+                f"cannot load the autoencoder in {folder}: {WEIGHTS} has {what} weights, {shorten(names)}; "
+                f"download it again"
+            )
+    require_finite(vae.state_dict(), str(folder / WEIGHTS), "download it again")
+    return vae
+
+
+def _require_size(folder: Path) -> None:
+    """Raise UserError if the configuration describes a network that the file of weights cannot fill."""
+    with torch.device("meta"):
+        try:
+            expected = sum(value.numel() for value in build_vae(_config(folder)).state_dict().values())
+        except UserError:
+            raise
+        except Exception as error:  # diffusers may raise anything for odd values
+            reason = " ".join(str(error).split())[:120]
+            raise UserError(
+                f"{folder}/config.json does not describe an AutoencoderKL "
+                f"({type(error).__name__}: {reason}); download it again"
+            ) from error
+    size = (folder / WEIGHTS).stat().st_size
+    if expected > size:  # a weight takes two bytes or more
+        raise UserError(
+            f"{folder}/config.json describes {expected} weights, more than {WEIGHTS} of {size} bytes; "
+            f"download both again"
+        )
 
 
 PUBLISHED = {name: f"stabilityai/{name}" for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")}
@@ -219,6 +253,8 @@ def _config(folder: Path) -> dict[str, Any]:
             raise KeyError("_class_name")
         for name in ("scaling_factor", "shift_factor"):
             float(config.get(name) or 0.0)
+        if not 0 < int(config.get("layers_per_block", 1)) <= 64:
+            raise ValueError("unexpected layers_per_block")
         if not 0 < int(config["latent_channels"]) <= 1024 or not 0 < len(config["block_out_channels"]) <= 10:
             raise ValueError("unexpected latent_channels or block_out_channels")
         return dict(config)

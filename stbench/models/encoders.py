@@ -28,6 +28,7 @@ from stbench.core.text import check_name
 from stbench.core.verified import hash_and_remember, verify_files
 from stbench.models.assets import asset_manifest, load_asset
 from stbench.models.autoencoder import to_float
+from stbench.models.external import read_pretrained
 
 DIGITS = "digits"
 """Name of the shipped encoder of the embedded digits."""
@@ -297,10 +298,12 @@ def _timm_network(spec: EncoderSpec, tokens: int, load: bool) -> nn.Module:
     patch: int = plain.patch_embed.patch_size[0]
     size = patch * math.isqrt(tokens)
     weights = spec.path or (cached_weights(spec.name) if load else "")
+    # Read here, as data: older versions of timm unpickle a file with the code in it.
+    state = read_pretrained(Path(weights)) if weights and load else None
     with torch.random.fork_rng(devices=[]):  # timm draws initial weights from the global random state
         try:
             # As pretrained weights, because timm then resizes the position table to the image size.
-            overlay = {"file": weights} if weights else None
+            overlay = {"state_dict": dict(state)} if state else None
             return timm.create_model(
                 spec.name, pretrained=load, pretrained_cfg_overlay=overlay, num_classes=0, img_size=size
             )

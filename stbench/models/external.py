@@ -20,10 +20,13 @@ from torch import Tensor
 
 from stbench.core.backbone import Weights
 from stbench.core.errors import UserError
-from stbench.models.weights import State
+from stbench.models.weights import State, require_finite
 
 CHECKPOINT_KEYS = {"ema": "ema", "raw": "model"}
 """Our name for a set of weights -> the key under which official training checkpoints store it."""
+
+TIMM_KEYS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Keys under which timm's training script stores weights, the preferred first."""
 
 ZIP_MAGIC = b"PK\x03\x04"
 """First bytes of a file that torch 1.6 or newer has written."""
@@ -49,10 +52,7 @@ def read_external(file: Path, weights: Weights = "ema") -> ExternalWeights:
     for a file that is missing, truncated or damaged, that contains another object or a tensor without plain
     dense values, or that lacks the chosen `weights`.
     """
-    _require_file(file)
-    content: Any = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-    if not isinstance(content, Mapping):
-        raise UserError(f"expected a state dict in {file}, found {type(content).__name__}; save one first")
+    content = _read_mapping(file)
 
     # A flat state dict.
     found = [key for key in CHECKPOINT_KEYS.values() if isinstance(content.get(key), Mapping)]
@@ -73,6 +73,27 @@ def read_external(file: Path, weights: Weights = "ema") -> ExternalWeights:
     return ExternalWeights(
         _plain(content[key], where, file), where, settings if isinstance(settings, Mapping) else {}
     )
+
+
+def read_pretrained(file: Path) -> State:
+    """Read the weights of a timm model, flat or under the keys that timm's training script writes.
+
+    Raises UserError as `read_external` does, and for NaN or infinite weights.
+    """
+    content = _read_mapping(file)
+    found = next((content[key] for key in TIMM_KEYS if isinstance(content.get(key), Mapping)), content)
+    state = _plain(found, str(file), file)
+    require_finite(state, str(file), "use another file")
+    return state
+
+
+def _read_mapping(file: Path) -> Mapping[Any, Any]:
+    """Return the content of a weight file. Raises UserError unless it is a mapping."""
+    _require_file(file)
+    content: Any = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    if not isinstance(content, Mapping):
+        raise UserError(f"expected a state dict in {file}, found {type(content).__name__}; save one first")
+    return content
 
 
 def shown(name: object, limit: int = 80) -> str:

@@ -63,13 +63,3 @@ def require_same_shapes(expected: State, found: State, family: str, where: str) 
                 f"expected floating-point {key} {tuple(expected[key].shape)} of a {family} in {where}, "
                 f"found {value.dtype} {tuple(value.shape)}; give an official checkpoint"
             )
-
-
-def require_finite(state: State, where: str) -> None:
-    """Raise UserError if a tensor has a value that is NaN or infinite."""
-    bad = [key for key, value in state.items() if not value.isfinite().all()]
-    if bad:
-        raise UserError(
-            f"expected finite weights in {where}, found NaN or infinite values in {len(bad)} of {len(state)} "
-            f"tensors: {shorten(bad)}; the file is damaged or its training diverged: use another checkpoint"
-        )

@@ -21,13 +21,12 @@ from stbench.core.registry import BACKBONES, lookup
 from stbench.models.external import read_external, shown
 from stbench.models.fit import (
     fitting,
-    require_finite,
     require_heads,
     require_same_keys,
     require_same_shapes,
 )
 from stbench.models.repositories import HEAD_PREFIXES, Repository, identify
-from stbench.models.weights import State, tensors_sha256
+from stbench.models.weights import State, require_finite, tensors_sha256
 
 SIT_PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
 """Path types in the options of the SiT repositories -> our objectives."""
@@ -190,7 +189,7 @@ def _build(
     require_same_keys(set(net.state_dict()), set(state), repository.family, where)
     require_same_shapes(net.state_dict(), state, repository.family, where)
     values = {key: value.float().clone() for key, value in state.items()}
-    require_finite(values, where)
+    require_finite(values, where, "it is damaged, or its training diverged: use another checkpoint")
     net.load_state_dict(values, assign=True)
     return net.eval().requires_grad_(False), options
 

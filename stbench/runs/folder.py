@@ -24,13 +24,6 @@ from stbench.runs.schema import REMEDY, Fields, convert
 from stbench.runs.sealed import Binding
 from stbench.runs.stage_folder import CHECKPOINTS, StageFolder
 
-RUN_FILES = frozenset(
-    {
-        *("spec.json", "env.json", "status.json", "curve.jsonl", "stages.jsonl", "protocols.json", ".lock"),
-        *("checkpoints", "samples", "tensorboard"),
-    }
-)
-"""What a run folder contains. Users may put other files into it."""
 State = Literal["running", "stopped", "failed", "finished"]
 COUNTED = ("curve", "stages")
 """Files whose number of lines status.json records, so that missing lines are noticed."""
@@ -51,19 +44,6 @@ def find_runs(root: Path | Sequence[Path]) -> list[Path]:
             )
         found.update((absolute_path(run), run) for run in runs)
     return sorted(found.values())
-
-
-def require_no_run_file(path: Path, option: str) -> None:
-    """Raise UserError for an output path that stbench itself uses, in a run folder or beside run folders."""
-    resolved = Path(os.path.realpath(path))
-    for folder in resolved.parents:
-        if (folder / "spec.json").is_file() and resolved.relative_to(folder).parts[0] in RUN_FILES:
-            raise UserError(
-                f"{option} {path} belongs to the run folder {folder}; choose another name, such as "
-                f"{path.with_stem('output')}"
-            )
-    if resolved.name == "sweep.json":
-        raise UserError(f"{option} {path} has the name of a sweep's journal; choose another name")
 
 
 def read_runs(paths: Iterable[Path]) -> list[RunRecord]:
@@ -93,7 +73,7 @@ class OutputFolder:
 
     def artifact(self, fingerprint: str) -> Path:
         """Folder of the finished stage with this fingerprint."""
-        return self.artifacts / fingerprint[:16]
+        return self.artifacts / check_name(fingerprint[:16], "the fingerprint of a stage")
 
     def run(self, run_id: str) -> RunFolder:
         """The folder of a run. Raises UserError for a run id that is not the name of a folder."""
@@ -124,7 +104,8 @@ class RunFolder(RecordFolder):
             )
 
     def stage(self, index: int, name: str) -> StageFolder:
-        """The checkpoints of a stage."""
+        """The checkpoints of a stage. Raises UserError for a name that is not that of a folder."""
+        check_name(name, "the name of a stage")
         return StageFolder(self.path / CHECKPOINTS / f"{index}-{name}", self.binding)
 
     def sample_file(self, index: int, name: str, step: int, scale: float) -> Path:
@@ -300,14 +281,17 @@ def _checked_id(run_id: str) -> str:
     return check_name(run_id, "the id of a run", length=200)
 
 
-def _walk(path: Path) -> Iterator[Path]:
+def _walk(path: Path, seen: set[str] | None = None) -> Iterator[Path]:
+    """Find run folders; a folder that links lead to again is searched once."""
+    seen = set() if seen is None else seen
     if (path / "spec.json").is_file():
         yield path
         return
-    if path.is_dir():
+    if path.is_dir() and (real := os.path.realpath(path)) not in seen:
+        seen.add(real)
         for child in path.iterdir():
             if child.is_dir():
-                yield from _walk(child)
+                yield from _walk(child, seen)
 
 
 def _identity(point: CurvePoint) -> tuple[object, ...]:

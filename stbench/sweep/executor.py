@@ -107,7 +107,7 @@ class LocalExecutor(Executor):
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "stbench.cli.child", str(os.getpid()), *job.arguments]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self._slots[slot]}
-        with open(log, "ab") as file:
+        with open(log, "ab", opener=_open_own) as file:
             log_start = file.tell()
             process = subprocess.Popen(
                 command,
@@ -141,6 +141,11 @@ class LocalExecutor(Executor):
                 child.process.kill()
                 child.process.wait()
             raise
+
+
+def _open_own(path: str, flags: int) -> int:
+    """Open a log, but not what a link in its place leads to, and without waiting for the reader of a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def _error_message(child: _Child) -> str:

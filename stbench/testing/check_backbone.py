@@ -152,7 +152,9 @@ def _check_purity(net: Backbone, inputs: Inputs) -> None:
     first, second = net(*inputs), net(*inputs)
     net.eval()
     require(
-        torch.equal(torch.get_rng_state(), random), "the network draws random numbers: remove any dropout"
+        torch.equal(torch.get_rng_state(), random),
+        "the network draws random numbers from torch's global generator. It is seeded at every step, so runs "
+        "resume exactly, but a backbone must be a function of (x, t, y): remove any dropout",
     )
     require(_close(first, second), "two equal calls in train mode give different predictions")
     require(

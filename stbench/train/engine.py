@@ -12,6 +12,7 @@ from stbench.config.plan import PreparedRun
 from stbench.config.spec import RunSpec
 from stbench.core.errors import UserError
 from stbench.core.recipe import Artifact
+from stbench.core.registry import DATASETS, lookup
 from stbench.models.weights import verify_file
 from stbench.runs.folder import OutputFolder, RunFolder
 from stbench.runs.records import RunRecord
@@ -162,12 +163,22 @@ def check_evaluation(folder: RunFolder, spec: RunSpec) -> None:
     """
     if not has_results(folder):
         return
-    points = {"points", "extras"}
-    before = {name: value for name, value in folder.spec()["eval"].items() if name not in points}
-    if before != spec.eval.model_dump(mode="json", exclude=points):
+    stored = folder.spec()
+    free = {"points", "extras", "extractor_file", "extractor_sha256", "extractor_batch"}
+    before = {name: value for name, value in stored.get("eval", {}).items() if name not in free}
+    # Earlier versions recorded the extractor with the data, or not at all if the data set decides it.
+    recorded = (stored.get("data") or {}).get("extractor") or lookup(DATASETS, spec.dataset).extractor
+    before["extractor"] = before.get("extractor") or recorded
+    if before != spec.eval.model_dump(mode="json", exclude=free):
         raise UserError(
             f"run {folder.path} was started with other evaluation settings; use the same ones, choose "
             f"another --output, or change them with `stbench evaluate` after it has finished"
+        )
+    decoder = (stored.get("data") or {}).get("vae_sha256", "")
+    if spec.data is not None and decoder not in ("", spec.data.vae_sha256):
+        raise UserError(
+            f"run {folder.path} was started with another autoencoder: expected sha256 {decoder[:12]}, found "
+            f"{spec.data.vae_sha256[:12] or 'none'}; restore it, or choose another --output"
         )
 
 

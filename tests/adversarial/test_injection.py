@@ -31,7 +31,7 @@ from stbench.core.errors import UserError
 from stbench.core.recipe import NoSupervision, Stage
 from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS
 from stbench.core.text import check_name, print_line, to_csv, to_latex, to_markdown, to_plot, visible
-from stbench.runs.folder import OutputFolder, RunFolder
+from stbench.runs.folder import OutputFolder, RunFolder, find_runs
 from stbench.runs.journal import JournalEntry
 from stbench.runs.records import RunRecord
 from tests.fake_runs import make_entry, make_point, make_record, make_stage, write_run
@@ -371,3 +371,21 @@ def test_ordinary_names_are_taken_and_written_as_they_are(name: str) -> None:
 def test_the_checks_can_fail(check: Callable[[str], None], text: str) -> None:
     with pytest.raises((AssertionError, ValueError)):
         check(text)
+
+
+def test_links_that_lead_back_are_followed_once(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "vanilla", 0, [16.0, 4.0, 1.0])
+    for number in range(6):
+        folder = tmp_path / "runs" / f"folder{number}"
+        folder.mkdir()
+        for other in range(6):
+            (folder / f"link{other}").symlink_to(tmp_path / "runs", target_is_directory=True)
+    assert len(find_runs(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("name", ["x/../../../y", "..", "a/b", "\n", "a\x1b", ""])
+def test_names_from_records_are_checked_before_they_are_part_of_a_path(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        RunFolder(tmp_path).stage(0, name)
+    with pytest.raises(UserError):
+        OutputFolder(tmp_path).artifact(name)

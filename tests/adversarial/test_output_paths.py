@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import socket
 import stat
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from PIL import Image
 from stbench.compare.build import build_leaderboard
 from stbench.compare.writers import render
 from stbench.core.text import visible
-from tests.conftest import Command
+from tests.conftest import TINY, Command
 from tests.fake_runs import make_digits_records, write_run
 
 pytestmark = pytest.mark.slow
@@ -444,3 +446,32 @@ def test_a_link_in_place_of_the_shards_is_refused(stbench: Command, inputs: Path
     code, _, err = stbench("sample", inputs / "run", "--output", tmp_path / "out.npz", "--device", "cpu")
     assert code == 2 and "out.npz.parts" in err
     assert fingerprint(tmp_path) == before
+
+
+# --- Full disks ---
+
+
+FULL = {
+    "compare": lambda i, o: ("compare", i / "run", "--output", o / "x.md"),
+    "compare deep": lambda i, o: ("compare", i / "run", "--format", "json", "--output", o / "a" / "x.json"),
+    "plot": lambda i, o: ("compare", i / "run", "--plot", o / "x.png"),
+    "run": lambda i, o: ("run", *RUN, "--output", o),
+    "sweep": lambda i, o: ("sweep", *RUN, "--output", o),
+    "prepare": lambda i, o: ("data", "prepare", i / "images", o / "x", "--vae", "none", "--size", 8),
+}
+TINY_OPTIONS = [part for name, value in TINY.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+RUN = ("--backbone", "sit", "--recipe", "vanilla", "--steps", 1, "--device", "cpu", *TINY_OPTIONS)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_disk_is_named_with_the_file_and_what_is_missing(
+    name: str, stbench: Command, inputs: Path, tmp_path: Path
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        code, _, err = stbench(*FULL[name](inputs, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 2
+    assert re.search(r"error: cannot write \S+: File too large \((more than )?\S+ .iB needed\)", err), err

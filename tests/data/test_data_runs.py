@@ -50,7 +50,7 @@ def options_for(root: Path, vae: Path) -> PrepareOptions:
 
 def request(path: Path, recipe: str = "vanilla", steps: int = STEPS, **data: Any) -> RunRequest:
     options = TINY | (BLOCKS if recipe == "self-transcendence" else {})
-    options |= {"data.extractor": EXTRACTOR, "eval.samples": 20, "eval.points": [steps]}
+    options |= {"eval.extractor": EXTRACTOR, "eval.samples": 20, "eval.points": [steps]}
     options |= {f"data.{name}": value for name, value in data.items()}
     return RunRequest("sit-ti/2", recipe, "custom", data=str(path), steps=steps, overrides=options)
 

@@ -27,7 +27,7 @@ SMALL = {"DATASET": "custom", "SIZE": str(SIZE), "BACKBONE": "sit-ti/2", "STEPS"
 def script(paths: dict[str, Path], number: int) -> list[list[str]]:
     """Return the commands of a documented script, with small data and models."""
     block = re.findall(r"```bash\n(.*?)```", SCRIPT.read_text(), re.DOTALL)[number]
-    options = TINY | BLOCKS | {"data.extractor": EXTRACTOR, "eval.samples": 20, "train.clip": 1.0}
+    options = TINY | BLOCKS | {"eval.extractor": EXTRACTOR, "eval.samples": 20, "train.clip": 1.0}
     vanilla = {name: value for name, value in options.items() if not name.startswith("recipe.")}
     commands = []
     for line in block.splitlines():

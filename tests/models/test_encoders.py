@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 from stbench.core.errors import UserError
 from stbench.data.dataset import get_dataset
@@ -128,3 +130,51 @@ def test_damaged_caches_are_refused(tmp_path: Path) -> None:
     (folder / "tokens.json").write_text(json.dumps({"schema": 1}))
     with pytest.raises(UserError, match=r"tokens\.json is damaged"):
         encoders.find_encoder(str(folder))
+
+
+class Malicious:
+    """Would write a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, ("pwned", "w")
+
+
+@pytest.mark.parametrize("place", ["value", "beside"])
+def test_code_in_a_file_of_weights_is_not_executed(
+    vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """timm 1.0.21 unpickles a file with the code in it."""
+    monkeypatch.chdir(tmp_path)
+    state = load_file(vit)
+    content = {"state_dict": state, "epoch": Malicious()} if place == "beside" else state | {"x": Malicious()}
+    torch.save(content, "vit.pth")
+    with pytest.raises(UserError, match="contains the Python object .*open, which could run code"):
+        encoders.open_encoder(encoders.find_encoder("vit_tiny_patch16_224", Path("vit.pth")), 16, CPU)
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("key", ["", "state_dict", "model", "state_dict_ema"])
+def test_weights_load_from_every_layout_of_timm(vit: Path, tmp_path: Path, key: str) -> None:
+    state = load_file(vit)
+    torch.save({key: state, "epoch": 3} if key else state, tmp_path / "vit.pth")
+    found, given = (
+        encoders.open_encoder(encoders.find_encoder("vit_tiny_patch16_224", file), 16, CPU)
+        for file in (tmp_path / "vit.pth", vit)
+    )
+    assert isinstance(found, encoders.ImageEncoder) and isinstance(given, encoders.ImageEncoder)
+    states = found.network.state_dict(), given.network.state_dict()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_weights_that_are_not_finite_or_are_damaged_are_refused(vit: Path, tmp_path: Path) -> None:
+    state, file = load_file(vit), tmp_path / "vit.pth"
+    torch.save(state | {"norm.bias": torch.full_like(state["norm.bias"], float("nan"))}, file)
+    source = encoders.find_encoder("vit_tiny_patch16_224", file)
+    with pytest.raises(UserError, match=r"vit\.pth contains NaN in 'norm\.bias'; use another file"):
+        encoders.open_encoder(source, 16, CPU)
+    torch.save(state, file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: the CRC of its record"):
+        encoders.open_encoder(source, 16, CPU)

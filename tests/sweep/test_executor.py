@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -99,3 +100,17 @@ def test_the_last_line_of_a_log(tmp_path: Path) -> None:
     log.write_text("old\n" * 3000 + "step 100/800:  loss 1\n\n")
     assert last_line(log) == "step 100/800: loss 1"
     assert last_line(log, start=log.stat().st_size) == ""
+
+
+def test_a_link_or_a_pipe_in_place_of_a_log_is_refused(tmp_path: Path) -> None:
+    log = OutputFolder(tmp_path).run_log(job("good").run_id)
+    log.parent.mkdir()
+    (tmp_path / "precious").write_text("content")
+    log.symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError):
+        LocalExecutor(tmp_path, [{}]).submit(replace(job("good"), arguments=("--version",)))
+    assert (tmp_path / "precious").read_text() == "content"
+    log.unlink()
+    os.mkfifo(log)
+    with pytest.raises(OSError):
+        LocalExecutor(tmp_path, [{}]).submit(replace(job("good"), arguments=("--version",)))
