@@ -133,6 +133,21 @@ def _backbone(value: Any) -> Any:
     return section(name=text, size=text)(value)
 
 
+def _backbone(value: Any) -> Any:
+    section(name=text, size=text)(value)
+    for name in ("options", "effective"):
+        mapping(value.get(name, {}))
+    return value
+
+
+def _data(value: Any) -> Any:
+    if value is not None:
+        extractor = mapping(value).get("extractor")
+        text("" if extractor is None else extractor)
+        text(value.get("vae_sha256", ""))
+    return value
+
+
 def _stages(value: Any) -> Any:
     for stage in sequence(value):
         section(name=text, steps=whole, images=whole, supervision=mapping)(stage)
@@ -188,5 +203,5 @@ SPEC: Fields = {
     "train_hash": text,
     "plugins": texts,
 }
-OPTIONAL: Fields = {"row_hash": text, "stages": _stages}
+OPTIONAL: Fields = {"row_hash": text, "stages": _stages, "data": _data}
 """Fields of spec.json that the earliest records lack."""
