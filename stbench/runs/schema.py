@@ -133,13 +133,6 @@ def _backbone(value: Any) -> Any:
     return section(name=text, size=text)(value)
 
 
-def _backbone(value: Any) -> Any:
-    section(name=text, size=text)(value)
-    for name in ("options", "effective"):
-        mapping(value.get(name, {}))
-    return value
-
-
 def _data(value: Any) -> Any:
     if value is not None:
         extractor = mapping(value).get("extractor")
