@@ -41,19 +41,6 @@ TYPES = (
     *("null", "true", "-1", "1.5", ".inf", "''", "[]", "{}", "[[[]]]"),
     *("{a: {b: 1}}", "2001-01-01", "'\\e[31m'"),
 )
-    "null",
-    "true",
-    "-1",
-    "1.5",
-    ".inf",
-    "''",
-    "[]",
-    "{}",
-    "[[[]]]",
-    "{a: {b: 1}}",
-    "2001-01-01",
-    "'\\e[31m'",
-)
 PLACES = ("set: VALUE", "set: {train.lr: VALUE}", "set: {train: VALUE}", "set: {eval.points: VALUE}")
 SUITE = (
     "groups: VALUE",
