@@ -105,7 +105,7 @@ def parse_scales(text: str) -> list[float]:
         UserError: If the text is anything else.
     """
     try:
-        return [float(part) for part in text.split(",")]
+        return [float(part.encode("ascii")) for part in text.split(",")]
     except ValueError as error:
         raise UserError(
             f"--eval-guidance must be comma-separated numbers, got {shown(text)}; for example 1.0,1.5,2.0"
