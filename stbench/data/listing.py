@@ -16,6 +16,9 @@ from stbench.core.errors import UserError
 LOOPS, BROKEN, SPECIAL = "links to a parent folder", "broken links", "special files"
 """Kinds of entries that are not read."""
 
+FOLDER, FILE = "folder", "file"
+"""Kinds of entries that are."""
+
 
 class Listing(NamedTuple):
     """The files under a folder."""
@@ -46,15 +49,27 @@ def list_files(folder: Path) -> Listing:
             here = above | {(status.st_dev, status.st_ino)}
             with os.scandir(place) as entries:
                 for entry in entries:
-                    name = f"{prefix}{entry.name}"
-                    if entry.is_dir():
+                    name, kind = f"{prefix}{entry.name}", _kind(entry)
+                    if kind == FOLDER:
                         pending.append((f"{name}/", here))
-                    elif entry.is_file():
+                    elif kind == FILE:
                         names.append(name)
                     else:
-                        left_out[BROKEN if entry.is_symlink() else SPECIAL] += 1
+                        left_out[kind] += 1
         except OSError as error:
             raise UserError(
                 f"cannot list the folder {place} ({error.strerror}); make it readable, or give another folder"
             ) from error
     return Listing(sorted(names), dict(left_out))
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Return the kind of an entry, of what it leads to if it is a link."""
+    try:
+        if entry.is_dir():
+            return FOLDER
+        if entry.is_file():
+            return FILE
+    except OSError:  # a link to itself
+        return BROKEN
+    return BROKEN if entry.is_symlink() else SPECIAL

@@ -133,6 +133,14 @@ def _backbone(value: Any) -> Any:
     return section(name=text, size=text)(value)
 
 
+def _data(value: Any) -> Any:
+    if value is not None:
+        extractor = mapping(value).get("extractor")
+        text("" if extractor is None else extractor)
+        text(value.get("vae_sha256", ""))
+    return value
+
+
 def _stages(value: Any) -> Any:
     for stage in sequence(value):
         section(name=text, steps=whole, images=whole, supervision=mapping)(stage)
@@ -188,5 +196,5 @@ SPEC: Fields = {
     "train_hash": text,
     "plugins": texts,
 }
-OPTIONAL: Fields = {"row_hash": text, "stages": _stages}
+OPTIONAL: Fields = {"row_hash": text, "stages": _stages, "data": _data}
 """Fields of spec.json that the earliest records lack."""

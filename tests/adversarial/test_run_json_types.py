@@ -128,8 +128,9 @@ def commands(run: Path, prepared: PreparedRun, name: str) -> list[Callable[[], A
         compare,
         folder.environment,
         lambda: engine.is_done(folder, prepared.spec),
-        lambda: engine.other_environment(folder, engine.RunOptions(run.parent)),
     ]
+    if name == "env.json":
+        found.append(lambda: engine.other_environment(folder, engine.RunOptions(run.parent)))
     return [*found, lambda: open_run(run)] if name == "spec.json" else found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from stbench.core import verified
 from stbench.core.errors import UserError
+from stbench.data import dataset as dataset_module
 from stbench.data.crop import decode_image
 from stbench.data.dataset import Dataset, get_dataset
+from stbench.data.open import open_data
 from stbench.data.path_dataset import Custom
 from stbench.data.prepare import PrepareOptions
 from stbench.data.spec import DataSpec
-from stbench.models.autoencoder import find_vae, to_uint8
+from stbench.models.autoencoder import WEIGHTS, find_vae, to_uint8
 from tests.data.conftest import COUNT, SIZE
 from tests.datafiles import column, make_images, make_repa, make_vae, picture, run_prepare
 
@@ -278,3 +282,43 @@ def test_images_that_are_not_square_require_a_size(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected square images; give the size to crop them to"):
         opened(tmp_path, vae="none")
     assert opened(tmp_path, vae="none", size=8).image_shape == (3, 8, 8)
+
+
+def test_a_damaged_autoencoder_is_not_used_by_a_run_that_recorded_it(
+    vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "vae"
+    shutil.copytree(vae, mine)
+    path = make_repa(tmp_path / "repa", 20, 4)
+    first = get_dataset("custom", DataSpec(path=str(path), vae=str(mine)))
+    recorded = first.effective(DataSpec(path=str(path), vae=str(mine)))
+    assert recorded.vae_sha256 == find_vae(str(mine)).sha256
+    assert get_dataset("custom", recorded) is first
+    weights = bytearray((mine / WEIGHTS).read_bytes())
+    weights[-3] ^= 1
+    (mine / WEIGHTS).write_bytes(weights)
+    find_vae.cache_clear()
+    monkeypatch.setattr(dataset_module, "_built", {})  # as in another process
+    with pytest.raises(UserError, match=r"the autoencoder of .* changed since the run started"):
+        get_dataset("custom", recorded)
+
+
+def test_full_verification_finds_what_the_memory_hides(
+    copied: PrepareOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that returns other bytes without a write changes neither size nor times."""
+    monkeypatch.setattr(verified, "SETTLED", 0.0)
+    data = DataSpec(path=str(copied.target))
+    open_data(data)
+    file = copied.target / "00000-moments.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    status = file.stat()
+    stamp = [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+    memory = verified._Memory(copied.target)
+    memory.remember(file.name, stamp, str(memory.sha256(file.name)))
+    memory.save()
+    open_data(data)
+    with verified.full_verification(), pytest.raises(UserError, match="00000-moments.npy is damaged"):
+        open_data(data)

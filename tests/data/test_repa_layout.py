@@ -11,8 +11,11 @@ import pytest
 
 from stbench.cli import data as data_commands
 from stbench.core.errors import UserError
+from stbench.data.open import open_data
 from stbench.data.repa_layout import RepaFolder, find_decoder, is_repa
 from stbench.data.shards import read_manifest
+from stbench.data.sources import open_source
+from stbench.data.spec import DataSpec
 from stbench.data.split import TRAIN
 from stbench.data.verify import verify
 from tests.datafiles import column, make_images, make_repa, picture
@@ -136,3 +139,42 @@ def test_an_archive_named_npy_is_refused(folder: Path, cut: bool) -> None:
     with pytest.raises(UserError, match="is truncated or not an .npy file") as caught:
         repa.moments(3)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("vae-sd/00001/img-mean-std-00000023.npy", r"00001/img-mean-std-00000023.npy is missing \(1 of 45"),
+        ("images/00001/img00000023.png", "found 44; no image for 00001/img-mean-std-00000023.npy"),
+        ("vae-sd/dataset.json", r"vae-sd/dataset.json with the labels is missing; copy it too"),
+    ],
+)
+def test_a_missing_file_is_named(folder: Path, vae: Path, missing: str, message: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(UserError, match=message):
+        found = open_data(DataSpec(path=str(folder), vae=str(vae)))
+        found.pixels(np.arange(3))
+
+
+def test_a_missing_image_is_not_replaced_by_that_of_another_moment_file(folder: Path, vae: Path) -> None:
+    """The numbers agree, but every image between the two gaps would belong to its neighbour."""
+    (folder / "images/00000/img00000003.png").rename(folder / "images/00000/img00000099.png")
+    with pytest.raises(UserError, match=r"no image for 00000/img-mean-std-00000003.npy; no moments for"):
+        open_data(DataSpec(path=str(folder), vae=str(vae))).pixels(np.arange(3))
+
+
+@pytest.mark.parametrize("part", ["images", "vae-sd", "."])
+def test_a_part_of_the_folder_is_not_read_as_images(folder: Path, part: str) -> None:
+    with pytest.raises(UserError, match=r"REPA's layout; (give the whole folder, .*repa$|convert it with)"):
+        open_source(folder / part)
+
+
+def test_a_file_that_changed_after_its_first_use_is_named(folder: Path, vae: Path) -> None:
+    data = DataSpec(path=str(folder), vae=str(vae))
+    open_data(data)
+    file = folder / "vae-sd/00001/img-mean-std-00000023.npy"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="img-mean-std-00000023.npy has changed since its first use"):
+        open_data(data)
