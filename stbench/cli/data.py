@@ -10,6 +10,7 @@ import typer
 
 from stbench.cli import options
 from stbench.cli.outputs import require_outputs
+from stbench.core import limits
 from stbench.core.errors import UserError
 from stbench.core.outputs import Output
 from stbench.core.text import print_line
@@ -40,11 +41,16 @@ class Second(str, Enum):
 
 
 ShardCount = Annotated[
-    int | None, typer.Option(min=1, help="Number of shards; default: one per 10,000 images.")
+    int | None,
+    typer.Option(min=1, max=limits.MAX_BATCH, help="Number of shards; default: one per 10,000 images."),
 ]
 References = Annotated[
     int,
-    typer.Option(min=0, help="Training images whose pixels are kept as a reference of the evaluation."),
+    typer.Option(
+        min=0,
+        max=limits.MAX_SAMPLES,
+        help="Training images whose pixels are kept as a reference of the evaluation.",
+    ),
 ]
 
 
@@ -60,11 +66,15 @@ def prepare(
     vae: Annotated[
         str, typer.Option(help="Autoencoder: sd-vae-ft-ema, sd-vae-ft-mse, a folder, or none for pixels.")
     ],
-    size: Annotated[int, typer.Option(min=1, help="Height and width of the centre crop in pixels.")] = 256,
+    size: Annotated[
+        int, typer.Option(min=1, max=limits.MAX_PIXELS, help="Height and width of the centre crop in pixels.")
+    ] = 256,
     flip: Annotated[bool, typer.Option("--flip", help="Also encode the mirror images.")] = False,
     shards: ShardCount = None,
     precision: Annotated[Precision, typer.Option(help="Precision of the autoencoder.")] = Precision.fp32,
-    batch: Annotated[int, typer.Option(min=1, help="Images per call of the encoder.")] = 32,
+    batch: Annotated[
+        int, typer.Option(min=1, max=limits.MAX_BATCH, help="Images per call of the encoder.")
+    ] = 32,
     references: References = 10_000,
     classes: Annotated[
         Path | None,
@@ -96,10 +106,18 @@ def prepare(
 def prepare_images(prepare_options: PrepareOptions) -> None:
     """Crop, encode and write images; print what was left out."""
     from stbench.cli.progress import counting_progress_bar
+    from stbench.core.memory import require_memory
     from stbench.data import prepare as preparing
 
     _require_set(prepare_options.target, prepare_options.source, prepare_options.classes)
     task = preparing.open_task(prepare_options)
+    images = min(prepare_options.batch, len(task.source.ids))
+    require_memory(
+        prepare_options.device,
+        images * 3 * prepare_options.size**2 * 4,
+        f"a batch of {images} images of {prepare_options.size} pixels takes",
+        "use a smaller --batch or --size",
+    )
     with counting_progress_bar("encode", len(task.source.ids)) as advance:
         manifest, written = preparing.prepare(prepare_options, task, advance)
     _print_summary(prepare_options.target, manifest, written)
@@ -174,9 +192,11 @@ def tokens(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights of the encoder; default: from the Hugging Face cache.")
     ] = None,
-    patch: Annotated[int, typer.Option(min=1, help="Patch size of the backbone.")] = 2,
+    patch: Annotated[int, typer.Option(min=1, max=limits.MAX_PIXELS, help="Patch size of the backbone.")] = 2,
     classes: Annotated[Path | None, typer.Option(help="Map file that SET was prepared with.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images per call of the encoder.")] = 64,
+    batch: Annotated[
+        int, typer.Option(min=1, max=limits.MAX_BATCH, help="Images per call of the encoder.")
+    ] = 64,
     device: options.Device = "auto",
 ) -> None:
     """Cache an encoder's tokens of the training images of a prepared data set, for the recipe repa."""
@@ -231,7 +251,9 @@ def statistics(
     output: Annotated[Path, typer.Argument(help="npz to write, for `stbench evaluate --reference`.")],
     size: Annotated[
         int | None,
-        typer.Option(min=1, help="Centre-crop the images of a folder to this size, as ADM does."),
+        typer.Option(
+            min=1, max=limits.MAX_PIXELS, help="Centre-crop the images of a folder to this size, as ADM does."
+        ),
     ] = None,
     inception: options.Inception = None,
     inception_sha256: options.InceptionSha256 = None,

@@ -11,6 +11,7 @@ import typer
 
 from stbench.cli import options
 from stbench.cli.outputs import require_outputs
+from stbench.core import limits
 from stbench.core.errors import UserError
 from stbench.core.outputs import Output
 from stbench.core.text import print_line, visible
@@ -61,7 +62,9 @@ def evaluate(
         typer.Option(help="ADM npz, file of `data statistics`, or images; default: the run's own data."),
     ] = None,
     eval_guidance: options.EvalGuidance = None,
-    samples: Annotated[int | None, typer.Option(min=10, help="Number of generated images per row.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=10, max=limits.MAX_SAMPLES, help="Number of generated images per row.")
+    ] = None,
     overrides: Annotated[
         list[str], typer.Option("--set", help="Other evaluation settings, such as eval.steps=50; repeatable.")
     ] = [],  # noqa: B006

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from stbench.cli.completion import complete
+from stbench.core import limits
 from stbench.core.errors import UserError
 
 RUNS = Path("results/runs")
@@ -101,7 +103,16 @@ InceptionSha256 = Annotated[
     typer.Option(help="First digits of the sha256 of the Inception weights; default: the published file's."),
 ]
 Dino = Annotated[Path | None, typer.Option(help="DINOv2 weights; adds FD-DINOv2.")]
-MeasureBatch = Annotated[int, typer.Option(min=1, help="Images measured at a time.")]
+MeasureBatch = Annotated[int, typer.Option(min=1, max=limits.MAX_BATCH, help="Images measured at a time.")]
+
+
+def finite(value: Any) -> Any:
+    """Callback of an option with real numbers: refuse NaN and infinity, which no range excludes."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    for number in numbers:
+        if number is not None and not math.isfinite(number):
+            raise typer.BadParameter(f"expected finite numbers, got {number}")
+    return value
 
 
 def inception_settings(file: Path | None, sha256: str | None, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from stbench.cli import options
+from stbench.core import limits
 from stbench.core.errors import UserError
 from stbench.core.text import print_line
 
@@ -22,25 +23,42 @@ def sample(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Official weights (DiT, SiT, U-ViT, REPA, ...) instead of a run.")
     ] = None,
-    count: Annotated[int, typer.Option("-n", min=1, help="Number of images.")] = 1000,
+    count: Annotated[int, typer.Option("-n", min=1, max=limits.MAX_SAMPLES, help="Number of images.")] = 1000,
     output: Annotated[
         list[Path],
         typer.Option(help="ADM-style npz (arr_0 uint8 (N,H,W,3), labels), or a folder of PNGs; repeatable."),
     ] = [Path("samples.npz")],  # noqa: B006
     guidance: Annotated[
         float,
-        typer.Option("--cfg", "--guidance", min=1.0, help="Classifier-free guidance scale; 1.0 is none."),
+        typer.Option(
+            "--cfg",
+            "--guidance",
+            min=1.0,
+            max=limits.MAX_GUIDANCE,
+            callback=options.finite,
+            help="Classifier-free guidance scale; 1.0 is none.",
+        ),
     ] = 1.0,
     interval: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Times between which guidance is on, t=1 is noise; default: the run's, or 0 1."),
+        typer.Option(
+            callback=options.finite,
+            help="Times between which guidance is on, t=1 is noise; default: the run's, or 0 1.",
+        ),
     ] = None,
     channels: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of guided leading channels; default: the run's, or as published."),
+        typer.Option(
+            min=1,
+            max=limits.MAX_WIDTH,
+            help="Number of guided leading channels; default: the run's, or as published.",
+        ),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's, or as published.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps; default as for --sampler.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, max=limits.MAX_SAMPLER_STEPS, help="Sampler steps; default as for --sampler."),
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="balanced or random; default as for --sampler.")] = None,
     vae: Annotated[
         str | None,
@@ -50,14 +68,20 @@ def sample(
         str | None, typer.Option(help="Repository that --checkpoint comes from, if its keys are ambiguous.")
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of --checkpoint, if its width is unpublished.")
+        int | None,
+        typer.Option(
+            min=1, max=limits.MAX_WIDTH, help="Attention heads of --checkpoint, if its width is unpublished."
+        ),
     ] = None,
     objective: Annotated[
         str | None, typer.Option(help="Objective of --checkpoint, if it does not say the path of its SiT.")
     ] = None,
     weights: Annotated[str, typer.Option(help="Weights of a training checkpoint: ema or raw.")] = "ema",
-    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
-    batch: Annotated[int, typer.Option(min=1, help="Images per network call on a GPU, and per shard.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=limits.MAX_SEED, help="Sampling seed.")] = 0,
+    batch: Annotated[
+        int,
+        typer.Option(min=1, max=limits.MAX_BATCH, help="Images per network call on a GPU, and per shard."),
+    ] = 64,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16; the decoder runs in fp32.")] = "fp32",
     device: Annotated[
         str,

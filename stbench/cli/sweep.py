@@ -16,7 +16,7 @@ import typer
 from stbench.cli import options
 from stbench.cli.outputs import require_run_outputs
 from stbench.core.errors import UserError
-from stbench.core.limits import MAX_SEED, MAX_SEEDS
+from stbench.core.limits import MAX_RUNS, MAX_SEED, MAX_SEEDS
 from stbench.core.safe_load import shown
 from stbench.core.text import print_line
 
@@ -51,7 +51,9 @@ def sweep(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Runs at a time; default: one per GPU, or one per core on the CPU."),
+        typer.Option(
+            min=1, max=MAX_RUNS, help="Runs at a time; default: one per GPU, or one per core on the CPU."
+        ),
     ] = None,
     plugin: options.Plugins = [],  # noqa: B006
     device: options.Device = "auto",

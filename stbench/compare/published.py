@@ -10,9 +10,12 @@ from pathlib import Path
 
 from stbench.compare.format import NONE, Section, count
 from stbench.core.errors import UserError
+from stbench.core.safe_load import MalformedError, parse_finite, read_text, shorten
 
 PUBLISHED_FILE = Path("results/reported.csv")
 """Path within a clone of stbench."""
+MAX_BYTES = 1 << 22
+"""Size of such a file."""
 TITLE = "Reported by papers and repositories; not measured here"
 
 
@@ -58,17 +61,20 @@ def read_published(path: Path | None = None) -> list[PublishedValue]:
         candidates = (PUBLISHED_FILE, Path(__file__).parents[2] / PUBLISHED_FILE)
         path = next(filter(Path.is_file, candidates), PUBLISHED_FILE)
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, limit=MAX_BYTES)
+    except (OSError, MalformedError) as error:
         raise UserError(
-            f"cannot read published values from {path} ({getattr(error, 'strerror', error)}); "
+            f"cannot read published values from {path} ({getattr(error, 'strerror', None) or error}); "
             "run inside a clone of stbench, or name a file with --reported-file FILE"
         ) from None
-    reader = csv.DictReader(io.StringIO(text), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     columns = [field.name for field in fields(PublishedValue)]
-    if list(reader.fieldnames or ()) != columns:
-        raise UserError(f"{path} line 1: expected the columns {','.join(columns)}; restore the file")
-    return [_parse(row, f"{path} line {reader.line_num}") for row in reader]
+    try:
+        if list(reader.fieldnames or ()) != columns:
+            raise UserError(f"{path} line 1: expected the columns {','.join(columns)}; restore the file")
+        return [_parse(row, f"{path} line {reader.line_num}") for row in reader]
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num + 1}: {error}; restore the file") from None
 
 
 def _parse(row: dict[str, str], where: str) -> PublishedValue:
@@ -76,9 +82,10 @@ def _parse(row: dict[str, str], where: str) -> PublishedValue:
     if None in row or None in row.values():
         raise UserError(f"{where}: expected {len(fields(PublishedValue))} columns; quote values with commas")
     try:
-        float(row["value"])
+        parse_finite(row["value"])
     except ValueError:
-        raise UserError(f"{where}: expected a number in column 'value', found {row['value']!r}") from None
+        found = shorten(row["value"])
+        raise UserError(f"{where}: expected a finite number in column 'value', found {found}") from None
     for name in ("model", "metric", "source", "certainty"):
         if not row[name]:
             raise UserError(f"{where}: column '{name}' must not be empty")
@@ -102,7 +109,7 @@ def _line(metrics: Sequence[PublishedValue], numbers: dict[str, int]) -> tuple[s
     """Format the metrics of one evaluation."""
     first = metrics[0]
     mark = f" [{numbers[first.note]}]" if first.note else ""
-    steps = f"{count(int(first.steps))} steps" if first.steps.isdigit() else first.steps
+    steps = f"{count(int(first.steps))} steps" if _is_count(first.steps) else first.steps
     guidance = "no guidance" if first.guidance == "none" else first.guidance
     return (
         first.model + mark,
@@ -117,9 +124,14 @@ def _line(metrics: Sequence[PublishedValue], numbers: dict[str, int]) -> tuple[s
 
 def _metric(value: PublishedValue) -> str:
     """Add the number of samples to FID, which depends on it: FID-50k."""
-    if value.metric == "FID" and value.n_samples.isdigit():
+    if value.metric == "FID" and _is_count(value.n_samples):
         return f"FID-{count(int(value.n_samples))}"
     return value.metric
+
+
+def _is_count(text: str) -> bool:
+    """Whether a cell is a plain number such as 400000, rather than "400K" or a range."""
+    return text.isascii() and text.isdecimal() and len(text) <= 15
 
 
 def _joined(*parts: str) -> str:

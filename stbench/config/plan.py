@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +102,7 @@ def prepare(spec: RunSpec) -> PreparedRun:
 
 
 def _check_names(spec: RunSpec) -> None:
-    """Raise UserError for a name that cannot be part of a path, as in a specification that was changed."""
+    """Raise UserError for a name that cannot be part of a path, and for text that records cannot store."""
     check_name(spec.dataset, "the name of the data set")
     check_name(spec.backbone.name, "the name of the backbone")
     check_name(spec.backbone.size, "the size of the backbone", parts=2)
@@ -109,6 +110,12 @@ def _check_names(spec: RunSpec) -> None:
     for section in (spec.backbone, spec.recipe):
         for option in (*section.options, *section.effective):
             check_name(option, f"the name of an option of {section.name}")
+    text = json.dumps(spec.model_dump(), ensure_ascii=False, default=str)
+    if "\\u0000" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(
+            "a path or option contains a NUL character or bytes that are not UTF-8, which the records of a "
+            "run cannot store; rename it"
+        )
 
 
 def _require_null_label(spec: RunSpec, info: BackboneInfo) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch.amp import is_autocast_available
 
 from stbench.core.errors import UserError
+from stbench.core.safe_load import shorten
 
 
 @contextmanager
@@ -48,16 +50,15 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device '{name}'; use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device '{name}' is not supported; use auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= count:
+    kind, colon, index = name.partition(":")
+    if colon and (kind != "cuda" or not re.fullmatch("[0-9]{1,3}", index)):
+        raise UserError(f"unknown device {shorten(name)}; use auto, cpu, cuda or cuda:N")
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"unknown device {shorten(name)}; use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
         raise UserError(f"device '{name}' does not exist: found {count} CUDA device(s); try --device cpu")
-    return device
+    return torch.device(kind, int(index)) if colon else torch.device(kind)
 
 
 def pick_devices(names: str) -> list[torch.device]:

@@ -56,6 +56,8 @@ def _missing(path: Path, needed: Needed, *, limited: bool) -> str:
 
 def _text(count: int) -> str:
     """Format a number of bytes."""
+    if count < 1 << 10:
+        return f"{count} bytes"
     unit, name = (1 << 20, "MiB") if count >= 1 << 20 else (1 << 10, "KiB")
     return f"{count / unit:.3g} {name}"
 

@@ -17,7 +17,7 @@ MAX_RUNS = 10_000
 """Runs of one sweep."""
 MAX_DEPTH = 1000
 MAX_WIDTH = 65_536
-MAX_PIXELS = 65_536
+MAX_PIXELS = 16_384
 """Height and width of images."""
 MAX_GUIDANCE = 1000.0
 MAX_NAME = 4096

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from stbench.core.errors import UserError
 from stbench.core.files import absolute_path, is_locked, lock_folder, remove_unfinished
-from stbench.core.text import check_name
+from stbench.core.text import check_name, visible
 from stbench.runs import schema
 from stbench.runs.consistency import require_consistent
 from stbench.runs.record_folder import RecordFolder
@@ -149,8 +149,9 @@ class RunFolder(RecordFolder):
         return is_locked(self.path)
 
     def write_status(self, state: State, **fields: Any) -> None:
-        """Replace status.json by a state and fields that explain it, such as an error message."""
-        self._write_status({"state": state, **fields})
+        """Replace status.json by a state and fields that explain it, as visible text, such as an error."""
+        shown = {name: visible(value) if isinstance(value, str) else value for name, value in fields.items()}
+        self._write_status({"state": state, **shown})
 
     def status(self) -> dict[str, Any]:
         """Read status.json: "state" and the fields written with it."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from stbench.core.text import visible
 from stbench.runs.folder import OutputFolder
 from stbench.runs.journal import JournalEntry
 
@@ -72,7 +73,7 @@ def last_line(file: Path, start: int = 0) -> str:
         log.seek(max(start, size - LOG_TAIL))
         tail = log.read().decode(errors="replace")
     lines = (" ".join(line.split()) for line in reversed(tail.splitlines()))
-    return next((line for line in lines if line), "")
+    return visible(next((line for line in lines if line), ""))
 
 
 @dataclass

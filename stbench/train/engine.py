@@ -21,6 +21,7 @@ from stbench.train.environment import environment
 from stbench.train.hooks import Hook
 from stbench.train.interrupt import Interrupt
 from stbench.train.loop import Interrupted, Keep, RunOptions, StageTrainer
+from stbench.train.memory import require_training_memory
 
 __all__ = ["Interrupted", "Keep", "RunOptions", "check_evaluation", "run"]
 
@@ -39,6 +40,7 @@ def run(prepared: PreparedRun, options: RunOptions, hooks: Sequence[Hook] = ()) 
     if is_done(folder, prepared.spec):  # not under the lock, which cannot be taken on a read-only disk
         verify_weights(folder)
         return folder.record(), False
+    require_training_memory(prepared, options.device)
     with folder.lock():
         if is_done(folder, prepared.spec):  # another process has finished it in the meantime
             return folder.record(), False

@@ -27,6 +27,7 @@ from stbench.compare.plot import plot_curves
 from stbench.compare.published import PublishedValue
 from stbench.compare.terminal import print_leaderboard, print_run
 from stbench.compare.writers import render
+from stbench.config.plan import prepare
 from stbench.core.errors import UserError
 from stbench.core.recipe import NoSupervision, Stage
 from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS
@@ -34,6 +35,7 @@ from stbench.core.text import check_name, print_line, to_csv, to_latex, to_markd
 from stbench.runs.folder import OutputFolder, RunFolder, find_runs
 from stbench.runs.journal import JournalEntry
 from stbench.runs.records import RunRecord
+from tests.conftest import tiny_spec
 from tests.fake_runs import make_entry, make_point, make_record, make_stage, write_run
 
 pytestmark = pytest.mark.slow
@@ -275,10 +277,12 @@ def test_published_values_are_escaped(name: str, form: Any) -> None:
 @pytest.mark.parametrize("name", PAYLOADS)
 def test_no_field_controls_the_terminal(name: str) -> None:
     text = PAYLOADS[name]
+    reported = published(text)
     for leaderboard in leaderboards(text).values():
         file = io.StringIO()
         console = Console(file=file, width=100, force_terminal=True, color_system=None)
-        print_leaderboard(leaderboard, published=published(text), console=console)
+        print_leaderboard(leaderboard, published=reported, console=console)
+        reported = []  # once is enough
         printed = re.sub(r"\x1b\[[0-3]m", "", file.getvalue())  # the writer's own bold, dim and italic
         check_printable(printed)
         assert "\U0001f4a3" not in printed  # rich replaces :bomb: in text with markup
@@ -324,8 +328,9 @@ def test_a_line_is_one_visible_line(name: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("name", [*PAYLOADS, "..", ".", "x/../../../y", "/tmp/x", ".hidden", "-o", "a b"])
 def test_no_registry_takes_a_hostile_name(name: str, registry: Any) -> None:
     text = PAYLOADS.get(name, name)
+    accepted = next(iter(registry.module_dict.values()))
     with pytest.raises(UserError, match="must be 1 to 48") as caught:
-        registry.register_module(name=text or "\n")(lambda: None)
+        registry.register_module(name=text or "\n")(accepted)
     check_printable(str(caught.value))
     assert text not in registry.module_dict
 
@@ -389,3 +394,14 @@ def test_names_from_records_are_checked_before_they_are_part_of_a_path(name: str
         RunFolder(tmp_path).stage(0, name)
     with pytest.raises(UserError):
         OutputFolder(tmp_path).artifact(name)
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "a\ud800", "a\0"])
+def test_text_that_records_cannot_store_is_refused_before_training(text: str) -> None:
+    spec = tiny_spec()
+    for changed in (
+        spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"options": {"x": [text]}})}),
+        spec.model_copy(update={"objective": text}),
+    ):
+        with pytest.raises(UserError, match="not UTF-8"):
+            prepare(changed)

@@ -474,4 +474,6 @@ def test_a_full_disk_is_named_with_the_file_and_what_is_missing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert code == 2
-    assert re.search(r"error: cannot write \S+: File too large \((more than )?\S+ .iB needed\)", err), err
+    assert re.search(
+        r"error: cannot write \S+: File too large \((more than )?\S+ (.iB|bytes) needed\)", err
+    ), err

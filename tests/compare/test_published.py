@@ -102,7 +102,7 @@ def test_a_missing_file_is_a_one_line_error(tmp_path: Path) -> None:
 
 DAMAGE: dict[str, Callable[[str], str]] = {
     "line 1: expected the columns": lambda text: text.replace("certainty", "confidence", 1),
-    "line 2: expected a number in column 'value', found 'low'": lambda text: text.replace("2.27", "low"),
+    "line 2: expected a finite number in column 'value'": lambda text: text.replace("2.27", "low"),
     "line 2: expected 15 columns": lambda text: text.replace("2.27", "2.27,extra"),
     "line 2: column 'source' must not be empty": lambda text: text.replace("DiT README", "", 1),
 }

@@ -75,7 +75,7 @@ def test_a_full_disk_is_a_user_error_that_names_the_file(tmp_path: Path, full_di
     (tmp_path / "file").write_text("old")
     with pytest.raises(
         UserError,
-        match=r"cannot write .*/file: No space left .* \(0.0029.* KiB needed, .* free",
+        match=r"cannot write .*/file: No space left .* \(3 bytes needed, .* free",
     ):
         atomic_write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_text() == "old"
