@@ -16,6 +16,8 @@ from stbench.core.errors import UserError
 Fields = Mapping[str, Callable[[Any], Any]]
 """Name of a field -> function that checks and converts its JSON value."""
 
+MAX_DEPTH = 1024
+"""Blocks of a network."""
 LONGEST_VALUE = 60
 """Characters of an invalid value that an error message shows."""
 
@@ -129,7 +131,9 @@ def _interval(value: Any) -> tuple[float, float]:
 def _backbone(value: Any) -> Any:
     optional = [mapping(value)[name] for name in ("options", "effective") if name in mapping(value)]
     for options in optional:
-        mapping(options)
+        depth = mapping(options).get("depth", 1)
+        if type(depth) is int and depth > MAX_DEPTH:  # building the network would not end
+            raise ValueError
     return section(name=text, size=text)(value)
 
 
