@@ -32,7 +32,7 @@ def make_spec(recipe: str, seed: int, steps: int, options: Mapping[str, Any]) ->
         "dataset": "digits",
         "backbone": {"name": "sit", "size": "ti/2", "options": {}},
         "objective": "linear",
-        "recipe": {"name": recipe, "options": dict(options), "resolved": dict(options), "needs": ""},
+        "recipe": {"name": recipe, "options": dict(options), "effective": dict(options), "needs": ""},
         "train": {"steps": steps, "batch": BATCH, "precision": "fp32", "lr": 2e-3},
         "eval": {"samples": 1000},
         "seed": seed,

@@ -285,3 +285,15 @@ def test_the_recipe_of_the_readme_runs(
     assert exit_code == 0, error
     assert "Curve of digits-sit-custom-pull-s0-" in out
     assert "pull" in error.split("denoise")[-1]  # the term's name in the last progress line
+
+
+def test_the_security_page_names_tests_that_exist() -> None:
+    text = (DOCS / "security.md").read_text()
+    named = re.findall(r"`((?:tests/\w+/)?test_\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 15
+    folder = "tests"
+    for path, function in named:
+        folder = str(Path(path).parent) if "/" in path else folder
+        file = ROOT / folder / Path(path).name
+        assert file.is_file(), path
+        assert f"def {function}" in file.read_text()

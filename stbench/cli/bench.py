@@ -15,6 +15,7 @@ import typer
 from stbench.cli import options
 from stbench.cli.completion import complete
 from stbench.cli.outputs import require_outputs
+from stbench.core import limits
 from stbench.core.text import print_line
 
 
@@ -29,7 +30,9 @@ def bench(
         list[str],
         typer.Option(help="Recipe whose last stage is timed; repeatable.", autocompletion=complete("recipe")),
     ] = ["vanilla", "self-transcendence"],  # noqa: B006
-    batch: Annotated[list[int], typer.Option(min=1, help="Images per step; repeatable.")] = [],  # noqa: B006
+    batch: Annotated[
+        list[int], typer.Option(min=1, max=limits.MAX_BATCH, help="Images per step; repeatable.")
+    ] = [],  # noqa: B006
     precision: Annotated[list[str], typer.Option(help="fp32, tf32 or bf16; repeatable.")] = ["fp32"],  # noqa: B006
     compiled: Annotated[
         bool, typer.Option("--compile", help="Also time each combination with a compiled student.")

@@ -17,7 +17,7 @@ Columns = dict[str, Callable[[CurvePoint], str]]
 
 def facts(record: RunRecord) -> dict[str, str]:
     """Return the settings of a run, by name."""
-    options = record.spec["recipe"].get("resolved", {})
+    options = record.spec["recipe"].get("effective", {})
     options_text = ", ".join(f"{name}={value}" for name, value in options.items())
     return {
         "run": f"{record.run_id} ({record.status})",

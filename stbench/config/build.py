@@ -42,7 +42,8 @@ def build_backbone(
             )
         except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                f"{spec.name}-{spec.size_name} cannot be built with {spec.options}: {error}; "
+                f"{spec.name}-{spec.size_name} cannot be built with {spec.options}: "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
                 f"change the backbone.* options"
             ) from error
     if spec.size_name != spec.size:

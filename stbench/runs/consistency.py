@@ -26,7 +26,7 @@ def require_consistent(record: RunRecord, counts: Mapping[str, int]) -> None:
         if point.protocol not in record.protocols:
             where = f"{record.path}/protocols.json"
             raise _damaged(
-                where, f"protocol {point.protocol} of curve.jsonl line {number}", "no such protocol"
+                where, f"protocol {point.protocol!r} of curve.jsonl line {number}", "no such protocol"
             )
 
     # The length of the last stage: a file of an earlier, shorter run of this folder does not fit.

@@ -78,7 +78,7 @@ def test_latex_is_balanced_and_escaped() -> None:
 
 
 def test_a_row_with_needs_is_marked_and_noted() -> None:
-    recipe = {"name": "repa", "options": {}, "resolved": {}, "needs": "an encoder"}
+    recipe = {"name": "repa", "options": {}, "effective": {}, "needs": "an encoder"}
     leaderboard = build_leaderboard([make_record("repa", 0, [16.0, 4.0, 1.0], changes={"recipe": recipe})])
     text = render(leaderboard, "md")
     assert "| repa† | 0 | 1.000 |" in text and "- repa† needs an encoder" in text
