@@ -58,8 +58,8 @@ def _text(count: int) -> str:
     """Format a number of bytes."""
     if count < 1 << 10:
         return f"{count} bytes"
-    unit, name = (1 << 20, "MiB") if count >= 1 << 20 else (1 << 10, "KiB")
-    return f"{count / unit:.3g} {name}"
+    power = min((count.bit_length() - 1) // 10, 3)
+    return f"{count / (1 << 10 * power):.4g} {('', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def free_space(path: Path) -> int:
