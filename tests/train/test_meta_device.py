@@ -29,7 +29,7 @@ OVERRIDES = {
     "train.accumulate": 2,
     "backbone.width": 24,
     "backbone.heads": 2,
-    "backbone.depth": 3,
+    "backbone.depth": 5,
 }
 PRODUCTS = [(b, r, o) for b in names(BACKBONES) for r in names(RECIPES) for o in names(OBJECTIVES)]
 
