@@ -84,7 +84,9 @@ def check_arguments(arguments: Sequence[str]) -> None:
             raise UserError(f"expected a value {place}, got an empty one; give it or leave the option out")
         if option.startswith("--") and equals and not value:
             raise UserError(f"expected a value after {shorten(argument)}, got none; give it or leave it out")
-        if "\0" in argument or (not argument.isascii() and _has_surrogate(argument)):
+        if "\0" in argument:
+            raise UserError(f"expected an argument without a NUL character, got {shown(argument)}; remove it")
+        if not argument.isascii() and _has_surrogate(argument):
             raise UserError(f"expected an argument in UTF-8, got {shown(argument)}; rename the file")
 
 

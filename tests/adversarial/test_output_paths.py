@@ -295,7 +295,7 @@ def refused(command: Command, case: Case, inputs: Path, output: Path) -> str:
     code, out, err = command(*case.arguments(inputs, output), "--device", "cpu")[:3]
     assert code == 2, (code, out, err)
     assert err.count("\n") == 1 and "Traceback" not in err
-    assert visible(str(output)) in err or "null byte" in err, err
+    assert visible(str(output)) in err or "NUL" in err, err
     return err
 
 
