@@ -70,7 +70,7 @@ def find_encoder(name: str, checkpoint: Path | None = None) -> EncoderSpec:
     """
     if checkpoint is not None and (name == DIGITS or (Path(name) / "tokens.json").is_file()):
         raise UserError(
-            f"recipe.checkpoint={checkpoint} cannot be used with encoder '{name}', which has its own "
+            f"recipe.checkpoint={checkpoint!r} cannot be used with encoder '{name}', which has its own "
             f"weights; leave it out (null in a list)"
         )
     if name == DIGITS:

@@ -191,7 +191,7 @@ SPEC: Fields = {
     "dataset": text,
     "backbone": _backbone,
     "objective": text,
-    "recipe": section(name=text, options=mapping, needs=text),
+    "recipe": section(name=text, options=mapping, effective=mapping, needs=text),
     "train": section(steps=whole, batch=whole, precision=text),
     "eval": mapping,
     "seed": whole,
