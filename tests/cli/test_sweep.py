@@ -23,7 +23,7 @@ def test_seeds_are_a_count_or_a_list() -> None:
 @pytest.mark.slow
 def test_a_sweep_records_a_failed_run_and_continues(stbench: Command, tmp_path: Path) -> None:
     defaults = {"dataset": "digits", "backbone": "sit", "steps": 2, "precision": "fp32", "set": TINY}
-    runs = [{"recipe": "vanilla", "set": {"train.lr": 1.0e30}}, {"recipe": "vanilla"}]
+    runs = [{"recipe": "vanilla", "set": {"train.lr": 1.0e17}}, {"recipe": "vanilla"}]
     suite, output = tmp_path / "two.json", tmp_path / "runs"
     suite.write_text(json.dumps({"defaults": defaults, "groups": [{"runs": runs}]}))
     code, out, err = stbench("sweep", "--suite", suite, "--output", output, "--device", "cpu")
@@ -31,7 +31,7 @@ def test_a_sweep_records_a_failed_run_and_continues(stbench: Command, tmp_path: 
     assert "1 finished, 1 failed; rerun the same command to retry" in out
     assert f"next: stbench compare {output}" in out
     failed, finished = read_journal(output)
-    assert failed.state == "failed" and "loss is not finite at step 2" in failed.error
+    assert failed.state == "failed" and "not finite" in failed.error
     assert finished.state == "finished" and len(list(output.glob("*/spec.json"))) == 2
     assert f"failed: {failed.run_id}: {failed.error}" in out and "running: " + finished.run_id in err
     text = suite.read_text()
