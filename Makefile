@@ -1,7 +1,9 @@
 # `make` runs the checks that a change must pass. PYTHON is the interpreter of an environment with the dev extra.
 PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+BROWSER = chromium chromium-driver
+SLURM = slurmctld slurmd slurm-client munge
 
-.PHONY: all dev links lint types test slow coverage bench docs
+.PHONY: all dev links lint types test slow slurm-test browser-test coverage bench docs
 
 all: lint types test
 
@@ -28,6 +30,17 @@ test:
 
 slow:  ## tests that take minutes
 	$(PYTHON) -m pytest -m "slow and not benchmark"
+
+slurm-test:  ## install Slurm from the distribution (needs root) and run a sweep on a cluster of two nodes
+	for program in slurmctld slurmd sbatch munged; do command -v $$program >/dev/null || missing=1; done; \
+	  [ -z "$$missing" ] || { apt-get update && apt-get install --yes --no-install-recommends $(SLURM); }
+	$(PYTHON) -m pytest --numprocesses 0 -m "slow or not slow" -v tests/sweep/test_slurm*.py
+
+browser-test:  ## install Chromium from the distribution (needs root) and test the report page in it
+	for program in chromium chromedriver; do command -v $$program >/dev/null || missing=1; done; \
+	  [ -z "$$missing" ] || { apt-get update && apt-get install --yes --no-install-recommends $(BROWSER); }
+	$(PYTHON) -m pip install --quiet 'selenium>=4.25'
+	$(PYTHON) -m pytest --numprocesses 0 -m "slow or not slow" -v tests/report/test_browser.py
 
 coverage:  ## the default tests, with coverage of the three packages
 	$(PYTHON) -m pytest --cov --cov-report=term:skip-covered

@@ -6,6 +6,7 @@ Also defines `AdaLNTransformer`, the trunk of adaLN-Zero blocks that DiT shares 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from timm.layers.activations import GELUTanh
@@ -13,7 +14,7 @@ from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
-from stbench.core.backbone import Backbone, BackboneInfo, Features
+from stbench.core.backbone import Backbone, BackboneInfo, Features, Output, Route
 from stbench.core.ranges import Depth, Pixels, PositiveReal, Width
 from stbench.core.registry import BACKBONES
 from stbench.models.layers import (
@@ -28,12 +29,20 @@ from stbench.models.layers import (
     scale_time,
     sincos_2d,
     unpatchify,
+    with_prefix,
 )
+from stbench.models.routing import Routing
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Scale and shift tokens x (B,N,D) by one vector (B,D) per sample."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """Scale and shift tokens x (B,N,D) by vectors (B,1,D), or (B,N,D) with one vector per token."""
+    return x * (1 + scale) + shift
+
+
+def modulations(linear: nn.Module, c: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Compute `count` vectors from the condition c (B,D) or (B,N,D): (B,1,D) or (B,N,D) each."""
+    values = linear(c)
+    return (values if values.ndim == 3 else values[:, None]).chunk(count, dim=-1)
 
 
 class AdaLNBlock(nn.Module):
@@ -47,11 +56,18 @@ class AdaLNBlock(nn.Module):
         self.mlp = Mlp(in_features=width, hidden_features=4 * width, act_layer=GELUTanh)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Update tokens x (B,N,D) under condition c (B,D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+    def forward(
+        self, x: Tensor, c: Tensor, mask: Tensor | None = None, *, with_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Update tokens x (B,N,D) under condition c (B,D) or (B,N,D).
+
+        Returns the tokens, and attention logits (B,heads,N,N) if they are asked for. `mask` (B,N,N) restricts
+        the attention.
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.adaLN_modulation, c, 6)
+        attended, logits = self.attn(modulate(self.norm1(x), shift1, scale1), mask, with_logits=with_logits)
+        x = x + gate1 * attended
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2)), logits
 
 
 class FinalLayer(nn.Module):
@@ -63,10 +79,28 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, patch * patch * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
+    def modulated(self, x: Tensor, c: Tensor) -> Tensor:
+        """Normalise and modulate tokens x (B,N,D) under condition c (B,D) or (B,N,D)."""
+        shift, scale = modulations(self.adaLN_modulation, c, 2)
+        return modulate(self.norm_final(x), shift, scale)
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Map tokens x (B,N,D) under condition c (B,D) to (B,N,p*p*C_out)."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        """Map tokens x (B,N,D) under condition c (B,D) or (B,N,D) to (B,N,p*p*C_out)."""
+        return self.linear(self.modulated(x, c))
+
+
+class OutputHead(FinalLayer):
+    """A final layer for the tokens of a hidden block, with zero weights (Internal Guidance)."""
+
+    def __init__(self, info: BackboneInfo, channels: int) -> None:
+        super().__init__(info.width, info.patch, channels)
+        self.patch, self.channels = info.patch, channels
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Map tokens x (B,N,D) under condition c (B,D) or (B,N,D) to a prediction (B,C_out,H,W)."""
+        return unpatchify(super().forward(x, c), self.patch, self.channels)
 
 
 def _adaln_presets() -> dict[str, dict[str, Any]]:
@@ -102,13 +136,11 @@ class AdaLNTransformer(Backbone):
         time_scale: float,
     ) -> None:
         super().__init__()
-        self.info = info
+        self.info = replace(info, capabilities=("token-time", "attention", "route", "prefix"))
         self.time_scale = time_scale
         self.out_channels = out_channels
         self.rows = rows
-        self.x_embedder = PatchEmbed(
-            img_size=info.input_size, patch_size=info.patch, in_chans=info.channels, embed_dim=info.width
-        )
+        self.x_embedder = PatchEmbed(info.input_size, info.patch, info.channels, embed_dim=info.width)
         self.t_embedder = TimeEmbed(info.width)
         self.y_embedder = LabelEmbed(info.classes, info.width)
         grid = info.input_size // info.patch
@@ -143,22 +175,53 @@ class AdaLNTransformer(Backbone):
         """Embed latents x (B,C,H,W) as the tokens (B,N,D) that enter the first block."""
         return self.x_embedder(x) + self.pos_embed
 
+    def output_head(self) -> nn.Module:
+        """Return a new final layer for a hidden block, with zero weights."""
+        return OutputHead(self.info, self.out_channels)
+
     def forward_intermediates(
-        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
-    ) -> tuple[Tensor | None, Features]:
-        """See `Backbone.forward_intermediates`. Raises ValueError for a block out of range."""
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        indices: Sequence[int] = (),
+        stop_early: bool = False,
+        attention: Sequence[int] = (),
+        mask: Tensor | None = None,
+        routes: Sequence[Route] = (),
+        prefix: Tensor | None = None,
+    ) -> Output:
+        """See `Backbone.forward_intermediates`. Raises ValueError for a block or route out of range."""
         run = blocks_to_run(self.info, indices, stop_early)
-        tokens = self.embed(x)
-        c = self.t_embedder(scale_time(t, self.time_scale)) + self.y_embedder(y)
+        routing = Routing(self.info, routes)
+        tokens, label, m = self.embed(x), self.y_embedder(y), 0
+        if prefix is not None:
+            others = dict(attention=attention, mask=mask is not None, routes=routes, times=t.ndim == 2)
+            tokens, m = with_prefix(self, prefix, tokens, **others), prefix.shape[1]
+        time = self.t_embedder(scale_time(t, self.time_scale))
+        condition = time + (label if t.ndim == 1 else label[:, None])
         features: Features = {}
-        for k, block in zip(range(run), self.blocks, strict=False):
-            tokens = block(tokens, c)
+        before: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
+        for k, block in enumerate(self.blocks[:run]):
+            tokens = routing.enter(k, tokens)
+            tokens, logits = block(tokens, routing.of_tokens(condition), mask, with_logits=k in attention)
             if k in indices:
-                features[k] = tokens
+                features[k] = tokens[:, m:] if m else tokens
+                before |= {k: tokens[:, :m]} if m else {}
+            if logits is not None:
+                found[k] = logits
+            tokens = routing.leave(k, tokens)
         if stop_early:
-            return None, features
-        out = unpatchify(self.final_layer(tokens, c), self.info.patch, self.rows)
-        return out[:, : self.out_channels], features
+            return Output(None, features, condition, found, routing.kept(indices), before)
+        if m:
+            tokens = self.final_layer.modulated(tokens, condition)
+            out, last_prefix = self.final_layer.linear(tokens[:, m:]), tokens[:, :m]
+        else:
+            out, last_prefix = self.final_layer(tokens, condition), None
+        prediction = unpatchify(out, self.info.patch, self.rows)[:, : self.out_channels]
+        return Output(prediction, features, condition, found, routing.kept(indices), before, last_prefix)
 
     @classmethod
     def infer_trunk(cls, state: Mapping[str, Tensor], heads: int | None) -> tuple[dict[str, Any], int]:

@@ -5,13 +5,14 @@ The architecture is DiT's, imported from backbones/dit.py. Time runs as in REPA:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from stbench.backbones.dit import AdaLNTransformer
-from stbench.core.backbone import Features
+from stbench.core.backbone import Output
 from stbench.core.ranges import Depth, Pixels, PositiveReal, Width
 from stbench.core.registry import BACKBONES
 from stbench.models.layers import make_info
@@ -61,16 +62,12 @@ class SiT(AdaLNTransformer):
         )
         self.noise_at_zero = noise_at_zero
 
-    def forward_intermediates(
-        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
-    ) -> tuple[Tensor | None, Features]:
+    def forward_intermediates(self, x: Tensor, t: Tensor, y: Tensor, **inputs: Any) -> Output:
         """See `Backbone.forward_intermediates`; t=0 is data, also with `noise_at_zero`."""
         if not self.noise_at_zero:
-            return super().forward_intermediates(x, t, y, indices=indices, stop_early=stop_early)
-        prediction, features = super().forward_intermediates(
-            x, 1.0 - t.double(), y, indices=indices, stop_early=stop_early
-        )
-        return None if prediction is None else -prediction, features
+            return super().forward_intermediates(x, t, y, **inputs)
+        found = super().forward_intermediates(x, 1.0 - t.double(), y, **inputs)
+        return found if found.prediction is None else replace(found, prediction=-found.prediction)
 
     @classmethod
     def infer(cls, state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
-from stbench.core.backbone import Backbone, Features
+from stbench.core.backbone import Backbone, Features, Output, Route
 from stbench.core.errors import UserError
 from stbench.core.ranges import Depth, Pixels, PositiveReal, Width
 from stbench.core.registry import BACKBONES
@@ -29,7 +30,9 @@ from stbench.models.layers import (
     scale_time,
     timestep_sinusoid,
     unpatchify,
+    with_prefix,
 )
+from stbench.models.routing import Routing
 
 
 class UViTBlock(nn.Module):
@@ -43,17 +46,41 @@ class UViTBlock(nn.Module):
         self.mlp = Mlp(in_features=width, hidden_features=4 * width, act_layer=nn.GELU)
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """Update tokens x (B,N,D), merging `skip` (B,N,D) if given."""
+    def forward(
+        self, x: Tensor, skip: Tensor | None = None, mask: Tensor | None = None, *, with_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Update tokens x (B,N,D), merging `skip` (B,N,D) if given.
+
+        Returns the tokens, and attention logits (B,heads,N,N) if they are asked for. `mask` (B,N,N) restricts
+        the attention.
+        """
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        attended, logits = self.attn(self.norm1(x), mask, with_logits=with_logits)
+        x = x + attended
+        return x + self.mlp(self.norm2(x)), logits
+
+
+class OutputHead(nn.Module):
+    """U-ViT's output layers for the tokens of a hidden block: norm, linear, and its convolution if any."""
+
+    def __init__(self, width: int, patch: int, channels: int, conv: bool) -> None:
+        super().__init__()
+        self.patch, self.channels = patch, channels
+        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, patch * patch * channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor, c: Tensor | None) -> Tensor:
+        """Map image tokens x (B,N,D) to a prediction (B,C_out,H,W); there is no condition."""
+        return self.conv(unpatchify(self.linear(self.norm(x)), self.patch, self.channels))
 
 
 _S = dict(width=512, depth=13, heads=8, conv=True)
 _M = dict(width=768, depth=17, heads=12, conv=True)
 _L = dict(width=1024, depth=21, heads=16, conv=True)
+_TI = dict(width=96, depth=7, heads=3, conv=True, objective="vp-discrete", time_scale=1000.0)
 _H = dict(width=1152, depth=29, heads=16, conv=False, objective="vp-discrete", time_scale=1000.0)
 
 
@@ -81,16 +108,7 @@ class UViT(Backbone):
         # Not published
         "s/2-latent": dict(patch=2, **_S),
         "m/2-latent": dict(patch=2, **_M),
-        "ti/2": dict(
-            patch=2,
-            width=96,
-            depth=7,
-            heads=3,
-            conv=True,
-            objective="vp-discrete",
-            time_scale=1000.0,
-            init_std=0.057,
-        ),
+        "ti/2": dict(patch=2, init_std=0.057, **_TI),
     }
     """Size name -> constructor options; those in `derived` are not published."""
     derived: ClassVar[frozenset[str]] = frozenset({"s/2-latent", "m/2-latent", "ti/2"})
@@ -134,12 +152,15 @@ class UViT(Backbone):
             depth=depth,
         )
         # An unconditional network accepts the null label: it ignores every label.
-        self.info = replace(info, null_label=rows == 0 or rows > classes)
+        self.info = replace(
+            info,
+            null_label=rows == 0 or rows > classes,
+            capabilities=("attention", "route", "prefix"),
+            lacks={"token-time": "it has one time token for all image tokens"},
+        )
         self.time_scale, self.out_channels = time_scale, out_channels
         self.prefix = 2 if rows else 1
-        self.patch_embed = PatchEmbed(
-            img_size=input_size, patch_size=patch, in_chans=channels, embed_dim=width
-        )
+        self.patch_embed = PatchEmbed(input_size, patch, channels, embed_dim=width)
         self.time_embed = (
             nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
             if mlp_time_embed
@@ -179,28 +200,76 @@ class UViT(Backbone):
             tokens.insert(0, self.label_emb(y)[:, None])
         return torch.cat(tokens, dim=1) + self.pos_embed
 
+    def repeated_blocks(self) -> Sequence[nn.Module]:
+        """Return in-blocks, mid-block and out-blocks."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
+    def output_head(self) -> nn.Module:
+        """Return new output layers for a hidden block."""
+        conv = isinstance(self.final_layer, nn.Conv2d)
+        return OutputHead(self.info.width, self.info.patch, self.out_channels, conv)
+
     def forward_intermediates(
-        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
-    ) -> tuple[Tensor | None, Features]:
-        """See `Backbone.forward_intermediates`. Raises ValueError for a block out of range."""
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        indices: Sequence[int] = (),
+        stop_early: bool = False,
+        attention: Sequence[int] = (),
+        mask: Tensor | None = None,
+        routes: Sequence[Route] = (),
+        prefix: Tensor | None = None,
+    ) -> Output:
+        """See `Backbone.forward_intermediates`. Raises ValueError for a block or route out of range.
+
+        Label and time token are in every route, attend to all tokens and are attended to by all. Logits are
+        those between image tokens.
+        """
         run = blocks_to_run(self.info, indices, stop_early)
-        tokens = self.embed(x, t, y)
+        routing = self._routing(routes)
+        tokens, m = self.embed(x, t, y), 0
+        if prefix is not None:
+            others = dict(attention=attention, mask=mask is not None, routes=routes)
+            tokens, m = with_prefix(self, prefix, tokens, **others), prefix.shape[1]
+        p = m + self.prefix
+        if mask is not None:
+            mask = F.pad(mask, (p, 0, p, 0), value=True)
         skips: list[Tensor] = []
         features: Features = {}
-        blocks = [*self.in_blocks, self.mid_block, *self.out_blocks]
-        for k, block in enumerate(blocks[:run]):
-            if k > len(self.in_blocks):  # an out-block, paired with the last in-block not yet used
-                tokens = block(tokens, skips.pop())
-            else:
-                tokens = block(tokens)
-                if k < len(self.in_blocks):
-                    skips.append(tokens)
+        before: dict[int, Tensor] = {}
+        found: dict[int, Tensor] = {}
+        kept = routing.kept(indices)
+        for k, block in enumerate(self.repeated_blocks()[:run]):
+            tokens = routing.enter(k, tokens)
+            skip = skips.pop() if k > len(self.in_blocks) else None  # of the last in-block not yet used
+            tokens, logits = block(tokens, skip, mask, with_logits=k in attention)
+            if k < len(self.in_blocks):
+                skips.append(tokens)
             if k in indices:
-                features[k] = tokens[:, self.prefix :]
+                features[k] = tokens[:, p:]
+                before |= {k: tokens[:, :m]} if m else {}
+            if logits is not None:
+                found[k] = logits[:, :, p:, p:]
+            tokens = routing.leave(k, tokens)
         if stop_early:
-            return None, features
-        values = self.decoder_pred(self.norm(tokens))[:, self.prefix :]
-        return self.final_layer(unpatchify(values, self.info.patch, self.out_channels)), features
+            return Output(None, features, None, found, kept, before)
+        tokens = self.norm(tokens)
+        values = self.decoder_pred(tokens)[:, p:]
+        prediction = self.final_layer(unpatchify(values, self.info.patch, self.out_channels))
+        return Output(prediction, features, None, found, kept, before, tokens[:, :m] if m else None)
+
+    def _routing(self, routes: Sequence[Route]) -> Routing:
+        """Return the routes of a forward pass; UserError for one that a skip connection enters or leaves."""
+        routing, depth = Routing(self.info, routes, before=self.prefix), self.info.depth
+        for route in routes:
+            if route.start + route.end != depth - 1:
+                raise UserError(
+                    f"a route through uvit must contain both ends of each long skip connection, got blocks "
+                    f"{route.start}..{route.end}; use {route.start}..{depth - 1 - route.start}"
+                )
+        return routing
 
     @classmethod
     def infer(cls, state: Mapping[str, Tensor], heads: int | None = None) -> dict[str, Any]:

@@ -56,16 +56,26 @@ class Dispersive(Supervision):
     def terms(self, step: Step) -> Mapping[str, Term]:
         """Assign to each sample the loss of its batch.
 
-        Raises UserError if scope is "gathered" and the global batch is split.
+        Raises UserError if scope is "gathered" and the global batch is accumulated or cannot be split evenly,
+        or if scope is "local" and the images of a rank are no multiple of `local_batch`.
         """
-        tokens = step.features[self.block]
-        if self.scope == "gathered" and len(tokens) != step.global_batch:
-            raise UserError(
-                f"recipe.scope=gathered needs the global batch of {step.global_batch} in one piece, found "
-                f"{len(tokens)}; use --set train.accumulate=1 on one device, or --set recipe.scope=local"
-            )
-        batch = None if self.scope == "gathered" else self.local_batch
-        return {"dispersive": Term(align.dispersive_rows(tokens, self.tau, batch), self.weight)}
+        tokens, ranks = step.features[self.block], step.world.size
+        if self.scope == "gathered":
+            if len(tokens) * ranks != step.global_batch:
+                raise UserError(
+                    f"recipe.scope=gathered needs all {step.global_batch} images of a step at once, found "
+                    f"{len(tokens)} on each of {ranks} rank(s); use --set train.accumulate=1 and a batch "
+                    f"that the ranks divide, or --set recipe.scope=local"
+                )
+            loss = align.dispersive(step.world.gather(tokens), self.tau).expand(len(tokens))
+        else:
+            if ranks > 1 and len(tokens) % (self.local_batch or 1):
+                raise UserError(
+                    f"recipe.local_batch={self.local_batch} must divide the {len(tokens)} images of each "
+                    f"rank; use fewer ranks, or another recipe.local_batch or train.batch"
+                )
+            loss = align.dispersive_rows(tokens, self.tau, self.local_batch)
+        return {"dispersive": Term(loss, self.weight)}
 
 
 def published_block(c: OptionContext) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
@@ -30,6 +31,8 @@ class LayerSync(Supervision):
     Needs neither a head nor a second forward pass.
     """
 
+    takes_subsets: ClassVar[bool] = True
+
     pairs: Pairs
     weight: float
     several: Several
@@ -43,9 +46,16 @@ class LayerSync(Supervision):
         """Sum over all pairs, or the last pair alone as in the released code."""
         # The released loop over pairs overwrites its loss, so that only the last pair contributes.
         pairs = self.pairs[-1:] if self.several == "released" else self.pairs
-        features = step.features
-        values = [-align.cosine(features[weak], features[strong].detach()) for weak, strong in pairs]
+        values = [-align.cosine(*self._both(step, weak, strong)) for weak, strong in pairs]
         return {"layersync": Term(torch.stack(values).sum(0), self.weight)}
+
+    @staticmethod
+    def _both(step: Step, weak: int, strong: int) -> tuple[Tensor, Tensor]:
+        """Return the features of two blocks: of the tokens that both have, if one is inside a route."""
+        a, b, kept = step.features[weak], step.features[strong].detach(), step.kept
+        if (weak in kept) == (strong in kept):
+            return a, b
+        return align.at_kept(a, kept.get(strong)), align.at_kept(b, kept.get(weak))
 
 
 def published_pairs(info: BackboneInfo) -> Pairs:

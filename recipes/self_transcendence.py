@@ -1,15 +1,15 @@
 """Self-Transcendence (repository csslc/Self-Transcendence): a frozen earlier network teaches with guidance.
 
-Stage 1 is VAE alignment (recipes/vae_align.py). Stage 2 trains a new network whose middle block regresses the
-guided features of the frozen stage-1 network. Implemented as the repository describes it; where the released
-code differs, that is an option.
+Stage 1 is VAE alignment (recipes/deep_supervision.py). Stage 2 trains a new network whose middle block
+regresses the guided features of the frozen stage-1 network. Implemented as the repository describes it; where
+the released code differs, that is an option.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,37 @@ from stbench.core.recipe import (
 from stbench.core.registry import RECIPES
 from stbench.models import align
 from stbench.models.align import Clock, Interval
-from stbench.recipes.vae_align import Mask, VaeAlign, apply_mask, defaults, select_rows
+from stbench.models.interval_mask import Mask, apply_mask, select_rows
+from stbench.recipes.deep_supervision import VaeAlign, hidden_width
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Default options that depend on the size of the network."""
+
+    student_block: int
+    teacher_block: int
+    guidance: float
+    weights: Weights
+    teacher_length: float
+
+
+def defaults(info: BackboneInfo) -> Defaults:
+    """Return the published options for B/2, adapted to other sizes.
+
+    Published (SiT-B/2, 12 blocks, 1-based): student 6, teacher 8, guidance 30, raw teacher weights, a teacher
+    of 200K steps for a student of 400K. Nothing was released for other sizes or for U-ViT: they use the
+    relative depth of B/2's blocks. The `ti` sizes have their own options, chosen on the digits.
+    """
+    if (info.preset or info.size).startswith("ti"):
+        return Defaults(student_block=2, teacher_block=3, guidance=10.0, weights="ema", teacher_length=1.0)
+    return Defaults(
+        student_block=align.relative_block(info.depth, 6, 12),
+        teacher_block=align.relative_block(info.depth, 8, 12),
+        guidance=30.0,
+        weights="raw",
+        teacher_length=0.5,
+    )
 
 
 @dataclass
@@ -42,6 +72,8 @@ class SelfTranscendence(Supervision):
     where the student's label was dropped. With mask "samples", it runs on the samples inside the interval
     only, which gives the same loss.
     """
+
+    takes_subsets: ClassVar[bool] = True
 
     teacher: Artifact
     student_block: int
@@ -83,6 +115,7 @@ class SelfTranscendence(Supervision):
             torch.cat([t, t]),
             torch.cat([y, null]),
             block=self.teacher_block,
+            most=2 * len(step.batch.y),
         )
         conditional, unconditional = both.chunk(2)
         return unconditional + self.guidance * (conditional - unconditional)
@@ -93,7 +126,9 @@ class SelfTranscendence(Supervision):
             return {}
         rows, inside = select_rows(step, self.interval, mask=self.mask, time=self.time)
         projected = step.project("projector", step.features[self.student_block][rows])
-        error = align.mse(projected, self.guided(step, rows))
+        kept = step.kept.get(self.student_block)
+        target = align.at_kept(self.guided(step, rows), None if kept is None else kept[rows])
+        error = align.mse(projected, target)
         return {"self-transcendence": Term(apply_mask(error, rows, inside, mask=self.mask), self.coefficient)}
 
 
@@ -107,13 +142,13 @@ def published_teacher_steps(c: OptionContext) -> int | None:
 def self_transcendence(
     info: BackboneInfo,
     *,
-    align_block: Block = computed(lambda c: defaults(c.info).align_block),
+    align_block: Block = computed(lambda c: align.relative_block(c.info.depth, 2, 12)),
     student_block: Block = computed(lambda c: defaults(c.info).student_block),
     teacher_block: Block = computed(lambda c: defaults(c.info).teacher_block),
     guidance: Guidance = computed(lambda c: defaults(c.info).guidance),
     coefficient: NonNegativeReal = 0.5,
     interval: Interval = (0.4, 0.7),
-    hidden: Width = computed(lambda c: defaults(c.info).hidden),
+    hidden: Width = computed(lambda c: hidden_width(c.info)),
     mask: Mask = "samples",
     time: Clock = "flow",
     teacher: Literal["vae-align", "vanilla"] = "vae-align",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -27,12 +27,32 @@ DECAY = {"256": (149, 1000), "512": (99, 800)}
 """Schedule -> last epoch at full weight, and the number of epochs in which the weight then falls by 10x."""
 
 
+def token_distance(distance: Distance, student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Return a distance (B,) between projected student tokens and teacher tokens, both (B,N,D)."""
+    if distance == "smooth-l1":
+        return align.smooth_l1(student, teacher, beta)
+    if distance in ("l1", "l2"):
+        return (align.l1 if distance == "l1" else align.mse)(student, teacher)
+    return 1.0 - (align.cosine if distance == "cosine" else align.cosine_released)(student, teacher)
+
+
+def check_beta(distance: Distance, beta: float) -> None:
+    """Raise UserError if `recipe.beta` is set for a distance that does not use it."""
+    if distance != "smooth-l1" and beta != 0.05:
+        raise UserError(
+            f"recipe.beta={beta} has no effect with recipe.distance={distance}; "
+            f"leave it out, or use --set recipe.distance=smooth-l1"
+        )
+
+
 @dataclass
 class Sra(Supervision):
     """weight(epoch) * distance(head(h_s of the student), h_t of the EMA at t' <= t).
 
     The teacher receives the same noise and the same labels as the student, dropped labels included.
     """
+
+    takes_subsets: ClassVar[bool] = True
 
     student_block: int
     teacher_block: int
@@ -58,12 +78,7 @@ class Sra(Supervision):
 
     def measure(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return the distance (B,) between projected student tokens and teacher tokens, both (B,N,D)."""
-        if self.distance == "smooth-l1":
-            return align.smooth_l1(student, teacher, self.beta)
-        if self.distance in ("l1", "l2"):
-            return (align.l1 if self.distance == "l1" else align.mse)(student, teacher)
-        similarity = align.cosine if self.distance == "cosine" else align.cosine_released
-        return 1.0 - similarity(student, teacher)
+        return token_distance(self.distance, student, teacher, self.beta)
 
     def weight_at(self, epoch: int) -> float:
         """Return the weight of the loss: constant, or decaying exponentially after the last full epoch."""
@@ -80,6 +95,7 @@ class Sra(Supervision):
         cleaner = step.objective.at(noised.x0, noised.noise, t)
         target = step.teach(step.ema, cleaner.x_t, cleaner.t, step.batch.y, block=self.teacher_block)
         # The student's projected tokens, and the weight of this epoch
+        target = align.at_kept(target, step.kept.get(self.student_block))
         value = self.measure(step.project("head", step.features[self.student_block]), target)
         return {"sra": Term(value, self.weight_at(step.images_seen // step.dataset_size))}
 
@@ -138,11 +154,7 @@ def sra(
       `native` for DiT, by whole steps as published, else `flow`.
     beta: threshold of smooth-l1.
     """
-    if distance != "smooth-l1" and beta != 0.05:
-        raise UserError(
-            f"recipe.beta={beta} has no effect with recipe.distance={distance}; "
-            f"leave it out, or use --set recipe.distance=smooth-l1"
-        )
+    check_beta(distance, beta)
     supervision = Sra(
         student_block=info.block("recipe.student_block", student_block),
         teacher_block=info.block("recipe.teacher_block", teacher_block),

@@ -23,7 +23,8 @@ COLUMNS = ("backbone", "objective", "recipe", "options", "lr", "seed", "steps", 
 
 def row(record: RunRecord) -> dict[str, Any]:
     """One trial; an unfinished run has no FID."""
-    points = [p for p in record.curve if p.stage_index == record.final_stage and p.guidance == 1.0]
+    final = [p for p in record.curve if p.stage_index == record.final_stage]
+    points = [p for p in final if p.guidance == 1.0 and not p.guides]
     return {
         "backbone": record.backbone,
         "objective": record.objective,

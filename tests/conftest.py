@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Measured speeds of tests must not reach the user's own.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="stbench-test-cache-")
 
 import pytest
 import torch

@@ -41,10 +41,10 @@ def pictures(seed: int, count: int, size: int = 24) -> np.ndarray:
     return large.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def measured(images: np.ndarray, file: Path, network: FeatureNetwork, **options: int) -> ImageStatistics:
+def measured(images: np.ndarray, file: Path, *networks: FeatureNetwork, **options: int) -> ImageStatistics:
     """Save images as an npz and measure it."""
     np.savez(file, images)
-    return measure_images(open_images(file), [network], **options)
+    return measure_images(open_images(file), networks, **options)
 
 
 def with_extractor(dataset: Dataset, extractor: str, **changes: object) -> Dataset:

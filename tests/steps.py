@@ -15,7 +15,8 @@ from stbench.core.objective import Objective
 from stbench.core.recipe import Cost, Stage, Step, Supervision
 from stbench.core.rng import Rng
 from stbench.data.dataset import get_dataset
-from stbench.train.step import StageModel, make_batch
+from stbench.train.batches import make_batch
+from stbench.train.step import StageModel
 
 BATCH = 8
 DATASET_SIZE = 1500
@@ -61,17 +62,21 @@ def step_of(
     extras = {"images": data.images(index)} if supervision.images else {}
     x0, labels = rng.normal("x0", (4, 8, 8)), data.labels(index)
     batch = make_batch(x0, labels, index, rng, label_drop, 10, extras)
-    noised = objective.draw(batch)
-    prediction, features = net.forward_intermediates(
-        noised.x_t, noised.t, batch.y, indices=tuple(supervision.taps)
-    )
-    assert prediction is not None
+    noised = supervision.corrupt(objective, batch)
+    inputs = supervision.inputs(batch, noised)
+    found = net.run(noised.x_t, noised.t, batch.y, indices=tuple(supervision.taps), **inputs)
+    assert found.prediction is not None
     return Step(
         batch=batch,
         noised=noised,
-        prediction=prediction,
-        features=features,
-        heads=module.heads,
+        prediction=found.prediction,
+        features=found.features,
+        condition=found.condition,
+        attention=found.attention,
+        kept=found.kept,
+        prefix=found.prefix,
+        prefix_out=found.prefix_out,
+        heads=module.trained_heads(),
         ema=module.ema,
         objective=objective,
         info=net.info,

@@ -15,6 +15,8 @@ import typer
 from stbench.cli import app as cli
 from stbench.cli.completion import registered_names
 from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, load_builtins, names
+from stbench.data.spec import FDR6
+from stbench.evaluate.fdr6 import FDR_METRICS
 from stbench.evaluate.metrics import METRICS
 from stbench.evaluate.scores import SCORES
 from tests.conftest import Command
@@ -226,13 +228,21 @@ def test_every_metric_has_a_row() -> None:
             "is",
             "accuracy",
             "kid",
+            "mind",
             "precision",
             "recall",
             "nn_distance",
             "nn_distance_heldout",
+            "fdr",
+            "fdr6",
         )
     ]
-    assert sorted(first_column(section(DOCS / "protocol.md", "Metrics"))) == sorted(METRICS)
+    listed = first_column(section(DOCS / "protocol.md", "Metrics"))
+    assert sorted(listed) == sorted(METRICS | FDR_METRICS)
+
+
+def test_the_extractors_of_fdr6_have_rows() -> None:
+    assert first_column(section(DOCS / "evaluation.md", "FDr")) == list(FDR6)
 
 
 def test_every_score_has_a_row() -> None:

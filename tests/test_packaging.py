@@ -85,7 +85,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_contains_every_file(wheel: Path) -> None:
     contents = set(zipfile.ZipFile(wheel).namelist())
     for package, folder in FOLDERS.items():
-        suffixes = (".py", ".json", ".safetensors", ".yaml")
+        suffixes = (".py", ".json", ".safetensors", ".yaml", ".html", ".css", ".js", ".txt")
         for file in (f for f in (ROOT / folder).rglob("*") if f.suffix in suffixes):
             inside = file.relative_to(ROOT / folder).as_posix()
             if folder != "stbench" or not inside.startswith(("backbones/", "recipes/")):
@@ -94,7 +94,9 @@ def test_the_wheel_contains_every_file(wheel: Path) -> None:
 
 def test_the_wheel_contains_nothing_else(wheel: Path) -> None:
     contents = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
-    assert {Path(name).suffix for name in contents} - {".yaml"} == {".py", ".json", ".safetensors"}
+    page = [name for name in contents if name.startswith("stbench/report/assets/")]
+    others = {Path(name).suffix for name in contents if name not in page}
+    assert others - {".yaml"} == {".py", ".json", ".safetensors"}
     assert all(name.startswith("stbench/recipes/suites/") for name in contents if name.endswith(".yaml"))
     assert all(name.startswith("stbench/") for name in contents)
 
@@ -142,6 +144,13 @@ def test_compare_is_light(tmp_path: Path) -> None:
     write_run(tmp_path, "vanilla", 0, (10.0, 3.0, 1.0))
     write_run(tmp_path, "vae-align", 0, (9.0, 2.0, 0.9))
     assert run_and_report(COMMAND, "compare", str(tmp_path))[1] == set()
+
+
+def test_report_is_light(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs", "vanilla", 0, (10.0, 3.0, 1.0))
+    output = tmp_path / "report.html"
+    loaded = run_and_report(COMMAND, "report", str(tmp_path / "runs"), "--output", str(output))[1]
+    assert loaded == set() and output.exists()
 
 
 def test_show_is_light(tmp_path: Path) -> None:

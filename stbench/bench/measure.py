@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import re
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +18,7 @@ from torch import Tensor
 from stbench.bench.plain import PlainLoop
 from stbench.bench.workload import Case, Workload
 from stbench.core.device import arithmetic
+from stbench.core.memory import keep_freed_memory, return_freed_memory
 from stbench.core.phases import PHASES, PREFIX
 
 WARMUP_STEPS = 3
@@ -21,6 +26,9 @@ PROFILED_STEPS = 3
 PEAK_SIZE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices whose product measures the peak."""
 PEAK_SECONDS = 1.0
+
+_CLEAR_REFS, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+"""Linux resets VmHWM, the peak of the resident memory, when 5 is written to the former (man 5 proc)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,9 @@ class Measurement:
     phases: dict[str, float]
     """Phase -> share of the profiled step; "other" is what no phase covers."""
     peak_memory: int
-    """Bytes: of the device where it is a GPU, of the process otherwise."""
+    """Bytes: of the device where it is a GPU, otherwise resident memory of the process, torch included."""
+    peak_memory_reset: bool
+    """Whether `peak_memory` is of this case alone; otherwise earlier cases of the process are in it."""
     flops_per_image: float
     """Student, heads and teachers, backward included (docs/protocol.md)."""
     peak_flops: float
@@ -74,9 +84,9 @@ def measure(
     """
     # Build and warm up. The plain loop comes later, so that it does not count as memory of the engine.
     workload = Workload(case, device)
-    _reset_peak_memory(device)
+    was_reset = reset_peak_memory(device)
     losses = {"engine": first_losses(workload.step)}
-    peak_memory = _peak_memory(device)
+    peak = peak_memory(device, was_reset=was_reset)
     plain = PlainLoop(Workload(case, device)) if against_plain else None
     if plain is not None:
         losses["plain"] = first_losses(plain.step)
@@ -89,7 +99,8 @@ def measure(
         for _ in range(rounds):
             engine_times += time_steps(workload.step, device, seconds / rounds)
             if plain is not None:
-                plain_times += time_steps(plain.step, device, seconds / rounds)
+                with _default_allocator(workload.step):
+                    plain_times += time_steps(plain.step, device, seconds / rounds)
         trained = (workload.steps - first) * workload.batch
 
     return Measurement(
@@ -99,12 +110,22 @@ def measure(
         step_seconds=statistics.median(engine_times),
         steps=len(engine_times),
         phases=profile_phases(workload),
-        peak_memory=peak_memory,
+        peak_memory=peak,
+        peak_memory_reset=was_reset,
         flops_per_image=sum(flops.values()) / trained,
         peak_flops=matmul_peak(case.precision, device),
         plain_step_seconds=statistics.median(plain_times) if plain_times else None,
         losses=losses,
     )
+
+
+@contextmanager
+def _default_allocator(step: Callable[[], object]) -> Iterator[None]:
+    """Return freed memory to the kernel in a block, as the published loops do; then refill it by one step."""
+    keep_freed_memory(False)
+    yield
+    keep_freed_memory()
+    step()
 
 
 def first_losses(step: Callable[[], Mapping[str, Tensor]]) -> dict[str, float]:
@@ -168,12 +189,26 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _reset_peak_memory(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> bool:
+    """Start a new measurement of peak memory; returns False where the system cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        return True
+    gc.collect()  # the networks of an earlier case may be part of reference cycles
+    return_freed_memory()
+    try:
+        _CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device, *, was_reset: bool) -> int:
+    """Peak memory in bytes since `reset_peak_memory`, or of the process so far if that returned False."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if was_reset:
+        found = re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text())
+        if found:
+            return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kibibytes on Linux

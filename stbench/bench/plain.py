@@ -12,7 +12,7 @@ It differs from the engine's step as the released code of REPA, SRA and Self-Tra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,14 @@ from stbench.core.backbone import Backbone, Features
 from stbench.core.device import tf32
 from stbench.core.errors import UserError
 from stbench.core.objective import Batch, Noised
-from stbench.core.recipe import Supervision
+from stbench.core.recipe import NoSupervision, Supervision
 from stbench.models import align, encoders
-from stbench.train.step import draw_batches, ema_decay, learning_rate
+from stbench.recipes.deep_supervision import VaeAlign
+from stbench.recipes.repa import Repa
+from stbench.recipes.self_transcendence import SelfTranscendence
+from stbench.recipes.sra import Sra
+from stbench.train.batches import draw_batches
+from stbench.train.step import ema_decay, learning_rate
 
 Term = tuple[str, Tensor, float]
 Terms = Callable[["PlainLoop", Batch, Noised, Features], Term]
@@ -78,12 +83,10 @@ class PlainLoop:
         noised = self.objective.draw(batch)
         with tf32(train.precision in ("tf32", "bf16")):
             with torch.autocast(self.device.type, self.half, enabled=self.reduced):
-                prediction, features = self.student.forward_intermediates(
-                    noised.x_t, noised.t, batch.y, indices=tuple(self.supervision.taps)
-                )
-            assert prediction is not None
-            denoise = self.objective.loss(prediction, noised).mean()
-            name, term, weight = self.terms(self, batch, noised, features)
+                found = self.student.run(noised.x_t, noised.t, batch.y, indices=tuple(self.supervision.taps))
+            assert found.prediction is not None
+            denoise = self.objective.loss(found.prediction, noised).mean()
+            name, term, weight = self.terms(self, batch, noised, found.features)
             self.optimizer.zero_grad()
             scaled: Tensor = self.scaler.scale(denoise + weight * term)
             scaled.backward()  # type: ignore[no-untyped-call]
@@ -109,7 +112,7 @@ class PlainLoop:
     @torch.no_grad()
     def teach(self, teacher: Backbone, x: Tensor, t: Tensor, y: Tensor, block: int) -> Tensor:
         """Features (B,N,D) of a block, from a forward pass through the whole network in float32."""
-        return teacher.forward_intermediates(x, t, y, indices=(block,))[1][block].float()
+        return teacher.run(x, t, y, indices=(block,)).features[block].float()
 
     def project(self, head: str, tokens: Tensor) -> Tensor:
         """Apply a trained head under the student's autocast."""
@@ -180,22 +183,28 @@ def _repa(loop: PlainLoop, batch: Batch, noised: Noised, features: Features) -> 
     return "repa", total / (len(sup._encoders) * len(batch.y)), sup.weight
 
 
-_TERMS: dict[str, Terms] = {
-    "Plain": _vanilla,
-    "VaeAlign": _vae_align,
-    "SelfTranscendence": _self_transcendence,
-    "Sra": _sra,
-    "Repa": _repa,
+_TERMS: Mapping[type[Supervision], Terms] = {
+    NoSupervision: _vanilla,
+    VaeAlign: _vae_align,
+    SelfTranscendence: _self_transcendence,
+    Sra: _sra,
+    Repa: _repa,
 }
 """Class of a supervision -> its loss in the published loop."""
 
 
 def _terms_of(supervision: Supervision) -> Terms:
-    name = type(supervision).__qualname__
-    if name not in _TERMS:
+    kind = type(supervision)
+    if kind not in _TERMS:
+        known = ", ".join(each.__qualname__ for each in _TERMS)
         raise UserError(
-            f"no plain loop is known for {name}, only for {', '.join(_TERMS)}; drop --against-plain"
+            f"no plain loop is known for {kind.__qualname__}, only for {known}; drop --against-plain"
         )
     if vars(supervision).get("mask", "samples") != "samples":
         raise UserError("the plain loop knows no other mask than recipe.mask=samples; drop --against-plain")
-    return _TERMS[name]
+    if isinstance(supervision, Repa) and (supervision.alpha is not None or supervision.structure):
+        raise UserError(
+            "the plain loop has REPA's published loss, without normalisation or structural term; drop "
+            "--against-plain"
+        )
+    return _TERMS[kind]

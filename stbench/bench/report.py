@@ -65,7 +65,7 @@ def tables(measurements: Sequence[Measurement]) -> list[Table]:
         "ms/step": lambda m: f"{m.step_seconds * 1e3:.4g}",
         "GFLOPs/image": lambda m: f"{m.flops_per_image / 1e9:.4g}",
         "of peak": lambda m: f"{m.peak_share:.0%}",
-        "GiB": lambda m: f"{m.peak_memory / 2**30:.2f}",
+        "GiB": lambda m: f"{'' if m.peak_memory_reset else '<='}{m.peak_memory / 2**30:.2f}",
     }
     if any(m.ratio is not None for m in measurements):
         speed["x plain"] = lambda m: "-" if m.ratio is None else f"{m.ratio:.2f}"

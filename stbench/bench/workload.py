@@ -14,7 +14,7 @@ from torch import Tensor
 from stbench.config.build import build_backbone, build_objective
 from stbench.config.plan import PlannedStage, PreparedRun, prepare
 from stbench.config.resolve import RunRequest, resolve
-from stbench.core.backbone import Backbone, Weights
+from stbench.core.backbone import Backbone
 from stbench.core.recipe import Artifact
 from stbench.core.registry import DATASETS
 from stbench.core.rng import generator
@@ -65,7 +65,7 @@ class RandomLatents(Dataset):
         self._latents = torch.randn(BANK, self.channels, self.input_size, self.input_size, generator=draw)
         self._labels = torch.randint(self.classes, (BANK,), generator=draw)
         self._images = torch.randint(256, (BANK, *self.image_shape), generator=draw, dtype=torch.uint8)
-        self.references = {}
+        self.references = {"train": self.train_images}
 
     def latents(self, index: Tensor, posterior_noise: Tensor) -> Tensor:
         """Return latents (B,4,32,32); the noise of the posterior is added at a tenth of their scale."""
@@ -118,8 +118,6 @@ class Workload:
         self.stage = self.prepared.stages[-1]
         self.dataset = self.prepared.dataset.to(device)
         self.model = build_model(self.prepared, self.stage, device)
-        if case.compile:
-            self.model.prepare(device, compile_student=True)
         self.optimizer = make_optimizer(self.model.trained_parameters(), self.prepared.spec.train, device)
         self.steps = 0
 
@@ -158,7 +156,7 @@ def prepare_case(case: Case) -> PreparedRun:
     """Resolve the options of a case. Raises UserError if they do not fit together."""
     size = case.backbone.partition("-")[2]
     dataset = case.dataset or ("digits" if not size or size.startswith("ti") else RandomLatents.name)
-    overrides = {**case.overrides, "train.precision": case.precision, "train.compile": False}
+    overrides = {**case.overrides, "train.precision": case.precision, "train.compile": case.compile}
     if case.batch is not None:
         overrides["train.batch"] = case.batch
     return prepare(resolve(RunRequest(case.backbone, case.recipe, dataset=dataset, overrides=overrides)))
@@ -172,35 +170,23 @@ def build_model(prepared: PreparedRun, stage: PlannedStage, device: torch.device
     """
     spec = prepared.spec
 
-    def network(seed: int) -> Backbone:
-        backbone = build_backbone(spec.backbone, spec.objective, prepared.dataset, seed=seed)
+    def network(of: PlannedStage, seed: int) -> Backbone:
+        heads = of.definition.heads
+        backbone = build_backbone(spec.backbone, spec.objective, prepared.dataset, seed=seed, heads=heads)
         return perturb(backbone, seed)
 
     def artifact(earlier: PlannedStage) -> Artifact:
-        def load(weights: Weights) -> Backbone:
-            return network(seed=earlier.index + 1)
-
-        return Artifact(
-            name=earlier.name,
-            fingerprint=earlier.fingerprint,
-            checkpoint="",
-            sha256={},
-            steps=earlier.steps,
-            images_seen=earlier.images,
-            seconds=0.0,
-            flops=0.0,
-            loader=load,
-        )
+        return earlier.artifact(lambda weights: network(earlier, seed=earlier.index + 1))
 
     artifacts = {earlier.name: artifact(earlier) for earlier in prepared.stages[: stage.index]}
     model = StageModel(
-        network(seed=0),
+        network(stage, seed=0),
         stage.definition.supervision(artifacts),
-        build_objective(spec.objective),
+        build_objective(spec.objective, spec.objective_options),
         seed=spec.seed,
         dataset_size=prepared.dataset.size,
     )
-    model.prepare(device)
+    model.prepare(device, spec.train, stage.steps)
     return model
 
 

@@ -10,17 +10,19 @@ from typing import Annotated
 import typer
 
 from stbench import __version__
-from stbench.cli import bench, compare, data, evaluate, export, run, sample, show, sweep
+from stbench.cli import bench, compare, data, evaluate, export, inspect, report, run, sample, show, sweep
 from stbench.cli import list as list_registry
 from stbench.cli.errors import (
     BROKEN_PIPE,
     INTERRUPTED,
+    LOST_RANK,
     check_arguments,
     explain,
     one_line,
     place_in_plugin,
     stopped,
 )
+from stbench.cli.ranks import reports
 
 app = typer.Typer(
     add_completion=True,
@@ -31,10 +33,12 @@ app = typer.Typer(
 app.command()(run.run)
 app.command()(sweep.sweep)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(show.show)
 app.command(name="list")(list_registry.list_registry)
 app.command()(sample.sample)
 app.command()(evaluate.evaluate)
+app.command()(inspect.inspect)
 app.command()(export.export)
 app.command()(bench.bench)
 app.add_typer(data.app, name="data")
@@ -66,20 +70,30 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     message = ""
+    raised: BaseException | None = None
     try:
         check_arguments(arguments)
         code = app(args=arguments or ["--help"], prog_name="stbench", standalone_mode=False) or 0
         sys.stdout.flush()
         if code == INTERRUPTED:  # typer returns it for a KeyboardInterrupt
-            message = stopped(arguments)
+            message = stopped(arguments) if reports(KeyboardInterrupt()) else ""
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and place_in_plugin(error) is None:
             raise  # of shell completion
+        raised = error
         code, message = explain(error, arguments, debug=debug)
-        if debug:
+        if not reports(error):
+            message = ""
+        elif debug:
             traceback.print_exc()
     if message:
         typer.echo(one_line(message), err=True)
+    if code == LOST_RANK and raised is not None:
+        # Threads may still wait for the lost rank, and destroying what they belong to aborts the process. So
+        # `raised` keeps it alive, and the interpreter is not shut down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     if code == BROKEN_PIPE:  # nothing can be printed, not even when Python flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

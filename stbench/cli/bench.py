@@ -41,6 +41,13 @@ def bench(
         bool, typer.Option("--against-plain", help="Also time the loop of the published scripts, in turn.")
     ] = False,
     seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Time per case and loop.")] = 10.0,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            help="Data set whose shapes are used: digits (default for size ti) or random-latents, those of "
+            "images of 256x256 (default for other sizes)."
+        ),
+    ] = "",
     overrides: options.Overrides = [],  # noqa: B006
     plugin: options.Plugins = [],  # noqa: B006
     device: options.Device = "auto",
@@ -53,7 +60,8 @@ def bench(
     from rich.progress import track
 
     from stbench.bench import report
-    from stbench.bench.measure import measure
+    from stbench.bench.measure import Measurement, measure
+    from stbench.bench.throughput import rate_of, remember
     from stbench.bench.workload import Case, prepare_case
     from stbench.config.overrides import parse_set
     from stbench.core.device import pick_device
@@ -66,25 +74,32 @@ def bench(
     torch_device, settings = pick_device(device), parse_set(overrides)
     sizes: list[int | None] = [*batch] or [None]
     cases = [
-        Case(*values, overrides=settings)
+        Case(*values, dataset=dataset, overrides=settings)
         for values in itertools.product(
             backbone, recipe, sizes, precision, [False, True] if compiled else [False]
         )
     ]
     if output is not None:
         require_outputs([Output(output, is_own=report.is_report)])
-    for case in cases:
-        prepare_case(case)  # find mistakes before anything is timed
-    measured = [
-        measure(case, torch_device, seconds=seconds, against_plain=against_plain)
-        for case in track(cases, console=Console(stderr=True), description="timing", transient=True)
-    ]
+    prepared = [prepare_case(case) for case in cases]  # find mistakes before anything is timed
+    measured: list[Measurement] = []
+    for case, planned in track(
+        list(zip(cases, prepared, strict=True)),
+        console=Console(stderr=True),
+        description="timing",
+        transient=True,
+    ):
+        found = measure(case, torch_device, seconds=seconds, against_plain=against_plain)
+        measured.append(found)
+        rate = rate_of(found, planned.spec, planned.dataset, torch_device, report.label(found))
+        remember([rate])
+        if output is not None:  # after every case, so that an interruption loses only the current one
+            command = shlex.join(["stbench", *sys.argv[1:]])
+            atomic_write(output, json.dumps(report.as_json(measured, torch_device, command), indent=1) + "\n")
 
     for table in report.tables(measured):
         Console().print(table)
     for line in report.loss_lines(measured):
         print_line(line)
     if output is not None:
-        command = shlex.join(["stbench", *sys.argv[1:]])
-        atomic_write(output, json.dumps(report.as_json(measured, torch_device, command), indent=1) + "\n")
         print_line(f"figures: {output}")

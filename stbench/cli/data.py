@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stbench.cli import options
+from stbench.cli import options, tokens
 from stbench.cli.outputs import require_outputs
+from stbench.cli.ranks import start_ranks
 from stbench.core import limits
 from stbench.core.errors import UserError
 from stbench.core.outputs import Output
 from stbench.core.text import print_line
 
 if TYPE_CHECKING:
+    from stbench.core.world import World
     from stbench.data.prepare import PrepareOptions
     from stbench.data.repa_layout import SecondHalf
     from stbench.data.shards import Manifest
@@ -81,13 +83,16 @@ def prepare(
         typer.Option(help="Map file: JSON or lines with name and label; default: folders are classes."),
     ] = None,
     device: options.Device = "auto",
+    devices: options.Devices = None,
 ) -> None:
     """Crop and encode images to sharded posterior moments; rerun to resume."""
     from stbench.core.device import pick_device
     from stbench.data.prepare import PrepareOptions
+    from stbench.train import launch
 
-    prepare_images(
-        PrepareOptions(
+    start_ranks(devices, device)
+    with launch.joined(pick_device(device), devices) as world:
+        prepare_options = PrepareOptions(
             source,
             target,
             vae,
@@ -98,15 +103,16 @@ def prepare(
             batch=batch,
             references=references,
             classes=classes,
-            device=pick_device(device),
+            device=launch.local_device(pick_device(device), world),
         )
-    )
+        prepare_images(prepare_options, world)
 
 
-def prepare_images(prepare_options: PrepareOptions) -> None:
+def prepare_images(prepare_options: PrepareOptions, world: World | None = None) -> None:
     """Crop, encode and write images; print what was left out."""
     from stbench.cli.progress import counting_progress_bar
     from stbench.core.memory import require_memory
+    from stbench.core.world import ALONE
     from stbench.data import prepare as preparing
 
     _require_set(prepare_options.target, prepare_options.source, prepare_options.classes)
@@ -119,7 +125,7 @@ def prepare_images(prepare_options: PrepareOptions) -> None:
         "use a smaller --batch or --size",
     )
     with counting_progress_bar("encode", len(task.source.ids)) as advance:
-        manifest, written = preparing.prepare(prepare_options, task, advance)
+        manifest, written = preparing.prepare(prepare_options, task, advance, world or ALONE)
     _print_summary(prepare_options.target, manifest, written)
 
 
@@ -179,52 +185,7 @@ def import_repa(
     _print_summary(target, manifest, written)
 
 
-@app.command()
-def tokens(
-    source: Annotated[
-        Path, typer.Argument(metavar="SRC", help="The images that SET was made from, or the imported folder.")
-    ],
-    prepared: Annotated[Path, typer.Argument(metavar="SET", help="A prepared data set.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
-    encoder: Annotated[
-        str | None, typer.Option(help="A timm vision transformer, or digits; default: DINOv2-B/14.")
-    ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Weights of the encoder; default: from the Hugging Face cache.")
-    ] = None,
-    patch: Annotated[int, typer.Option(min=1, max=limits.MAX_PIXELS, help="Patch size of the backbone.")] = 2,
-    classes: Annotated[Path | None, typer.Option(help="Map file that SET was prepared with.")] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, max=limits.MAX_BATCH, help="Images per call of the encoder.")
-    ] = 64,
-    device: options.Device = "auto",
-) -> None:
-    """Cache an encoder's tokens of the training images of a prepared data set, for the recipe repa."""
-    from stbench.cli.progress import counting_progress_bar
-    from stbench.core.device import pick_device
-    from stbench.data import cache_tokens
-    from stbench.models.encoders import DINOV2
-
-    token_options = cache_tokens.TokenOptions(
-        source,
-        prepared,
-        target,
-        encoder=encoder or DINOV2,
-        checkpoint=checkpoint,
-        patch=patch,
-        classes=classes,
-        batch=batch,
-        device=pick_device(device),
-    )
-    require_outputs(
-        [Output(target, "DST", kind="folder", is_own=cache_tokens.is_token_folder)],
-        [source, prepared, checkpoint, classes],
-    )
-    task = cache_tokens.open_task(token_options)
-    with counting_progress_bar("tokens", len(task.ids)) as advance:
-        spec = cache_tokens.cache(token_options, task, advance)
-    print_line(f"tokens of {len(task.ids)} images from {spec.name}, width {spec.width}: {target}")
-    print_line(f"to train with them: --recipe repa --set recipe.encoder={target} --set data.flip=false")
+app.command()(tokens.tokens)
 
 
 @app.command()
@@ -258,15 +219,20 @@ def statistics(
     inception: options.Inception = None,
     inception_sha256: options.InceptionSha256 = None,
     dino: options.Dino = None,
+    fdr: options.Fdr = None,
     batch: options.MeasureBatch = 64,
     device: options.Device = "auto",
+    plugin: options.Plugins = [],  # noqa: B006
 ) -> None:
     """Compute the statistics of real images, a reference for `stbench evaluate`, in ADM's npz format."""
-    from stbench.cli.evaluate import print_ignored
     from stbench.cli.progress import progress_bar
+    from stbench.cli.scoring import print_ignored
     from stbench.core.device import pick_device
+    from stbench.core.registry import load_plugins
+    from stbench.data.spec import ratio_extractors
     from stbench.evaluate.feature_networks import NetworkFiles
     from stbench.evaluate.image_sets import open_images
+    from stbench.evaluate.ratio_networks import load_networks
     from stbench.evaluate.reference import is_statistics, write_statistics
 
     if output.suffix != ".npz":
@@ -275,7 +241,9 @@ def statistics(
     found = open_images(images, size)
     print_ignored(found)
     torch_device = pick_device(device)
-    networks = NetworkFiles(inception, inception_sha256, dino).load(torch_device)
+    load_plugins(plugin)
+    files = NetworkFiles(inception, inception_sha256, dino)
+    networks = load_networks(files, ratio_extractors(fdr.split(",") if fdr else ()), torch_device)
     with progress_bar("images", transient=True) as report:
         done = write_statistics(found, networks, output, batch=batch, device=torch_device, report=report)
     print_line(f"{done.count} images of {done.size[1]}x{done.size[0]}: {output}")

@@ -13,14 +13,15 @@ from typing import Any
 
 import typer
 
+from stbench.cli.ranks import describe, is_lost_rank
 from stbench.core.disk import DISK_FULL
 from stbench.core.errors import UserError
 from stbench.core.safe_load import shorten, shown
 from stbench.core.text import visible
 
-USER_ERROR, INTERNAL_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
-"""Exit codes: a mistake that the user can fix; an unexpected exception (EX_SOFTWARE of sysexits.h); Ctrl-C;
-standard output that was closed, as by `head`."""
+USER_ERROR, INTERNAL_ERROR, LOST_RANK, INTERRUPTED, BROKEN_PIPE = 2, 70, 75, 130, 141
+"""Exit codes: a mistake that the user can fix; an unexpected exception (EX_SOFTWARE of sysexits.h); a rank
+that died or did not respond (EX_TEMPFAIL); Ctrl-C; standard output that was closed, as by `head`."""
 
 click_exceptions = sys.modules[typer.BadParameter.__module__]
 """`click.exceptions`, or the copy of it that newer versions of typer bundle."""
@@ -50,6 +51,8 @@ def explain(error: BaseException, arguments: Sequence[str], *, debug: bool) -> t
     """
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return INTERRUPTED, stopped(arguments)
+    if is_lost_rank(error):
+        return LOST_RANK, f"error: a rank was lost: {describe(error)}; rerun the same command to resume"
     if isinstance(error, UserError):
         return USER_ERROR, f"error: {error}"
     if isinstance(error, click_exceptions.ClickException):

@@ -15,7 +15,7 @@ from stbench.core.text import print_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stbench.core.backbone import Backbone, BackboneInfo, Weights
+    from stbench.core.backbone import Backbone, Weights
     from stbench.evaluate.past_run import PastRun
     from stbench.evaluate.run_plugins import PluginChoice
     from stbench.models.export import Kind
@@ -42,6 +42,7 @@ class HeadsChoice(str, Enum):
     sra = "sra"
     vae_align = "vae-align"
     self_transcendence = "self-transcendence"
+    internal_guidance = "internal-guidance"
     none = "none"
 
 
@@ -95,10 +96,13 @@ def export_run(
         UserError: The other codebase cannot express the network, or the output exists.
     """
     from stbench.cli.outputs import require_outputs
+    from stbench.core.backbone import kept_heads
+    from stbench.core.guides import HeadGuide
     from stbench.core.outputs import Output
     from stbench.evaluate.past_run import open_run
     from stbench.evaluate.run_plugins import PluginChoice
     from stbench.models.export import export_network
+    from stbench.models.official_heads import HEAD
 
     kind_of_output: Literal["file", "new folder"] = "file" if kind == "official" else "new folder"
     require_outputs([Output(output, kind=kind_of_output, remedy="choose another --output")])
@@ -108,30 +112,38 @@ def export_run(
         if with_heads not in (None, "none"):
             raise UserError("--with-heads applies to --format official; leave it out for diffusers")
         with_heads = "none"
-    heads, found = _heads(run, with_heads, network.info)
+    heads, found = _heads(run, with_heads, network)
+    guide = run.last_stage.definition.guides.get(HEAD)
+    block = {"head_block": guide.block} if isinstance(guide, HeadGuide) else {}
     written = export_network(
-        network, spec.backbone.effective, spec.objective, kind=kind, output=output, heads=heads
+        network, spec.backbone.effective, spec.objective, kind=kind, output=output, heads=heads, **block
     )
+    left = [name for name in kept_heads(network) if name != HEAD or not found.endswith("trained")]
+    found += f"; left out: {', '.join(left)}" if left else ""
     return [written[0], f"heads: {found}", *written[1:]]
 
 
-def _heads(run: PastRun, with_heads: str | None, info: BackboneInfo) -> tuple[dict[str, Tensor], str]:
+def _heads(run: PastRun, with_heads: str | None, network: Backbone) -> tuple[dict[str, Tensor], str]:
     """The heads to store under their repository's names, and what they are in words."""
     from stbench.evaluate.stored_heads import stored_heads
     from stbench.models.export_heads import rename_heads, stores_heads, zero_heads
+    from stbench.models.official_heads import HEAD, stored_head
 
-    recipe = run.prepared.spec.recipe.name
-    wanted = with_heads or (recipe if stores_heads(recipe) else "none")
+    recipe, guides = run.prepared.spec.recipe.name, run.last_stage.definition.guides
+    own_repository = recipe if stores_heads(recipe) else "internal-guidance" if HEAD in guides else "none"
+    wanted = with_heads or own_repository
     if wanted == "none":
         return {}, "none"
     stage, own = run.last_stage, {}
+    if wanted == "internal-guidance" and HEAD in guides:
+        return stored_head(network), f"{wanted}, trained"
     if wanted == recipe:
         own = stored_heads(run.folder.stage(stage.index, stage.name), max(run.weight_files("ema")))
     if own:
         return rename_heads(wanted, own), f"{wanted}, trained"  # type: ignore[arg-type]
     if with_heads is None:
         return {}, "none, because the run keeps no training state of this step"
-    return zero_heads(wanted, info), f"{wanted}, zeros"  # type: ignore[arg-type]
+    return zero_heads(wanted, network.info), f"{wanted}, zeros"  # type: ignore[arg-type]
 
 
 def final_network(run: PastRun, weights: Weights) -> Backbone:

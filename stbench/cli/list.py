@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import re
+import textwrap
+from collections.abc import Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +20,6 @@ if TYPE_CHECKING:
 
 IMAGENET = {"channels": 4, "input_size": 32, "classes": 1000}
 """Latents of 256x256 images, for which the published sizes are counted."""
-COUNTED_ON = "sit-ti/2"
-"""Backbone on which the overhead of a recipe is counted."""
-
 Row = dict[str, Any]
 
 
@@ -36,29 +36,108 @@ class Kind(str, Enum):
 
 def list_registry(
     kind: Annotated[Kind, typer.Argument(help="What to list.")],
+    name: Annotated[
+        str | None, typer.Argument(help="Only this one; for a recipe, a page with its options.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plugin: options.Plugins = [],  # noqa: B006
 ) -> None:
     """List what is registered, with parameter counts, costs, options and defaults."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from stbench.core.registry import load_builtins, load_plugins
-    from stbench.core.text import visible
 
     load_builtins()
     load_plugins(plugin)
+    if kind is Kind.recipes and not as_json:
+        if name is None:
+            _print_recipes()
+        else:
+            _print_recipe(name)
+        return
     rows = _ROWS[kind]()
+    if name is not None:
+        rows = [_named(rows, name)]
     if as_json:
         print(json.dumps(rows, indent=1))
-        return
-    table = Table(*rows[0]) if rows else Table(kind.value)
+    else:
+        _print_rows(rows, kind)
+
+
+def _print_rows(rows: Sequence[Row], kind: Kind) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    from stbench.core.text import visible
+
+    first, *others = rows[0] if rows else [kind.value]
+    table = Table(Column(first, no_wrap=True), *others)
     for row in rows:
         # Text, because a str would be parsed as rich markup; the help of a recipe has several lines.
         lines = [map(visible, str(value).splitlines()) for value in row.values()]
         table.add_row(*(Text("\n".join(cell)) for cell in lines))
     Console().print(table)
+
+
+def _named(rows: Sequence[Row], name: str) -> Row:
+    """Return the row whose first field is `name`."""
+    from stbench.core.errors import UserError
+    from stbench.core.registry import suggest
+    from stbench.core.text import visible
+
+    found = {str(next(iter(row.values()))): row for row in rows}
+    if name not in found:
+        raise UserError(f"nothing is named {visible(name, 60)}{suggest(name, sorted(found))}")
+    return found[name]
+
+
+def _print_recipes() -> None:
+    """Print one line per recipe, with its cost."""
+    from stbench.cli.recipe_cost import COUNTED_ON, extra_cost
+    from stbench.cli.recipe_page import read_page
+    from stbench.compare.format import Section
+    from stbench.compare.terminal import print_section, print_text, terminal_width
+    from stbench.core.registry import RECIPES, lookup, names
+
+    known = sorted(names(RECIPES))
+    costs = [extra_cost(name) for name in known]
+    rest = max(terminal_width() - max(map(len, known)) - max(map(len, costs)) - 4, 20)
+    summaries = (read_page(name, lookup(RECIPES, name)).summary for name in known)
+    lines = [
+        (name, cost, textwrap.shorten(summary, rest, placeholder=" ..."))
+        for name, cost, summary in zip(known, costs, summaries, strict=True)
+    ]
+    header = ("recipe", "cost", "what it does")
+    print_section(Section("", header, tuple(lines), frozenset({0, 2})), title=False)
+    print_text(f"cost: extra training FLOPs of all stages over vanilla, {COUNTED_ON} on the digits")
+    print_text("`stbench list recipes NAME` prints options, defaults, cost and published values.")
+
+
+def _print_recipe(name: str) -> None:
+    """Print the page of a recipe."""
+    from stbench.cli import recipe_page
+    from stbench.cli.recipe_cost import relative_cost
+    from stbench.core.registry import RECIPES, lookup
+
+    recipe = lookup(RECIPES, name)
+    page = recipe_page.read_page(name, recipe)
+    recipe_page.print_page(page, relative_cost(name), _defaults(recipe))
+    recipe_page.print_published(name)
+
+
+def _defaults(recipe: Any) -> dict[str, dict[str, Any]]:
+    """Return the defaults of a recipe by backbone; {} for a plug-in that fits neither."""
+    from stbench.cli.recipe_page import PUBLISHED, PUBLISHED_STEPS, SMALL
+    from stbench.core.errors import UserError
+    from stbench.core.recipe import effective_options
+    from stbench.core.registry import BACKBONES, lookup
+
+    found = {}
+    for backbone, steps in ((SMALL, 400), (PUBLISHED, PUBLISHED_STEPS)):
+        family, _, size = backbone.partition("-")
+        info = _published_network(lookup(BACKBONES, family), size).info
+        with contextlib.suppress(UserError):
+            found[backbone] = effective_options(recipe, info, {}, steps=steps)
+    return found
 
 
 def _backbone_rows() -> list[Row]:
@@ -104,18 +183,15 @@ def _published_network(family: Any, size: str) -> Backbone:
 
 
 def _recipe_rows() -> list[Row]:
+    from stbench.cli.recipe_cost import COUNTED_ON, relative_cost
     from stbench.core.registry import RECIPES, lookup, names
 
-    vanilla = sum(_stage_flops("vanilla"))
     rows = []
     for name in sorted(names(RECIPES)):
         recipe = lookup(RECIPES, name)
         parameters = list(inspect.signature(recipe).parameters.values())[1:]  # the first is the backbone info
         recipe_options = ", ".join(f"{p.name}={p.default}" for p in parameters)
-        costs = _stage_flops(name)
-        overhead = f"{costs[-1] / vanilla:.2f}" if costs else "not counted"
-        if len(costs) > 1:
-            overhead += f", {sum(costs) / vanilla:.2f} with its teacher"
+        overhead = relative_cost(name)
         rows.append(
             {
                 "recipe": name,
@@ -126,20 +202,6 @@ def _recipe_rows() -> list[Row]:
             }
         )
     return rows
-
-
-def _stage_flops(recipe: str) -> list[float]:
-    """Training FLOPs of each stage with default options; [] for a plug-in that does not fit the network."""
-    from stbench.config.plan import prepare
-    from stbench.config.resolve import RunRequest, resolve
-    from stbench.core.errors import UserError
-    from stbench.train.cost import expected_cost
-
-    try:
-        prepared = prepare(resolve(RunRequest(COUNTED_ON, recipe)))
-        return [expected_cost(prepared, stage).total for stage in prepared.stages]
-    except UserError:
-        return []
 
 
 def _dataset_rows() -> list[Row]:
@@ -161,11 +223,19 @@ def _dataset_rows() -> list[Row]:
 
 
 def _objective_rows() -> list[Row]:
+    from stbench.config.build import build_objective
+    from stbench.core.ranges import option_parameters
     from stbench.core.registry import OBJECTIVES, lookup, names
+    from stbench.diffusion.sample import samplers_for
 
     objectives = {name: lookup(OBJECTIVES, name) for name in sorted(names(OBJECTIVES))}
     return [
-        {"objective": name, "samplers": ", ".join(cls.samplers), "help": _first_paragraph(cls)}
+        {
+            "objective": name,
+            "samplers": ", ".join(samplers_for(build_objective(name))),
+            "options": ", ".join(f"{p.name}={p.default}" for p in option_parameters(cls).values()) or "none",
+            "help": _first_paragraph(cls),
+        }
         for name, cls in objectives.items()
     ]
 
@@ -178,10 +248,13 @@ def _sampler_rows() -> list[Row]:
 
 
 def _metric_rows() -> list[Row]:
+    from stbench.evaluate.fdr6 import FDR_METRICS
     from stbench.evaluate.metrics import METRICS
+    from stbench.evaluate.registered_metrics import metric_descriptions
     from stbench.evaluate.scores import SCORES
 
-    return [{"metric": name, "help": text} for name, text in (*METRICS.items(), *SCORES.items())]
+    described = (METRICS, FDR_METRICS, metric_descriptions(), SCORES)
+    return [{"metric": name, "help": text} for group in described for name, text in group.items()]
 
 
 def _first_paragraph(registered: Any) -> str:

@@ -25,6 +25,14 @@ class KeepChoice(str, Enum):
     last = "last"
 
 
+class TrackChoice(str, Enum):
+    """Choices of --track."""
+
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+
+
 class VerifyChoice(str, Enum):
     """Choices of --verify."""
 
@@ -69,7 +77,7 @@ Keep = Annotated[
 
 Output = Annotated[Path, typer.Option(help="Folder that contains the run folders.")]
 Plugins = Annotated[
-    list[Path], typer.Option("--plugin", help="Python file that registers backbones or recipes; repeatable.")
+    list[Path], typer.Option("--plugin", help="Python file of a plug-in; repeatable. See docs/plugins.md.")
 ]
 AllowChangedPlugin = Annotated[
     bool,
@@ -78,11 +86,20 @@ AllowChangedPlugin = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=limits.MAX_RANKS,
+        help="Number of GPUs to use (with --device cpu: of processes), one rank each. Leave it out under "
+        "torchrun and srun, which set it.",
+    ),
+]
 Original = Annotated[
     str | None,
     typer.Option(
         help="Repository that the checkpoint comes from, if its keys are ambiguous: dit, sit, repa, sra, "
-        "layersync, dispersive, self-transcendence, uvit-discrete, uvit-continuous."
+        "layersync, dispersive, self-transcendence, internal-guidance, uvit-discrete, uvit-continuous."
     ),
 ]
 
@@ -102,7 +119,15 @@ InceptionSha256 = Annotated[
     str | None,
     typer.Option(help="First digits of the sha256 of the Inception weights; default: the published file's."),
 ]
+EmaDecays = Annotated[
+    list[float],
+    typer.Option(help="EMA decay to reconstruct, of a run with train.posthoc_ema=true; repeatable."),
+]
 Dino = Annotated[Path | None, typer.Option(help="DINOv2 weights; adds FD-DINOv2.")]
+Fdr = Annotated[
+    str | None,
+    typer.Option("--fdr", help="Extractors of FDr, separated by commas; fdr6 for the six published ones."),
+]
 MeasureBatch = Annotated[int, typer.Option(min=1, max=limits.MAX_BATCH, help="Images measured at a time.")]
 
 

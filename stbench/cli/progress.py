@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from stbench.cli.ranks import is_main
 from stbench.config.plan import PlannedStage
 from stbench.core.text import visible
 from stbench.evaluate.progress import ignore
@@ -57,7 +58,7 @@ def progress_bar(label: str, total: int | None = None, *, transient: bool = Fals
         A function to call with the number of images done so far.
     """
     console = Console(stderr=True)
-    if not console.is_terminal:  # a disabled Progress of rich before 15 still prints a newline
+    if not console.is_terminal or not is_main():  # disabled, rich < 15 prints a newline
         yield ignore
         return
     columns = (
@@ -115,6 +116,7 @@ class Speed:
 def point_line(point: CurvePoint) -> str:
     """Describe an evaluation in one line."""
     guided = "" if point.guidance == 1.0 else f"  guidance {point.guidance:g}"
+    guided += f"  guides {point.guides}" if point.guides else ""
     values = "  ".join(f"{name} {point.metrics[name]:.3f}" for name in ("fid", "is") if name in point.metrics)
     return f"{point.stage} step {point.step}: {values}{guided}"
 

@@ -11,12 +11,15 @@ import typer
 
 from stbench.cli import options
 from stbench.cli.completion import complete
+from stbench.cli.estimates import print_estimates
 from stbench.cli.outputs import require_run_outputs
+from stbench.cli.ranks import start_ranks
+from stbench.core.errors import UserError
 from stbench.core.text import print_line, visible
 
 if TYPE_CHECKING:
     from stbench.config.plan import PreparedRun
-    from stbench.train.engine import RunOptions
+    from stbench.train.options import RunOptions
 
 
 def run(
@@ -54,11 +57,17 @@ def run(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML, JSON or Python file with the options above; the command line takes precedence."
+            help="YAML, JSON or Python file with the options above, or a run folder to take them from; the "
+            "command line takes precedence."
         ),
     ] = None,
     plugin: options.Plugins = [],  # noqa: B006
     device: options.Device = "auto",
+    devices: options.Devices = None,
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="Split the networks over the ranks (FSDP2), not copy them (DDP)."),
+    ] = False,
     output: options.Output = options.RUNS,
     keep: options.Keep = options.KeepChoice.all,
     reuse: Annotated[
@@ -68,8 +77,12 @@ def run(
             help="Reuse a stage that an equal run has finished; its cost is counted either way.",
         ),
     ] = True,
+    track: Annotated[
+        list[options.TrackChoice],
+        typer.Option(help="Send curves, samples, settings and cost to a tracking service; repeatable."),
+    ] = [],  # noqa: B006
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Log losses and metrics to TensorBoard in the run folder.")
+        bool, typer.Option("--tensorboard", help="The same as --track tensorboard.")
     ] = False,
     inception: options.Inception = None,
     inception_sha256: options.InceptionSha256 = None,
@@ -77,15 +90,16 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exit.")] = False,
 ) -> None:
     """Train a backbone under a recipe and evaluate it at regular points; rerun to resume."""
-    from stbench.config.init_from import describe_start
     from stbench.config.overrides import parse_set, read_config
     from stbench.config.plan import prepare
     from stbench.config.resolve import resolve_options
     from stbench.core.device import default_precision, pick_device
     from stbench.core.registry import load_builtins, load_plugins
     from stbench.core.verified import full_verification
-    from stbench.train.engine import RunOptions
+    from stbench.train import launch as ranks
+    from stbench.train.options import RunOptions
 
+    start_ranks(devices, device, dry_run=dry_run)
     load_builtins()
     plugins = load_plugins(plugin)
     torch_device = pick_device(device)
@@ -106,36 +120,49 @@ def run(
         "init_weights": init_weights,
     }
     values: dict[str, Any] = {"precision": default_precision(torch_device)}
-    values |= read_config(config) if config else {}
+    values |= read_config(config, options.drop_missing(typed)) if config else {}
     settings = values.pop("set", {}) | parse_set(overrides)
     settings |= options.inception_settings(inception, inception_sha256, settings)
     values |= options.drop_missing(typed)
 
     with full_verification(verify is options.VerifyChoice.full):
         prepared = prepare(resolve_options(values, settings))
+    if dry_run:
+        _print_start(prepared)
+        planned = RunOptions(output, torch_device, keep.value, reuse, plugins, shard=shard)
+        _print_plan(prepared, planned, devices or 1)
+        return
+    require_run_outputs(output, prepared.spec.data.path if prepared.spec.data else None)
+    with ranks.joined(torch_device, devices) as world:
+        if shard and world.size == 1:
+            raise UserError("--shard needs several ranks, found one; add --devices N, or use torchrun")
+        _print_start(prepared)
+        rank_device = ranks.local_device(torch_device, world)
+        run_options = RunOptions(output, rank_device, keep.value, reuse, plugins, world, shard)
+        services = [choice.value for choice in track] + (["tensorboard"] if tensorboard else [])
+        _train(prepared, run_options, services)
+
+
+def _print_start(prepared: PreparedRun) -> None:
+    """Print what the run starts from, if that is a checkpoint."""
+    from stbench.config.init_from import describe_start
+
     if prepared.spec.init is not None:
         print_line(describe_start(prepared.spec.init, prepared.dataset.classes))
-    run_options = RunOptions(output, torch_device, keep.value, reuse, plugins)
-    if dry_run:
-        _print_plan(prepared, run_options)
-    else:
-        require_run_outputs(output, prepared.spec.data.path if prepared.spec.data else None)
-        _train(prepared, run_options, tensorboard=tensorboard)
 
 
-def _train(prepared: PreparedRun, run_options: RunOptions, *, tensorboard: bool) -> None:
-    """Train what is left of a run; print its curve and where its files are."""
+def _train(prepared: PreparedRun, run_options: RunOptions, services: list[str]) -> None:
+    """Train what is left of a run, tracked by services; print its curve and where its files are."""
     from stbench.cli.progress import training_progress
     from stbench.compare import terminal
     from stbench.runs.folder import OutputFolder
     from stbench.train import engine
     from stbench.train.hooks import Hook
-    from stbench.train.tracking import Tracker
+    from stbench.train.tracking import open_trackers
 
-    folder = OutputFolder(run_options.output).run(prepared.run_id)
-    hooks: list[Hook] = [training_progress(prepared.spec.train.batch)]
-    if tensorboard:
-        hooks.append(Tracker(folder.tensorboard))
+    folder, world = OutputFolder(run_options.output).run(prepared.run_id), run_options.world
+    hooks: list[Hook] = [training_progress(prepared.spec.train.batch)] if world.is_main else []
+    world.from_main(lambda: hooks.extend(open_trackers(services, prepared, folder)))  # fails on every rank
     try:
         record, trained = engine.run(prepared, run_options, hooks)
     except engine.Interrupted as stopped:
@@ -156,16 +183,28 @@ def _train(prepared: PreparedRun, run_options: RunOptions, *, tensorboard: bool)
     print_line(f"run folder: {record.path}")
 
 
-def _print_plan(prepared: PreparedRun, run_options: RunOptions) -> None:
+def _print_plan(prepared: PreparedRun, run_options: RunOptions, devices: int) -> None:
     """Print the stages with their cost, all settings, and the run folder."""
+    from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from stbench.train.cost import disk_bytes, expected_cost
 
     table = Table(
-        "stage", "steps", "images", "taps", "teachers", "evaluated at", "TFLOPs", "disk MiB", title="plan"
+        Column("stage", no_wrap=True, overflow="fold"),
+        "steps",
+        "images",
+        "taps",
+        Column("teachers", overflow="fold"),
+        "evaluated at",
+        "TFLOPs",
+        "disk MiB",
+        title="plan",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for stage in prepared.stages:
         cells = (
@@ -181,6 +220,7 @@ def _print_plan(prepared: PreparedRun, run_options: RunOptions) -> None:
         # Text, because a str would be parsed as rich markup.
         table.add_row(*(Text(visible(cell)) for cell in cells))
     Console().print(table)
+    print_estimates(prepared, run_options.device, devices=devices, shard=run_options.shard)
     settings = prepared.spec.model_dump(mode="json") | {"stages": prepared.description()}
     print(json.dumps(settings, indent=1))
     print_line(f"run folder: {run_options.output / prepared.run_id}")

@@ -54,6 +54,10 @@ def sample(
             help="Number of guided leading channels; default: the run's, or as published.",
         ),
     ] = None,
+    guide: Annotated[
+        str,
+        typer.Option(help="Guides beside --cfg, such as head:1.4@0-0.7 or network=RUN:1.5, joined with +."),
+    ] = "",
     sampler: Annotated[str | None, typer.Option(help="Sampler; default: the run's, or as published.")] = None,
     steps: Annotated[
         int | None,
@@ -95,6 +99,7 @@ def sample(
     from stbench.core.device import pick_devices
     from stbench.evaluate.run_plugins import PluginChoice
     from stbench.evaluate.sample_job import SampleRequest, sample_images
+    from stbench.train import launch
 
     location = model_location(
         run,
@@ -105,7 +110,7 @@ def sample(
         objective=objective,
         weights=weights,
     )
-    location = replace(location, plugins=PluginChoice(tuple(plugin), allow_changed_plugin))
+    location = replace(location, plugins=PluginChoice(tuple(plugin), allow_changed_plugin), guides=guide)
     _require_valid_outputs(output, checkpoint)
     request = SampleRequest(
         count=count,
@@ -119,7 +124,11 @@ def sample(
         batch=batch,
         precision=precision,
     )
-    sample_images(location, request, output, pick_devices(device), progress=progress_bar)
+    devices = pick_devices(device)
+    with launch.joined(devices[0]) as world:
+        if world.size > 1:
+            devices = [launch.local_device(devices[0], world)]
+        sample_images(location, request, output, devices, progress=progress_bar, world=world)
     for path in output:
         print_line(f"{count} images: {path}")
 

@@ -1,4 +1,4 @@
-"""`stbench sweep`: make many runs, several at a time, on this machine."""
+"""`stbench sweep`: make many runs, several at a time, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stbench.cli import options
+from stbench.cli import executors, options
 from stbench.cli.outputs import require_run_outputs
-from stbench.core.errors import UserError
+from stbench.core.errors import UnsupportedError, UserError
 from stbench.core.limits import MAX_RUNS, MAX_SEED, MAX_SEEDS
 from stbench.core.safe_load import shown
 from stbench.core.text import print_line
 
 if TYPE_CHECKING:
     from stbench.runs.journal import JournalEntry
+    from stbench.sweep.executor import Executor
     from stbench.sweep.suite import SuiteRun, SweepRun
 
 
@@ -52,9 +53,17 @@ def sweep(
     jobs: Annotated[
         int | None,
         typer.Option(
-            min=1, max=MAX_RUNS, help="Runs at a time; default: one per GPU, or one per core on the CPU."
+            min=1,
+            max=MAX_RUNS,
+            help="Runs at a time; default: one per GPU, or one per core on the CPU; with Slurm, no limit.",
         ),
     ] = None,
+    executor: executors.ExecutorOption = executors.ExecutorChoice.local,
+    gpus_per_job: executors.GpusPerJob = None,
+    nodes_per_job: executors.NodesPerJob = None,
+    partition: executors.Partition = None,
+    time_limit: executors.TimeLimit = None,
+    slurm: executors.SlurmSettings = [],  # noqa: B006
     plugin: options.Plugins = [],  # noqa: B006
     device: options.Device = "auto",
     output: options.Output = options.RUNS,
@@ -62,14 +71,26 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and exit.")] = False,
 ) -> None:
     """Make many runs, several at a time; rerun to resume and to retry failed runs."""
-    from stbench.core.device import default_precision, pick_device
     from stbench.core.registry import load_builtins, load_plugins
-    from stbench.sweep.slots import local_slots
     from stbench.sweep.suite import find_suite, prepare_runs, read_suite
 
     load_builtins()
     load_plugins(plugin)
-    torch_device = pick_device(device)
+
+    # Where: on this machine, or on a Slurm cluster.
+    request = executors.slurm_request(
+        executor,
+        gpus=gpus_per_job,
+        nodes=nodes_per_job,
+        partition=partition,
+        time_limit=time_limit,
+        jobs=jobs,
+        settings=slurm,
+    )
+    if request is None:
+        place = executors.local_place(output, device, jobs)
+    else:
+        place = executors.slurm_place(output, device, request)
 
     # Which runs: those of a suite, or a grid of backbones, recipes and seeds.
     values = options.drop_missing(
@@ -89,22 +110,23 @@ def sweep(
     else:
         _require_suite_alone(values, overrides)
         requested = read_suite(find_suite(suite))
-    precision_default = {"precision": default_precision(torch_device)}
-    requested = [replace(run, values={**precision_default, **run.values}) for run in requested]
-    runs = prepare_runs(requested)
+    skipped: list[UnsupportedError] = []
+    skip = skipped.append if "all" in (backbone, recipe) else None
+    runs = prepare_runs([_with_precision(run, place.precision) for run in requested], skip)
+    for message in dict.fromkeys(map(str, skipped)):
+        print_line(f"skipped: {message}")
     if only is not None:
         runs = _select(runs, only)
 
-    slots = local_slots(torch_device, jobs)
     if dry_run:
         _print_runs(runs, output)
-        print_line(f"{len(slots)} at a time on {torch_device.type}; run folders in {output}")
+        print_line(f"{place.description}; run folders in {output}")
         return
     for data in {run.prepared.spec.data.path if run.prepared.spec.data else None for run in runs}:
         require_run_outputs(output, data)
-    arguments = ["--output", str(output), "--device", torch_device.type, "--keep", keep.value]
+    arguments = ["--output", str(output), "--device", place.device, "--keep", keep.value]
     arguments += [part for file in plugin for part in ("--plugin", str(file))]
-    entries = _execute(runs, output, slots, arguments)
+    entries = _execute(runs, output, place.executor, arguments)
     if not _print_summary(entries, output):
         raise typer.Exit(1)
 
@@ -133,6 +155,18 @@ def grid_runs(values: Mapping[str, Any], overrides: Sequence[str]) -> list[Suite
         values=others,
         overrides=parse_set(overrides),
     )
+
+
+def _with_precision(run: SuiteRun, default: str | None) -> SuiteRun:
+    """The run with the default precision, if it names none."""
+    if "precision" in run.values:
+        return run
+    if default is None:
+        place = f"{run.place}: add precision" if run.place else "give --precision"
+        raise UserError(
+            f"{place}, such as bf16; it has no default, because the GPUs of the jobs are not in this machine"
+        )
+    return replace(run, values={"precision": default, **run.values})
 
 
 def _require_suite_alone(values: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -203,18 +237,18 @@ def _print_runs(runs: Sequence[SweepRun], output: Path) -> None:
 def _execute(
     runs: Sequence[SweepRun],
     output: Path,
-    slots: Sequence[Mapping[str, str]],
+    executor: Executor,
     arguments: Sequence[str],
 ) -> list[JournalEntry]:
     """Make every run that is not finished; `arguments` are those of `stbench run` that all runs share.
 
     Raises:
         UserError: Another sweep is running in `output`, or an existing run has other evaluation settings.
-        KeyboardInterrupt: After Ctrl-C or SIGTERM, when the running runs have saved.
+        KeyboardInterrupt: After Ctrl-C or SIGTERM, when the running runs have saved or are left to Slurm.
     """
     from stbench.core.files import atomic_write
     from stbench.runs.folder import OutputFolder
-    from stbench.sweep.executor import Job, LocalExecutor
+    from stbench.sweep.executor import Job
     from stbench.sweep.monitor import make_monitor
     from stbench.sweep.queue import Sweep, lock_sweep
     from stbench.train.engine import check_evaluation
@@ -233,7 +267,6 @@ def _execute(
             content = {**run.requested.values, "set": dict(run.requested.overrides)}
             atomic_write(config, json.dumps(content, indent=1) + "\n")
             jobs.append(Job(run.entry, ("run", "--config", str(config), *arguments), run.stages))
-        executor = LocalExecutor(output, slots)
         with make_monitor(output) as monitor:
             return Sweep(output, jobs, executor=executor, monitor=monitor).run()
 

@@ -6,27 +6,29 @@ row's own table.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from stbench.compare.format import NONE, Section, count
+from stbench.compare.format import NONE, Section, amount, count
 from stbench.compare.leaderboard import Comparison, Leaderboard, Row, RowAtBudget, Table, UnfinishedRow
-from stbench.compare.rows import BASELINE
-from stbench.compare.tables import best_fid, fid, names, ratio, sampling, seeds_in_brackets
+from stbench.compare.names import names
+from stbench.compare.question import Amount, metric_name
+from stbench.compare.tables import best_value, ratio, sampling, seeds_in_brackets, value
 
 EXPLANATION = (
-    "FIDs of different settings are shown side by side and are not ranked. Ratio and verdict compare a row "
-    f"with {BASELINE} in the same setting. n.d.: not distinguishable."
+    "{metric}s of different settings are shown side by side and are not ranked. Ratio and verdict compare a "
+    "row with {baseline} in the same setting. n.d.: not distinguishable."
 )
 SHORT_VERDICTS = {
     "not distinguishable": "n.d.",
     "not trained that far": "not trained",
     "not evaluated there": "not evaluated",
     "too few seeds": "few seeds",
-    f"no {BASELINE} there": f"no {BASELINE}",
-    f"{BASELINE} not sampled": f"no {BASELINE}",
 }
 """Abbreviations of the verdicts that are too long for a column."""
+_NO_BASELINE = re.compile(r"no (.+) there|(.+) not sampled")
+"""Verdicts that name the baseline."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _combine(tables: Sequence[Table]) -> CombinedTables:
     scope = f"all {'backbones' if one_setting_each else 'settings'} under {first.objective}"
     parts = [first.dataset, scope, *sampling(first.protocol_fields)]
     student = _section(
-        "Student only (equal last-stage steps)",
+        "Student only" if first.at else "Student only (equal last-stage steps)",
         tables,
         images=lambda table: table.student_images,
         at_budget=lambda row: row.student,
@@ -73,8 +75,9 @@ def _combine(tables: Sequence[Table]) -> CombinedTables:
         images=lambda table: table.paid_images,
         at_budget=lambda row: row.paid,
     )
+    explanation = EXPLANATION.format(metric=metric_name(first.metric), baseline=first.baseline)
     return CombinedTables(
-        heading=f"{', '.join(parts)} (protocol {first.protocol})", text=EXPLANATION, sections=(student, paid)
+        heading=f"{', '.join(parts)} (protocol {first.protocol})", text=explanation, sections=(student, paid)
     )
 
 
@@ -87,13 +90,15 @@ def _section(
 ) -> Section:
     """Return all rows of all tables at one budget."""
     # If the budgets differ, the name of each setting is followed by its budget
-    budgets = dict.fromkeys(count(images(table)) for table in tables if table.rows)
+    at = tables[0].at
+    budgets = dict.fromkeys(amount(at or Amount("images", images(table))) for table in tables if table.rows)
     rows = []
     for table, setting in zip(tables, _setting_names(tables), strict=True):
         budget = f" ({count(images(table))})" if len(budgets) > 1 and table.rows else ""
         rows += [(setting + budget, *_cells(row, name, at_budget)) for row, name in names(table)]
-    header = ("backbone", "recipe", "FID", f"vs. {BASELINE}", "FID, best guidance", f"vs. {BASELINE}")
-    return Section(f"{title}: {' or '.join(budgets)} images", header, tuple(rows), frozenset({0, 1, 3, 5}))
+    metric, versus = metric_name(tables[0].metric), f"vs. {tables[0].baseline}"
+    header = ("backbone", "recipe", metric, versus, f"{metric}, best guidance", versus)
+    return Section(f"{title}: {' or '.join(budgets)}", header, tuple(rows), frozenset({0, 1, 3, 5}))
 
 
 def _setting_names(tables: Sequence[Table]) -> list[str]:
@@ -109,9 +114,11 @@ def _cells(row: Row | UnfinishedRow, name: str, at_budget: Callable[[Row], RowAt
     if isinstance(row, UnfinishedRow):
         return f"{name} {seeds_in_brackets(row.seeds)}", NONE, row.word, NONE, NONE
     here = at_budget(row)
-    return name, fid(here), _comparison(here.plain), best_fid(here.guided), _comparison(here.best)
+    return name, value(here), _comparison(here.plain), best_value(here.guided), _comparison(here.best)
 
 
 def _comparison(comparison: Comparison) -> str:
     verdict = SHORT_VERDICTS.get(comparison.verdict, comparison.verdict)
+    if found := _NO_BASELINE.fullmatch(verdict):
+        verdict = f"no {found[1] or found[2]}"
     return verdict if comparison.ratio is None else f"{ratio(comparison)} {verdict}"

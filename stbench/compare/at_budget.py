@@ -1,4 +1,4 @@
-"""What each row measured at one budget: FID, best guidance, other metrics and costs. Compares no rows."""
+"""What each row measured at one budget: metrics, best guidance and costs. Compares no rows."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from stbench.compare.leaderboard import BestGuidance
-from stbench.compare.rows import FidBySeed, GuidanceGrid, RowRuns
+from stbench.compare.leaderboard import BestGuidance, Interval
+from stbench.compare.question import metric_name
+from stbench.compare.rows import NO_GUIDANCE, Cost, RowRuns, ValueBySeed
 from stbench.compare.stats import SeedStats, mean, nan_last, seed_stats
-from stbench.runs.records import CurvePoint, StageRecord
+from stbench.runs.records import CurvePoint
+
+SharedGrid = set[tuple[float, Interval]]
+"""Scales and intervals of classifier-free guidance."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,8 @@ class BudgetPoint:
     row: RowRuns
     images: int
     """Images of the last stage."""
-    shared_grid: GuidanceGrid
-    """The guidance values among which each row of the table chooses its best."""
+    shared_grid: SharedGrid
+    """The scales and intervals among which each row of the table chooses its best."""
 
     @property
     def step(self) -> int | None:
@@ -29,33 +33,40 @@ class BudgetPoint:
         return self.row.step_at_images.get(self.images)
 
     @cached_property
-    def fid(self) -> FidBySeed | None:
-        """FID without guidance, interpolated between evaluations; None outside the row's curve."""
-        return self.row.fid_at_images(self.images)
+    def values(self) -> ValueBySeed | None:
+        """The metric by seed without guidance, log-linear between evaluations; None outside the curve."""
+        return self.row.values_at_images(self.images)
 
     @cached_property
     def best_guidance(self) -> BestGuidance | None:
-        """The best of the shared grid by mean FID; None unless the row was sampled at all of the grid."""
+        """The best of the shared grid by its mean; None unless the row was sampled at all of the grid.
+
+        A row that another network guides may lack some, because that network has its own scale.
+        """
         grid, step = self.shared_grid, self.step
-        if step is None or len(grid) < 2 or not grid <= self.row.guidance_grid(step):
+        if step is None:
             return None
-        stats = {guidance: seed_stats(list(self.row.fid(step, guidance).values())) for guidance in grid}
-        scale, interval = min(sorted(stats), key=lambda guidance: nan_last(stats[guidance].mean))
+        found = [how for how in self.row.guidance_grid(step) if how[:2] in grid]
+        covers = bool(found) if self.row.network else grid <= {how[:2] for how in found}
+        if not covers or (len(found) < 2 and not self.row.network):
+            return None
+        stats = {how: seed_stats(list(self.row.values_at(step, how).values())) for how in found}
+        best = min(sorted(stats), key=lambda how: nan_last(self.row.question.falling(stats[how].mean)))
         scales = [scale for scale, _ in grid]
-        edge = scale in (min(scales), max(scales))
-        return BestGuidance(scale, interval, stats[scale, interval], edge=edge)
+        edge = len(grid) > 1 and best[0] in (min(scales), max(scales))
+        return BestGuidance(*best, stats[best], edge=edge)
 
     @property
-    def fid_at_best_guidance(self) -> FidBySeed | None:
-        """FID at `best_guidance`."""
+    def values_at_best_guidance(self) -> ValueBySeed | None:
+        """The metric by seed at `best_guidance`."""
         best = self.best_guidance
         if best is None or self.step is None:
             return None
-        return self.row.fid(self.step, (best.scale, best.interval))
+        return self.row.values_at(self.step, (best.scale, best.interval, best.guides))
 
     def inception(self) -> SeedStats | None:
         """Return the Inception Score without guidance; None unless every seed has one."""
-        points = self._points
+        points = [] if self.row.network else self._points
         scores = [point.metrics["is"] for point in points if "is" in point.metrics]
         return seed_stats(scores) if points and len(scores) == len(points) else None
 
@@ -73,7 +84,9 @@ class BudgetPoint:
         return self._cost(lambda spent: spent.seconds, all_stages)
 
     def missing_reason(self) -> str:
-        """Return why the row has no FID at this budget."""
+        """Return why the row has no value at this budget."""
+        if self.row.network:
+            return "guided only"
         if self.images <= 0:
             return "paid more already"
         return "not trained that far" if self.images > self.row.last_images else "not evaluated there"
@@ -83,11 +96,11 @@ class BudgetPoint:
         """The points without guidance at `step`, one per seed; [] if there is no such step."""
         return [] if self.step is None else self.row.points_at(self.step)
 
-    def _cost(self, cost: Callable[[CurvePoint | StageRecord], float], all_stages: bool) -> SeedStats | None:
+    def _cost(self, cost: Cost, all_stages: bool) -> SeedStats | None:
         costs = []
-        runs = self.row.runs.values() if self._points else ()
-        for point, run in zip(self._points, runs, strict=True):
-            earlier = [stage for stage in run.stages if stage.index < run.final_stage] if all_stages else []
+        seeds = list(self.row.runs) if self._points else []
+        for point, seed in zip(self._points, seeds, strict=True):
+            earlier = self.row.earlier_stages(seed) if all_stages else []
             costs.append(cost(point) + sum(map(cost, earlier)))
         return seed_stats(costs) if costs else None
 
@@ -103,7 +116,7 @@ def find_budget_points(
         batch: Images per step, to suggest a number of steps for rows that were not trained far enough.
 
     Returns:
-        One point per row, and notes on guidance grids, rows without values and interpolated FIDs.
+        One point per row, and notes on guidance grids, rows without values and interpolated values.
     """
     grid, notes = _shared_grid(rows, images_of)
     points = [BudgetPoint(row, images_of(row), grid) for row in rows]
@@ -112,13 +125,13 @@ def find_budget_points(
 
 def _shared_grid(
     rows: Sequence[RowRuns], images_of: Callable[[RowRuns], int]
-) -> tuple[GuidanceGrid, list[str]]:
-    """Return the guidance values shared by all rows that were sampled with guidance at the budget."""
-    steps = [(row, row.step_at_images.get(images_of(row))) for row in rows]
+) -> tuple[SharedGrid, list[str]]:
+    """Return the scales and intervals shared by all rows that were sampled with guidance at the budget."""
+    steps = [(row, row.step_at_images.get(images_of(row))) for row in rows if not row.network]
     grids = [row.guidance_grid(step) for row, step in steps if step is not None]
-    guided = [grid for grid in grids if len(grid) > 1]
-    shared = set.intersection(*guided) if guided else set()
-    if not guided or len(shared) >= 2:
+    guided = [{how[:2] for how in grid} for grid in grids if len(grid) > 1]
+    shared = set.intersection(*guided) if guided else {NO_GUIDANCE[:2]}
+    if len(shared) >= 2 or all(len(grid) < 2 for grid in guided):
         return shared, []
     return shared, [
         "best guidance: omitted, the rows share fewer than two guidance scales; evaluate all at the same ones"
@@ -136,8 +149,8 @@ def _edge_notes(points: Sequence[BudgetPoint]) -> list[str]:
 
 
 def _gap_notes(points: Sequence[BudgetPoint], batch: int) -> list[str]:
-    """Name the rows without FID at the budget, with the steps to train, and those with interpolated FID."""
-    missing = [point for point in points if point.fid is None]
+    """Name the rows without a value at the budget, with the steps to train, and the interpolated ones."""
+    missing = [point for point in points if point.values is None and not point.row.network]
 
     # Rows that need more training, grouped by the images that they need
     too_short: dict[int, list[str]] = {}
@@ -155,8 +168,10 @@ def _gap_notes(points: Sequence[BudgetPoint], batch: int) -> list[str]:
         notes.append(f"the earlier stages alone exceed the budget: {_sorted_list(overspent)}")
 
     # Rows evaluated before and after the budget
-    if between := [point.row.label for point in points if point.fid is not None and point.step is None]:
-        notes.append(f"FID marked ~ is interpolated between two evaluations: {_sorted_list(between)}")
+    if between := [point.row for point in points if point.values is not None and point.step is None]:
+        labels = _sorted_list(row.label for row in between)
+        metric = metric_name(between[0].question.metric)
+        notes.append(f"{metric} marked ~ is interpolated between two evaluations: {labels}")
     return notes
 
 

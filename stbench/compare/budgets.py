@@ -1,4 +1,4 @@
-"""Choose the two budgets of a table, in training images: student only, and everything paid.
+"""Choose the two budgets of a table: student only, and everything paid.
 
 docs/protocol.md explains why both are reported.
 """
@@ -9,7 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stbench.compare.rows import RowRuns
+from stbench.compare.question import Amount, Unit
+from stbench.compare.rows import Cost, RowRuns
+
+COSTS: dict[Unit, Cost] = {"seconds": lambda spent: spent.seconds, "flops": lambda spent: spent.flops}
 
 
 @dataclass(frozen=True)
@@ -17,14 +20,33 @@ class Budgets:
     """The images at which the rows of a table are compared."""
 
     student: int
-    """Images of the last stage; 0 without rows."""
+    """Images of the last stage; 0 without rows. Those of the baseline for a cost."""
     paid: int
-    """Images of all stages together."""
+    """Images of all stages together. Those of the baseline for a cost."""
+    cost: Amount | None = None
+    """Seconds or FLOPs that are equal for all rows instead: of the last stage, and of all stages."""
+
+    def images_of(self, row: RowRuns, *, all_stages: bool) -> int:
+        """Return the images of a row's last stage at the student-only or the everything-paid budget."""
+        if self.cost:
+            return row.images_at_cost(self.cost.value, COSTS[self.cost.unit], all_stages=all_stages)
+        return self.paid - row.earlier_images if all_stages else self.student
 
 
-def choose_budgets(rows: Sequence[RowRuns], baseline: RowRuns | None) -> tuple[Budgets, list[str]]:
-    """Choose both budgets; add a note if no evaluation is shared by all rows."""
-    student, notes = _student_budget(rows, baseline)
+def choose_budgets(
+    rows: Sequence[RowRuns], baseline: RowRuns | None, at: Amount | None = None
+) -> tuple[Budgets, list[str]]:
+    """Choose both budgets, the first of which may be given with `at`.
+
+    Adds a note if no evaluation is shared by all rows.
+    """
+    if at and at.unit != "images" and rows:
+        reference = baseline or rows[0]
+        student, paid = (
+            reference.images_at_cost(at.value, COSTS[at.unit], all_stages=b) for b in (False, True)
+        )
+        return Budgets(student, paid + reference.earlier_images, at), []
+    student, notes = (int(at.value), []) if at and rows else _student_budget(rows, baseline)
     return Budgets(student, _paid_budget(rows, baseline, student)), notes
 
 
@@ -55,5 +77,5 @@ def _paid_budget(rows: Sequence[RowRuns], baseline: RowRuns | None, student: int
     trained to none. Without rows of several stages, it is the student-only budget.
     """
     totals = {student + row.earlier_images for row in rows if row.earlier_images}
-    reached = {images for images in totals if baseline and baseline.fid_at_images(images)}
+    reached = {images for images in totals if baseline and baseline.values_at_images(images)}
     return max(reached or totals or {student})

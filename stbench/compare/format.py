@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from stbench.compare.question import Amount
 from stbench.compare.stats import SeedStats
 
 NONE = "-"
 """Text of a missing value."""
+GAP = 2
+"""Spaces between the columns of a table in the terminal."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,15 @@ class Section:
     rows: tuple[tuple[str, ...], ...]
     left: frozenset[int] = frozenset({0})
     """Indices of the left-aligned columns, which contain words; the others contain numbers."""
+
+    @property
+    def narrowest(self) -> int:
+        """Columns that the table needs if its words are wrapped between words."""
+        widths = []
+        for i, column in enumerate(zip(self.header, *self.rows, strict=True)):
+            pieces = [piece for cell in column for piece in cell.split()] if i in self.left else column
+            widths.append(max(map(len, pieces), default=0))
+        return sum(widths) + GAP * (len(widths) - 1)
 
 
 def count(number: float) -> str:
@@ -47,6 +59,13 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+def amount(wanted: Amount) -> str:
+    """Format an amount of training: "51.2k images", "2 h of training", "3 EFLOP"."""
+    if wanted.unit == "images":
+        return f"{count(wanted.value)} images"
+    return flop(wanted.value) if wanted.unit == "flops" else f"{duration(wanted.value)} of training"
 
 
 def number(value: float) -> str:

@@ -11,31 +11,38 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stbench.compare.question import Amount
 from stbench.compare.stats import SeedStats
 
 Interval = tuple[float, float]
-"""Flow-equivalent times between which guidance is on."""
+"""Lower and upper end: of a confidence interval, or of the flow-equivalent times at which guidance is on."""
 
 
 @dataclass(frozen=True)
 class BestGuidance:
-    """The best point of the guidance grid that the rows of a table share, chosen by the mean over seeds."""
+    """The best guidance of a row, chosen by the mean over seeds.
+
+    The candidates are the scales and intervals that the rows of a table share, without guides and, where the
+    row was sampled with some, with its guides.
+    """
 
     scale: float
     interval: Interval
-    fid: SeedStats
+    guides: str
+    """Guides beside the scale, as in docs/guidance.md; "" for none."""
+    value: SeedStats
     edge: bool
     """Whether the scale is the smallest or largest of the grid, so that a better one may exist outside it."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """FID of a row compared with the baseline at the same budget."""
+    """The metric of a row compared with the baseline at the same budget."""
 
     ratio: float | None
-    """FID of the row divided by that of the baseline: the geometric mean over common seeds."""
+    """The metric of the row divided by that of the baseline: the geometric mean over common seeds."""
     p: float | None
-    """Holm-adjusted p-value of a paired t-test on log FID; None without a test."""
+    """Holm-adjusted p-value of a paired t-test on log ratios; None without a test."""
     verdict: str
     """"better", "worse", "not distinguishable", or the reason why there is no test."""
     interval: tuple[float, float] | None = None
@@ -44,12 +51,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ImagesToTarget:
-    """Training images that a row needs to reach the baseline's mean FID at a budget."""
+    """What a row needs to reach a target: a given value, or the baseline's mean at a budget."""
 
     target: float
-    """FID to reach."""
-    needed: int
-    """The baseline's images at the budget."""
+    """Value of the metric to reach."""
+    needed: float | None
+    """The baseline's images of the last stage: its budget, or those to a given target; None if unknown."""
     student: float | None
     """Images of the last stage, mean over seeds; None unless every seed reaches the target."""
     paid: float | None
@@ -61,9 +68,18 @@ class ImagesToTarget:
     speedup_student: float | None
     """`needed` divided by `student`."""
     speedup_paid: float | None
-    """`needed` divided by `paid`."""
+    """`needed` and the images of the baseline's earlier stages, divided by `paid`."""
     bound: bool = False
-    """Whether a seed was below the target at its first evaluation, so that `student` is an upper bound."""
+    """Whether a seed was past the target at its first evaluation, so that `student` is an upper bound."""
+    interval_student: Interval | None = None
+    """95 % interval of the speed-up, paired over seeds; docs/protocol.md. None if it cannot be estimated."""
+    interval_paid: Interval | None = None
+    flops_student: float | None = None
+    """Training FLOPs to the target: those of the last stage, mean over seeds."""
+    flops_paid: float | None = None
+    """`flops_student` plus those of all earlier stages."""
+    seconds_student: float | None = None
+    seconds_paid: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +89,9 @@ class RowAtBudget:
     images: int
     """Images of the last stage that the budget allows."""
     step: int | None
-    """The evaluated step; None if there is none, also where FID is interpolated."""
-    fid: SeedStats | None
+    """The evaluated step; None if there is none, also where the metric is interpolated."""
+    value: SeedStats | None
+    """The compared metric without guidance."""
     inception: SeedStats | None
     val_loss: SeedStats | None
     guided: BestGuidance | None
@@ -90,17 +107,17 @@ class RowAtBudget:
 
     @property
     def interpolated(self) -> bool:
-        """Whether FID is interpolated between two evaluations."""
-        return self.fid is not None and self.step is None
+        """Whether the metric is interpolated between two evaluations."""
+        return self.value is not None and self.step is None
 
 
 @dataclass(frozen=True)
 class MeanPoint:
-    """One point of a row's learning curve: FID without guidance over the seeds."""
+    """One point of a row's learning curve: the metric without guidance over the seeds."""
 
     images: int
     """Images of the last stage."""
-    fid: SeedStats
+    value: SeedStats
 
 
 @dataclass(frozen=True)
@@ -109,6 +126,8 @@ class Row:
 
     recipe: str
     """Name of the row: the recipe and the options that were set."""
+    options: Mapping[str, Any]
+    """The options that were set."""
     length: int
     """Steps of the last stage."""
     backbone: str
@@ -124,6 +143,9 @@ class Row:
     """At the student-only budget."""
     paid: RowAtBudget
     """At the everything-paid budget."""
+    area: SeedStats | None
+    """Geometric mean of the metric from the table's `area_start` to the student-only budget: the area under
+    the curve in log scale. None if the curve does not cover these images."""
     curve: tuple[MeanPoint, ...]
     """All steps at which every seed was evaluated, including those beyond the budgets."""
     paths: tuple[str, ...]
@@ -145,8 +167,16 @@ class UnfinishedRow:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows that may be compared: the baseline first, then by FID at the student-only budget."""
+    """The rows that may be compared: the baseline first, then by the metric at the student-only budget."""
 
+    metric: str
+    """Name of the compared metric; see `question.metric_name`."""
+    baseline: str
+    """Label of the row with which the others are compared, whether or not the table has it."""
+    target: float | None
+    """Value of the metric that was asked for; None if the target is the baseline's mean at each budget."""
+    at: Amount | None
+    """Seconds or FLOPs that are equal for all rows at a budget; None for images."""
     setting: str
     """Setting hash."""
     protocol: str
@@ -156,19 +186,51 @@ class Table:
     objective: str
     batch: int | None
     precision: str | None
+    training: Mapping[str, Any]
+    """The `train.*` options that all rows share."""
     protocol_fields: Mapping[str, Any]
     student_images: int
-    """Student-only budget: images of the last stage."""
+    """Student-only budget: images of the last stage. If another amount is equal, those of the baseline."""
     paid_images: int
-    """Everything-paid budget: images of all stages."""
+    """Everything-paid budget: images of all stages. If another amount is equal, those of the baseline."""
+    area_start: int
+    """Images of the last stage at the latest of the rows' first evaluations."""
     rows: tuple[Row, ...]
     absent: tuple[UnfinishedRow, ...]
     notes: tuple[str, ...]
 
+    @property
+    def one_budget(self) -> bool:
+        """Whether both budgets are the same for all rows."""
+        if self.at is not None:
+            return not any(row.earlier_images for row in self.rows)
+        return self.paid_images == self.student_images
+
+
+@dataclass(frozen=True)
+class MeanRank:
+    """The mean rank of a row over all tables with finished runs, among the rows that occur in all of them.
+
+    Rank 1 is the best; rows of equal value share the mean of their ranks. None if the row lacks a value in a
+    table.
+    """
+
+    recipe: str
+    """Name of the row, with its length where a table has two rows of that name."""
+    tables: int
+    """Number of tables."""
+    student: float | None
+    """By the metric at the student-only budgets."""
+    guided: float | None
+    """By the metric at best guidance at the student-only budgets."""
+    paid: float | None
+    """By the metric at the everything-paid budgets."""
+
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """All tables, and the notes on runs that belong to none of them."""
+    """All tables, the notes on runs that belong to none of them, and the mean ranks over the tables."""
 
     tables: tuple[Table, ...]
     notes: tuple[str, ...]
+    ranks: tuple[MeanRank, ...] = ()

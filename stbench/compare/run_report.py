@@ -8,8 +8,8 @@ from stbench.compare.format import NONE, Section, count, duration, flop, number
 from stbench.compare.stats import mean
 from stbench.runs.records import CurvePoint, RunRecord
 
-MAIN_METRICS = 4
-"""Metrics that fit in the main table of a curve."""
+SECTION_METRICS = 4
+"""Metrics that fit in a table of a curve."""
 
 Columns = dict[str, Callable[[CurvePoint], str]]
 """Heading of a column -> the text of its cells."""
@@ -53,14 +53,16 @@ def stages(record: RunRecord) -> Section:
 def curves(record: RunRecord) -> list[Section]:
     """Return the evaluations of all stages of a run.
 
-    The first section has up to four metrics that every point has. A second one has the other metrics.
+    The first section has up to four metrics that every point has. The others follow, four in a section.
     """
-    points = sorted(record.curve, key=lambda p: (p.stage_index, p.protocol, p.step, p.guidance, p.interval))
+    points = sorted(
+        record.curve, key=lambda p: (p.stage_index, p.protocol, p.step, p.guidance, p.guides, p.interval)
+    )
 
-    # Metrics of the two sections
+    # Metrics of the sections
     metrics = list(dict.fromkeys(name for point in points for name in point.metrics))
     everywhere = [name for name in metrics if all(name in point.metrics for point in points)]
-    main = everywhere[:MAIN_METRICS]
+    main = everywhere[:SECTION_METRICS]
     further = [name for name in metrics if name not in main]
 
     # Columns that identify a point; the protocol only where there are several
@@ -68,7 +70,7 @@ def curves(record: RunRecord) -> list[Section]:
         "stage": lambda p: p.stage,
         "step": lambda p: str(p.step),
         "images": lambda p: count(p.images),
-        "guidance": lambda p: "none" if p.guidance == 1.0 else f"{p.guidance:g}",
+        "guidance": _guidance,
     }
     if len({point.protocol for point in points}) > 1:
         position = {"protocol": lambda p: p.protocol, **position}
@@ -80,11 +82,17 @@ def curves(record: RunRecord) -> list[Section]:
     }
     main_columns = position | {name: _metric(name) for name in main} | cost
     sections = [_curve_section(f"Curve of {record.run_id}", points, main_columns)]
-    if further:
-        further_points = [point for point in points if any(name in point.metrics for name in further)]
-        further_columns = position | {name: _metric(name) for name in further}
-        sections.append(_curve_section("Further metrics", further_points, further_columns))
+    for start in range(0, len(further), SECTION_METRICS):
+        names = further[start : start + SECTION_METRICS]
+        its_points = [point for point in points if any(name in point.metrics for name in names)]
+        columns = position | {name: _metric(name) for name in names}
+        sections.append(_curve_section("Further metrics", its_points, columns))
     return sections
+
+
+def _guidance(point: CurvePoint) -> str:
+    scale = [] if point.guidance == 1.0 else [f"{point.guidance:g}"]
+    return ", ".join([*scale, *([point.guides] if point.guides else [])]) or "none"
 
 
 def _metric(name: str) -> Callable[[CurvePoint], str]:

@@ -6,8 +6,11 @@ Student's t distribution is implemented here: importing scipy.special takes long
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 
 # --- Mean and spread over seeds ---
 
@@ -44,6 +47,11 @@ def nan_last(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
+def safe_log(value: float) -> float:
+    """Return the logarithm, or NaN where there is none."""
+    return math.log(value) if value > 0 else math.nan
+
+
 # --- Learning curves, piecewise linear in log FID ---
 
 
@@ -74,11 +82,34 @@ def value_at(images: Sequence[int], fid: Sequence[float], x: float) -> float | N
             if i == 0:
                 return None
             part = (x - images[i - 1]) / (here - images[i - 1])
-            return math.exp((1 - part) * math.log(fid[i - 1]) + part * math.log(fid[i]))
+            return math.exp((1 - part) * safe_log(fid[i - 1]) + part * safe_log(fid[i]))
     return None
 
 
-# --- Student's t and the paired test ---
+def curve_mean(images: Sequence[int], values: Sequence[float], start: float, end: float) -> float | None:
+    """Return the geometric mean of a curve between two numbers of images, linear in the log of its values.
+
+    None if the curve does not cover the interval, and NaN if a value has no logarithm.
+    """
+    if not start < end:
+        return None
+    inside = [(x, y) for x, y in zip(images, values, strict=True) if start < x < end]
+    first, last = value_at(images, values, start), value_at(images, values, end)
+    if first is None or last is None:
+        return None
+    points = [(start, first), *inside, (end, last)]
+    if not all(0 < y < math.inf for _, y in points):
+        return math.nan
+    logs = [(x, math.log(y)) for x, y in points]
+    area = sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in pairwise(logs))
+    return math.exp(area / (end - start))
+
+
+# --- Student's t, the paired test and intervals ---
+
+BOOTSTRAP_SEEDS = 10
+"""Differences from which an interval is a bootstrap interval: fewer have too few different resamples."""
+BOOTSTRAP_RESAMPLES = 2000
 
 
 def student_p(t: float, dof: int) -> float:
@@ -97,6 +128,7 @@ def student_p(t: float, dof: int) -> float:
     return max(0.0, 1.0 - inside)
 
 
+@cache
 def student_quantile(p: float, dof: int) -> float:
     """Return the t whose two-sided p-value is `p` for integer degrees of freedom, by bisection."""
     low, high = 0.0, 1.0
@@ -109,10 +141,41 @@ def student_quantile(p: float, dof: int) -> float:
 
 
 def paired_interval(differences: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Return the confidence interval of the mean of two or more differences (Student's t)."""
+    """Return the confidence interval of the mean of two or more differences.
+
+    It is Student's below `BOOTSTRAP_SEEDS` differences. From there on, the quantiles of t are not those of
+    normal differences but are estimated by resampling: the bootstrap-t interval.
+    """
     count = len(differences)
-    half = student_quantile(1.0 - level, count - 1) * deviation(differences) / math.sqrt(count)
-    return mean(differences) - half, mean(differences) + half
+    centre, spread = mean(differences), deviation(differences)
+    if count < BOOTSTRAP_SEEDS or not spread > 0:
+        half = student_quantile(1.0 - level, count - 1) * spread / math.sqrt(count)
+        return centre - half, centre + half
+    low, high = _bootstrap_quantiles(differences, level)
+    return centre - high * spread / math.sqrt(count), centre - low * spread / math.sqrt(count)
+
+
+def _bootstrap_quantiles(differences: Sequence[float], level: float) -> tuple[float, float]:
+    """Return the lower and upper quantile of t, estimated by resampling `differences`.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 12.5. The order has no effect.
+    """
+    import numpy as np  # slow to import, and needed for many seeds only
+
+    values = np.sort(np.asarray(differences))
+    drawn = values[np.asarray(_resamples(len(values)))]
+    errors = drawn.std(axis=1, ddof=1) / math.sqrt(len(values))
+    varied = errors > 0  # a resample of equal values has no t
+    t = (drawn.mean(axis=1)[varied] - values.mean()) / errors[varied]
+    low, high = np.quantile(t, [(1.0 - level) / 2, (1.0 + level) / 2])
+    return float(low), float(high)
+
+
+@cache
+def _resamples(count: int) -> list[list[int]]:
+    """Return `BOOTSTRAP_RESAMPLES` draws of `count` positions with replacement, always the same."""
+    draw = random.Random(0)
+    return [draw.choices(range(count), k=count) for _ in range(BOOTSTRAP_RESAMPLES)]
 
 
 def paired_p(differences: Sequence[float]) -> float:

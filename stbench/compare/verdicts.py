@@ -1,7 +1,7 @@
-"""Compare every row with the baseline at one budget: ratio, test, verdict, and images to the baseline's FID.
+"""Compare every row with the baseline at one budget: ratio, test and verdict.
 
-The tests are paired over seeds, on log ratios of FID. One compares both sides without guidance, the other
-each side at its best guidance. Holm's correction covers the rows of a table, separately for each of the two.
+The tests are paired over seeds, on log ratios of the metric. One compares both sides without guidance, the
+other each side at its best guidance. Holm's correction covers the rows of a table, separately for each.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stbench.compare.at_budget import BudgetPoint
-from stbench.compare.leaderboard import Comparison, ImagesToTarget, RowAtBudget
-from stbench.compare.rows import BASELINE, FidBySeed, RowRuns
-from stbench.compare.stats import crossing, holm, mean, paired_interval, paired_p, seed_stats
+from stbench.compare.leaderboard import Comparison, RowAtBudget
+from stbench.compare.question import metric_name
+from stbench.compare.rows import RowRuns, ValueBySeed
+from stbench.compare.stats import holm, mean, paired_interval, paired_p, safe_log, seed_stats
+from stbench.compare.targets import MIN_SEEDS, images_to_target
 
 ALPHA = 0.05
 """Significance level of the verdicts, after Holm's correction."""
-MIN_SEEDS = 3
-"""Seeds that a row and the baseline must share for a test."""
 
 
 def compare_with_baseline(points: Sequence[BudgetPoint], baseline: RowRuns | None) -> list[RowAtBudget]:
@@ -30,7 +30,7 @@ def compare_with_baseline(points: Sequence[BudgetPoint], baseline: RowRuns | Non
         RowAtBudget(
             images=point.images,
             step=point.step,
-            fid=seed_stats(list(point.fid.values())) if point.fid else None,
+            value=seed_stats(list(point.values.values())) if point.values else None,
             inception=point.inception(),
             val_loss=point.val_loss(),
             guided=point.best_guidance,
@@ -40,7 +40,7 @@ def compare_with_baseline(points: Sequence[BudgetPoint], baseline: RowRuns | Non
             flops_total=point.flops(all_stages=True),
             seconds_student=point.seconds(all_stages=False),
             seconds_total=point.seconds(all_stages=True),
-            reach=_images_to_target(point, reference),
+            reach=images_to_target(point, reference),
         )
         for point, plain_comparison, best_comparison in zip(points, plain, best, strict=True)
     ]
@@ -52,7 +52,7 @@ def unpaired_notes(rows: Sequence[RowRuns], baseline: RowRuns | None) -> list[st
         return []
     unpaired = [(row.label, sorted(row.runs.keys() - baseline.runs.keys())) for row in rows]
     return [
-        f"{label}: no {BASELINE} run with seed {', '.join(map(str, seeds))}; "
+        f"{label}: no {baseline.label} run with seed {', '.join(map(str, seeds))}; "
         "included in the means, not in ratio and verdict"
         for label, seeds in unpaired
         if seeds
@@ -64,23 +64,24 @@ def _compare_plain(point: BudgetPoint, reference: BudgetPoint | None) -> Compari
     return _compare(
         point,
         reference,
-        fid=point.fid,
-        reference_fid=reference.fid if reference else None,
-        without_fid=point.missing_reason(),
-        without_reference_fid=f"no {BASELINE} there",
+        values=point.values,
+        reference_values=reference.values if reference else None,
+        without_value=point.missing_reason(),
+        without_reference_value=f"no {reference.row.label} there" if reference else "",
     )
 
 
 def _compare_best(point: BudgetPoint, reference: BudgetPoint | None) -> Comparison:
     """Compare each side at its own best guidance."""
-    unsampled = reference is not None and reference.fid
+    baseline = reference.row.label if reference else ""
+    unsampled = reference is not None and reference.values
     return _compare(
         point,
         reference,
-        fid=point.fid_at_best_guidance,
-        reference_fid=reference.fid_at_best_guidance if reference else None,
-        without_fid="not sampled" if point.fid else point.missing_reason(),
-        without_reference_fid=f"{BASELINE} not sampled" if unsampled else f"no {BASELINE} there",
+        values=point.values_at_best_guidance,
+        reference_values=reference.values_at_best_guidance if reference else None,
+        without_value="not sampled" if point.values else point.missing_reason(),
+        without_reference_value=f"{baseline} not sampled" if unsampled else f"no {baseline} there",
     )
 
 
@@ -88,40 +89,44 @@ def _compare(
     point: BudgetPoint,
     reference: BudgetPoint | None,
     *,
-    fid: FidBySeed | None,
-    reference_fid: FidBySeed | None,
-    without_fid: str,
-    without_reference_fid: str,
+    values: ValueBySeed | None,
+    reference_values: ValueBySeed | None,
+    without_value: str,
+    without_reference_value: str,
 ) -> Comparison:
-    """Compare the FIDs of a row and the baseline, before Holm's correction.
+    """Compare the values of a row and the baseline, before Holm's correction.
 
-    A comparison that is tested has a p-value and an empty verdict. Without a test, the verdict is the reason.
+    A comparison that is tested has a p-value, and as verdict the side on which it is if it is significant.
+    Without a test, the verdict is the reason.
     """
     # Nothing to compare
-    if fid is None:
-        return Comparison(None, None, without_fid)
+    if values is None:
+        return Comparison(None, None, without_value)
     if reference is None:
         return Comparison(None, None, "no baseline")
     if point is reference:
         return Comparison(1.0, None, "baseline")
-    if reference_fid is None:
-        return Comparison(None, None, without_reference_fid)
+    if reference_values is None:
+        return Comparison(None, None, without_reference_value)
 
     # The ratio, over the seeds that both sides have
-    logs = [math.log(fid[seed]) - math.log(reference_fid[seed]) for seed in fid if seed in reference_fid]
+    common = [seed for seed in values if seed in reference_values]
+    logs = [safe_log(values[seed]) - safe_log(reference_values[seed]) for seed in common]
     ratio = math.exp(mean(logs)) if logs else None
 
     # No test: after a failure the remaining seeds are a biased selection
     if any(run.failed for row in (point.row, reference.row) for run in row.unfinished):
         return Comparison(ratio, None, "a seed failed")
     if not all(map(math.isfinite, logs)):
-        return Comparison(ratio, None, "no finite FID")
+        return Comparison(ratio, None, f"no finite {metric_name(point.row.question.metric)}")
     if len(logs) < MIN_SEEDS:
         return Comparison(ratio, None, "too few seeds")
 
     # The test
     low, high = paired_interval(logs)
-    return Comparison(ratio, paired_p(logs), "", (math.exp(low), math.exp(high)))
+    better = (ratio < 1) is not point.row.question.higher_is_better if ratio else False
+    side = "better" if better else "worse"
+    return Comparison(ratio, paired_p(logs), side, (math.exp(low), math.exp(high)))
 
 
 def _with_verdicts(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -134,39 +139,5 @@ def _with_verdicts(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _with_verdict(comparison: Comparison, p: float) -> Comparison:
-    if p >= ALPHA:
-        return replace(comparison, p=p, verdict="not distinguishable")
-    ratio = comparison.ratio or 1.0
-    return replace(comparison, p=p, verdict="better" if ratio < 1 else "worse")
-
-
-def _images_to_target(point: BudgetPoint, reference: BudgetPoint | None) -> ImagesToTarget | None:
-    """Return the images that a row needs to reach the baseline's mean FID; None if there is none."""
-    if reference is None or reference.fid is None:
-        return None
-    row, target, needed = point.row, mean(list(reference.fid.values())), reference.images
-
-    # The first crossing of every seed. The baseline needs its own budget, whatever its seeds do individually.
-    curves = [row.curve(seed) for seed in row.runs]
-    if point is reference:
-        crossings: list[float | None] = [float(needed)] * len(curves)
-        bound = False
-    else:
-        crossings = [crossing(images, fid, target) for images, fid in curves]
-        bound = any(fid[0] < target for _, fid in curves)
-
-    # The mean over seeds. If one seed never reaches the target, there is none.
-    arrived = [images for images in crossings if images is not None]
-    student = mean(arrived) if len(arrived) == len(crossings) else None
-    paid = None if student is None else student + row.earlier_images
-    return ImagesToTarget(
-        target=target,
-        needed=needed,
-        student=student,
-        paid=paid,
-        arrived=len(arrived),
-        limit=row.last_images,
-        speedup_student=needed / student if student else None,
-        speedup_paid=needed / paid if paid else None,
-        bound=bound and student is not None,
-    )
+    """Return the comparison with its adjusted p-value; its side stays if that is significant."""
+    return replace(comparison, p=p, verdict="not distinguishable" if p >= ALPHA else comparison.verdict)

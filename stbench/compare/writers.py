@@ -10,35 +10,51 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from stbench.compare.blocks import blocks
-from stbench.compare.leaderboard import Leaderboard, Row, Table, UnfinishedRow
+from stbench.compare.blocks import VIEW, Block, View, blocks
+from stbench.compare.leaderboard import Leaderboard, MeanRank, Row, Table, UnfinishedRow
 from stbench.compare.published import PUBLISHED_FILE, TITLE, PublishedValue
+from stbench.compare.ranks import rank_names
 from stbench.core.errors import UserError
 from stbench.core.text import to_csv, to_latex, to_latex_comment, to_markdown
 from stbench.runs.schema import plain
 
 Format = Literal["md", "csv", "json", "tex"]
 
-LEADERBOARD_SCHEMA = 2
-"""Version of the JSON format."""
+LEADERBOARD_SCHEMA = 3
+"""Version of the JSON format; docs/leaderboard.schema.json describes it."""
+PREAMBLE = r"written by stbench compare; needs \usepackage{booktabs}"
+"""First line of a LaTeX file."""
 
 
-def render(leaderboard: Leaderboard, form: Format, published: Sequence[PublishedValue] = ()) -> str:
+def render(
+    leaderboard: Leaderboard,
+    form: Format,
+    published: Sequence[PublishedValue] = (),
+    view: View = VIEW,
+) -> str:
     """Return the leaderboard and the `published` values as text that ends in a newline.
+
+    `view` selects between the forms of Markdown and LaTeX; CSV and JSON always contain all values.
 
     Raises:
         UserError: Published values were given for CSV, which has room for a single table.
     """
-    return _WRITERS[form](leaderboard, published)
+    if form == "csv":
+        return _csv(leaderboard, published)
+    if form == "json":
+        return _json(leaderboard, published)
+    parts = blocks(leaderboard, published, view)
+    return _markdown(parts) if form == "md" else _tex(parts)
 
 
 _OWN = re.compile(
-    rb"## .+\n\nsetting |no finished runs to compare\n|% .+\n% setting |% no finished runs to compare\n"
+    rb"## .+\n\n(?:setting |at .+ images|\| recipe)|no finished runs to compare\n"
+    rb"|% written by stbench compare|% .+\n% setting |% no finished runs to compare\n"
     rb"|\{\s*\"schema\":\s*\d+,\s*\"tables\":\s*\[|dataset,setting,protocol,backbone,|\s*\Z"
 )
 """The beginning of a leaderboard in any format."""
@@ -53,9 +69,9 @@ def is_leaderboard(path: Path) -> bool:
 # --- Markdown ---
 
 
-def _markdown(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
+def _markdown(parts: Sequence[Block]) -> str:
     lines: list[str] = []
-    for block in blocks(leaderboard, published):
+    for block in parts:
         lines += [f"## {to_markdown(block.heading)}", ""] if block.heading else []
         lines += [to_markdown(block.text, block=True), ""] if block.text else []
         for section in block.sections:
@@ -65,8 +81,9 @@ def _markdown(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> 
             lines += [title, ""] if section.title != block.heading else []
             lines += [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
             lines += [""]
-        lines += [f"- {to_markdown(note, block=True)}" for note in block.notes]
-        lines += [""] if block.notes else []
+        notes = (*block.remarks, *block.notes)
+        lines += [f"- {to_markdown(note, block=True)}" for note in notes]
+        lines += [""] if notes else []
     return _text(lines)
 
 
@@ -88,7 +105,7 @@ def _json(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
 
 _TABLE_COLUMNS = (
     *("dataset", "setting", "protocol", "backbone", "objective", "batch", "precision"),
-    *("student_images", "paid_images"),
+    *("metric", "baseline", "student_images", "paid_images"),
 )
 
 
@@ -98,9 +115,11 @@ def _csv(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
             "--reported is not available for csv, which contains a single table; choose another --format, "
             f"or read the published values from {PUBLISHED_FILE}, which is a CSV file"
         )
+    ranks = {rank.recipe: rank for rank in leaderboard.ranks}
     rows: list[dict[str, Any]] = []
     for table in leaderboard.tables:
-        rows += [_csv_row(table, row) for row in table.rows]
+        for row, name in rank_names(table):
+            rows.append(_csv_row(table, row) | _csv_ranks(ranks.get(name)))
         rows += [_csv_row(table, row) for row in table.absent]
     columns = dict.fromkeys(name for row in rows for name in row)
     file = io.StringIO()
@@ -112,10 +131,20 @@ def _csv(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
 
 def _csv_row(table: Table, row: Row | UnfinishedRow) -> dict[str, Any]:
     fields = {name: getattr(table, name) for name in _TABLE_COLUMNS} | {"state": "finished"} | asdict(row)
-    fields.pop("curve", None)
+    for name in ("curve", "options"):  # the options are part of the name
+        fields.pop(name, None)
+    if table.at:
+        fields |= {"at_unit": table.at.unit, "at_value": table.at.value}
     if isinstance(row, UnfinishedRow):
         fields |= {"seeds": (), "unfinished": row.seeds}
     return _flat(fields)
+
+
+def _csv_ranks(rank: MeanRank | None) -> dict[str, Any]:
+    if rank is None:
+        return {}
+    means = {"mean_rank": rank.student, "mean_rank_guided": rank.guided, "mean_rank_paid": rank.paid}
+    return {name: value for name, value in means.items() if value is not None}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -141,26 +170,18 @@ def _cell(value: Any) -> str:
 # --- LaTeX: tabulars, with all other text as comments ---
 
 
-def _tex(leaderboard: Leaderboard, published: Sequence[PublishedValue]) -> str:
-    lines: list[str] = []
-    for block in blocks(leaderboard, published):
+def _tex(parts: Sequence[Block]) -> str:
+    lines: list[str] = [to_latex_comment(PREAMBLE)]
+    for block in parts:
         lines += [to_latex_comment(text) for text in (block.heading, block.text) if text]
         for section in block.sections:
             columns = "".join("l" if i in section.left else "r" for i in range(len(section.header)))
-            lines += ["", to_latex_comment(section.title), f"\\begin{{tabular}}{{{columns}}}", "\\hline"]
-            lines += [_tex_line(section.header), "\\hline", *map(_tex_line, section.rows)]
-            lines += ["\\hline", "\\end{tabular}"]
-        lines += [*map(to_latex_comment, block.notes), ""]
+            lines += ["", to_latex_comment(section.title), f"\\begin{{tabular}}{{{columns}}}", "\\toprule"]
+            lines += [_tex_line(section.header), "\\midrule", *map(_tex_line, section.rows)]
+            lines += ["\\bottomrule", "\\end{tabular}"]
+        lines += [*map(to_latex_comment, (*block.remarks, *block.notes)), ""]
     return _text(lines)
 
 
 def _tex_line(values: Sequence[str]) -> str:
     return " & ".join(map(to_latex, values)) + r" \\"
-
-
-_WRITERS: Mapping[Format, Callable[[Leaderboard, Sequence[PublishedValue]], str]] = {
-    "md": _markdown,
-    "csv": _csv,
-    "json": _json,
-    "tex": _tex,
-}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 
 from stbench.config.spec import BackboneSpec, RunSpec
-from stbench.core.backbone import Backbone, BackboneInfo
+from stbench.core.backbone import Backbone, BackboneInfo, attach_heads
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
 from stbench.core.recipe import Stage
@@ -18,11 +20,17 @@ from stbench.core.registry import BACKBONES, OBJECTIVES, RECIPES, lookup
 
 
 def build_backbone(
-    spec: BackboneSpec, objective: str, dataset: Any, device: str = "cpu", seed: int = 0
+    spec: BackboneSpec,
+    objective: str,
+    dataset: Any,
+    device: str = "cpu",
+    seed: int = 0,
+    heads: Callable[[Backbone], Mapping[str, nn.Module]] | None = None,
 ) -> Backbone:
     """Build the network of a specification for the latents of a data set.
 
-    The weights are drawn from a separate generator, so the global random state does not change.
+    The weights are drawn from a separate generator, so the global random state does not change. `heads`
+    builds the heads that belong to the network of a stage (see `Stage.heads`).
 
     Raises:
         UserError: If the options do not fit together.
@@ -46,6 +54,8 @@ def build_backbone(
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
                 f"change the backbone.* options"
             ) from error
+        if heads is not None:
+            attach_heads(network, heads(network))
     if spec.size_name != spec.size:
         with suppress(AttributeError):  # a plug-in may compute its info
             network.info = replace(network.info, preset=spec.size)
@@ -56,9 +66,20 @@ def build_backbone(
     return network
 
 
-def build_objective(name: str) -> Objective:
-    """Build a registered objective."""
-    return lookup(OBJECTIVES, name)()
+def build_objective(name: str, options: Mapping[str, Any] = MappingProxyType({})) -> Objective:
+    """Build a registered objective.
+
+    Raises:
+        UserError: If it cannot be built with these options.
+    """
+    try:
+        return lookup(OBJECTIVES, name)(**options)
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"objective '{name}' cannot be built with {dict(options)}: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+            f"change the objective.* options"
+        ) from error
 
 
 def recipe_stages(spec: RunSpec, info: BackboneInfo) -> list[Stage]:

@@ -13,7 +13,7 @@ import torch
 from stbench.config.build import build_objective
 from stbench.config.overrides import DECIDED_BY_DATA, split_backbone
 from stbench.config.spec import InitSpec, RunSpec
-from stbench.core.backbone import Backbone
+from stbench.core.backbone import Backbone, load_trunk
 from stbench.core.errors import UserError
 from stbench.core.files import absolute_path
 from stbench.core.registry import BACKBONES, lookup
@@ -153,7 +153,7 @@ def load_start(student: Backbone, init: InitSpec, objective: str) -> None:
     """Load the weights of the checkpoint into a newly built student that is trained with `objective`.
 
     If the number of classes differs, the student keeps its initial label embedding except for the null
-    label.
+    label. Heads that only one of student and checkpoint has are skipped.
 
     Raises:
         UserError: If the file is missing or has changed since the run began.
@@ -177,4 +177,4 @@ def load_start(student: Backbone, init: InitSpec, objective: str) -> None:
             merged = own[table].clone()
             merged[-1] = state[table][-1]
             state[table] = merged
-    student.load_state_dict(state)
+    load_trunk(student, state)

@@ -1,23 +1,21 @@
-"""Option values from `--set a.b=c` and config files, and their validation against models and signatures."""
+"""Option values from `--set a.b=c` and config files, and their validation against models."""
 
 from __future__ import annotations
 
-import inspect
-import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 
 from stbench.config.files import read_file
+from stbench.config.like_run import options_of_run
 from stbench.core.errors import UserError
-from stbench.core.ranges import option_parameters
-from stbench.core.recipe import is_computed
+from stbench.core.option_values import one_line, refuse_booleans, require_known
 from stbench.core.registry import BACKBONES, lookup, names, suggest
 from stbench.core.safe_load import MalformedError, parse_json, shorten, shown
 
-SECTIONS = ("backbone", "recipe", "train", "eval", "data")
+SECTIONS = ("backbone", "objective", "recipe", "train", "eval", "data")
 """Sections of the options that `--set` takes."""
 
 OPTIONS = (
@@ -65,12 +63,16 @@ def _value(text: str) -> Any:
         return {"true": True, "True": True, "False": False, "None": None, "none": None}.get(text, text)
 
 
-def read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path, typed: Collection[str] = ()) -> dict[str, Any]:
     """Read a config file of `stbench run` as {option: value}, with `set` flattened to dotted names.
+
+    `file` may also be a run folder, whose options are returned; `typed` names those that are replaced.
 
     Raises:
         UserError: If the file is missing or malformed, or contains an unknown option.
     """
+    if file.is_dir():
+        return options_of_run(file, typed)
     return checked_options(read_file(file, "config", "--config"), OPTIONS, str(file))
 
 
@@ -104,19 +106,30 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def split_sections(overrides: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Split {"train.lr": 1e-3, ...} into {"train": {"lr": 1e-3}, ...}.
 
+    A further dot names an entry of an option that is a mapping: "recipe.on_options.weight".
+
     Raises:
-        UserError: If an option belongs to no section.
+        UserError: If an option belongs to no section, or is given as a mapping and as another value.
     """
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for name, value in overrides.items():
         section, dot, option = name.partition(".")
         if not dot or section not in sections:
             raise UserError(
-                f"unknown option {shorten(name)}: expected backbone.*, recipe.*, train.*, eval.* or data.*"
+                f"unknown option {shorten(name)}: expected {', '.join(f'{known}.*' for known in SECTIONS)}"
                 f"{suggest(section, sections)}"
             )
+        option, nested, entry = option.partition(".")
+        if nested:
+            value = {**_mapping(sections[section].get(option, {}), f"{section}.{option}"), entry: value}
         sections[section][option] = value
     return sections
+
+
+def _mapping(value: Any, option: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"option '{option}' is given twice, as {shown(value)} and by entries; use one form")
+    return value
 
 
 def split_backbone(name: str) -> tuple[str, str | None]:
@@ -141,89 +154,10 @@ def validate_section(model: type[Model], values: dict[str, Any], section: str) -
     Raises:
         UserError: If an option is unknown or has an invalid value.
     """
-    _require_known(values, model.model_fields, section)
+    require_known(values, model.model_fields, section)
     try:
         found = model(**values)
     except ValidationError as error:
-        raise _one_line(error, section) from error
-    _refuse_booleans(values, found.model_dump(), section)
+        raise one_line(error, section) from error
+    refuse_booleans(values, found.model_dump(), section)
     return found
-
-
-def validate_options(
-    function: Any, values: dict[str, Any], section: str, *, skip: Collection[str] = ()
-) -> dict[str, Any]:
-    """Check option values against the annotations of a function's signature.
-
-    Returns every option that has a value, defaults included, as plain data. Options in `skip` are ignored.
-    Options whose default is computed are left out unless they are given.
-
-    Raises:
-        UserError: If an option is unknown or has an invalid value.
-    """
-    values = {name: value for name, value in values.items() if name not in skip}
-    parameters = {k: p for k, p in option_parameters(function).items() if k not in skip}
-    _require_known(values, parameters, section)
-    try:
-        model = _options_model(function, parameters, values)
-    except Exception as error:  # the annotations of a plug-in may be anything
-        raise UserError(
-            f"the options of {section} '{function.__name__}' cannot be read: {type(error).__name__}: "
-            f"{error}; fix its signature"
-        ) from error
-    try:
-        found: dict[str, Any] = model(**values).model_dump()
-    except ValidationError as error:
-        raise _one_line(error, section) from error
-    _refuse_booleans(values, found, section)
-    return found
-
-
-def _options_model(
-    function: Any, parameters: Mapping[str, inspect.Parameter], values: Mapping[str, Any]
-) -> type[BaseModel]:
-    """A model of the parameters; those with a value, and those without a default, are required."""
-    target = function.__init__ if inspect.isclass(function) else function
-    hints = typing.get_type_hints(target, include_extras=True)
-    fields: dict[str, Any] = {}
-    for name, parameter in parameters.items():
-        if name in values or parameter.default is inspect.Parameter.empty:
-            fields[name] = (hints.get(name, Any), ...)
-        elif not is_computed(parameter.default):
-            fields[name] = (hints.get(name, Any), parameter.default)
-    return create_model("Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
-
-
-def _refuse_booleans(given: Mapping[str, Any], found: Mapping[str, Any], section: str) -> None:
-    """Refuse true and false where a number is expected; pydantic takes them for 1 and 0."""
-    for name, value in given.items():
-        if _has_converted_boolean(value, found[name]):
-            raise UserError(
-                f"invalid value for '{section}.{name}': input should be a number, got {shown(value)}; "
-                f"change it with --set {section}.{name}=..."
-            )
-
-
-def _has_converted_boolean(given: Any, found: Any) -> bool:
-    if isinstance(given, (list, tuple)) and isinstance(found, (list, tuple)):
-        return any(map(_has_converted_boolean, given, found))
-    return isinstance(given, bool) and not isinstance(found, bool)
-
-
-def _require_known(values: Mapping[str, Any], known: Collection[str], section: str) -> None:
-    for name in values:
-        if name not in known:
-            raise UserError(
-                f"unknown option {shorten(f'{section}.{name}')}{suggest(name, known, prefix=f'{section}.')}"
-            )
-
-
-def _one_line(error: ValidationError, section: str) -> UserError:
-    first = error.errors()[0]
-    place = ".".join([section, *(str(part) for part in first["loc"][:1])])
-    if first["type"] == "missing":
-        return UserError(f"option '{place}' has no default; give it with --set {place}=...")
-    return UserError(
-        f"invalid value for '{place}': {first['msg'].lower()}, got {shown(first['input'])}; "
-        f"change it with --set {place}=..."
-    )

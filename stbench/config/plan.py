@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from stbench.config.build import build_backbone, recipe_stages
+from stbench.config.build import build_backbone, build_objective, recipe_stages
+from stbench.config.guides import complete_guides
 from stbench.config.hashes import Hashes, fingerprint, hashes, setting_fields
 from stbench.config.spec import RunSpec
 from stbench.core.backbone import Backbone, BackboneInfo, Weights
 from stbench.core.errors import UserError
-from stbench.core.recipe import Artifact, Stage, Supervision
+from stbench.core.recipe import Artifact, Stage, Supervision, unset_fields
 from stbench.core.registry import plugin_hash
 from stbench.core.text import check_name
 from stbench.data.dataset import Dataset, get_dataset
@@ -39,6 +42,20 @@ class PlannedStage:
     meta device, so it can be costed but not trained with."""
     fingerprint: str
     """Hash of everything that decides the stage's weights."""
+
+    def artifact(self, loader: Callable[[Weights], Backbone], *, flops: float = 0.0) -> Artifact:
+        """The artifact of the stage without files: its networks come from `loader`."""
+        return Artifact(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            checkpoint="",
+            sha256={},
+            steps=self.steps,
+            images_seen=self.images,
+            seconds=0.0,
+            flops=flops,
+            loader=loader,
+        )
 
 
 @dataclass(frozen=True)
@@ -81,9 +98,17 @@ def prepare(spec: RunSpec) -> PreparedRun:
     """
     _check_names(spec)
     dataset = get_dataset(spec.dataset, spec.data)
-    info = build_backbone(spec.backbone, spec.objective, dataset, "meta").info
+    network = build_backbone(spec.backbone, spec.objective, dataset, "meta")
+    info = network.info
     _require_null_label(spec, info)
+    if spec.train.checkpointing and not network.repeated_blocks():
+        raise UserError(
+            f"train.checkpointing recomputes blocks, and backbone '{info.name}' has no repeated block; use "
+            f"--set train.checkpointing=false"
+        )
     stages = _plan_stages(spec, info, dataset)
+    declared = stages[-1].definition.guides
+    guides = complete_guides(spec.eval.guides, declared, "--set eval.guides=")
 
     # What the recipe needs from outside the model is named in its row.
     needs = {stage.supervision.needs for stage in stages} - {""}
@@ -91,13 +116,16 @@ def prepare(spec: RunSpec) -> PreparedRun:
     recipe = spec.recipe.model_copy(update={"needs": ", ".join(outside)})
 
     contents = {name: value for stage in stages for name, value in stage.supervision.contents.items()}
+    unset = unset_in_all([stage.supervision for stage in stages])
     earlier_steps = [stage.steps for stage in stages[:-1]]
     return PreparedRun(
-        spec=spec.model_copy(update={"recipe": recipe}),
+        spec=spec.model_copy(
+            update={"recipe": recipe, "eval": spec.eval.model_copy(update={"guides": guides})}
+        ),
         dataset=dataset,
         info=info,
         stages=tuple(stages),
-        hashes=hashes(spec, earlier_steps, dataset.fingerprint, contents),
+        hashes=hashes(spec, earlier_steps, dataset.fingerprint, contents, unset),
     )
 
 
@@ -134,9 +162,6 @@ def _require_null_label(spec: RunSpec, info: BackboneInfo) -> None:
 
 
 def _plan_stages(spec: RunSpec, info: BackboneInfo, dataset: Dataset) -> list[PlannedStage]:
-    def load_on_meta(weights: Weights) -> Backbone:
-        return build_backbone(spec.backbone, spec.objective, dataset, "meta")
-
     definitions = recipe_stages(spec, info)
     earlier: dict[str, Artifact] = {}
     previous: Artifact | None = None
@@ -155,35 +180,31 @@ def _plan_stages(spec: RunSpec, info: BackboneInfo, dataset: Dataset) -> list[Pl
         # Supervision: built on what the earlier stages will leave.
         supervision = definition.supervision(dict(earlier))
         _check_supervision(definition.name, supervision, info)
+        supervision.require(build_objective(spec.objective, spec.objective_options))
+        if definition.heads is not None:
+            _on_meta(spec, dataset, definition, "raw")  # raises if the heads cannot be built
         digest = stage_fingerprint(
             definition, supervision, spec, dataset.fingerprint, steps=steps, previous=previous
         )
-        planned.append(
-            PlannedStage(
-                index=index,
-                name=definition.name,
-                steps=steps,
-                images=images,
-                is_last=is_last,
-                points=tuple(spec.eval.points) if is_last else (steps,),
-                definition=definition,
-                supervision=supervision,
-                fingerprint=digest,
-            )
-        )
-        previous = Artifact(
+        stage = PlannedStage(
+            index=index,
             name=definition.name,
-            fingerprint=digest,
-            checkpoint="",
-            sha256={},
             steps=steps,
-            images_seen=images,
-            seconds=0.0,
-            flops=0.0,
-            loader=load_on_meta,
+            images=images,
+            is_last=is_last,
+            points=tuple(spec.eval.points) if is_last else (steps,),
+            definition=definition,
+            supervision=supervision,
+            fingerprint=digest,
         )
-        earlier[definition.name] = previous
+        planned.append(stage)
+        previous = earlier[stage.name] = stage.artifact(partial(_on_meta, spec, dataset, definition))
     return planned
+
+
+def _on_meta(spec: RunSpec, dataset: Dataset, definition: Stage, weights: Weights) -> Backbone:
+    """The network that a stage leaves, on the meta device."""
+    return build_backbone(spec.backbone, spec.objective, dataset, "meta", heads=definition.heads)
 
 
 def _check_supervision(stage: str, supervision: Supervision, info: BackboneInfo) -> None:
@@ -221,16 +242,28 @@ def stage_fingerprint(
 def supervision_identity(supervision: Supervision) -> dict[str, Any]:
     """A supervision as plain data: its class, its plug-in file and its fields.
 
-    A teacher is represented by the fingerprint of its artifact, a nested dataclass by its compared fields.
+    A teacher is represented by the fingerprint of its artifact, a nested supervision likewise, another
+    dataclass by its compared fields.
     """
-    fields = {f.name: _plain(getattr(supervision, f.name)) for f in dataclasses.fields(supervision) if f.init}  # type: ignore[arg-type]
+    unset = unset_fields(supervision)
+    own = [f.name for f in dataclasses.fields(supervision) if f.init and f.name not in unset]  # type: ignore[arg-type]
+    fields = {name: _plain(getattr(supervision, name)) for name in own}
     kind = type(supervision)
     return {"class": kind.__qualname__, "plugin": plugin_hash(kind), "fields": fields}
+
+
+def unset_in_all(supervisions: Sequence[Supervision]) -> set[str]:
+    """The names that `unset_fields` returns for a supervision, unless another one has another value."""
+    unset = {name for supervision in supervisions for name in unset_fields(supervision)}
+    changed = {name for s in supervisions for name in unset - unset_fields(s) if hasattr(s, name)}
+    return unset - changed
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Artifact):
         return value.fingerprint
+    if isinstance(value, Supervision):
+        return supervision_identity(value)
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

@@ -8,25 +8,25 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stbench.config.build import build_backbone, build_objective
+from stbench.config.evaluation import evaluation_points, evaluation_spec
 from stbench.config.init_from import read_start, require_fit
 from stbench.config.overrides import (
     DECIDED_BY_DATA,
     split_backbone,
     split_sections,
-    validate_options,
     validate_section,
 )
 from stbench.config.spec import BackboneSpec, EvalSpec, RecipeSpec, RunSpec, TrainSpec
 from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
-from stbench.core.files import absolute_path
 from stbench.core.limits import MAX_NAME, MAX_SEED
+from stbench.core.objective import Objective
+from stbench.core.option_values import validate_options
 from stbench.core.recipe import effective_options, is_computed
-from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS, lookup, suggest
+from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, lookup, suggest
 from stbench.core.safe_load import shorten, shown
 from stbench.data.dataset import Preset, get_dataset
 from stbench.data.spec import DataSpec, data_fields
-from stbench.diffusion.sample import check_steps
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class RunRequest:
     precision: str | None = None
     eval_guidance: Sequence[float] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Values of backbone.*, recipe.*, train.*, eval.* and data.* options by dotted name."""
+    """Values of the options of `--set` by dotted name, such as "train.lr"."""
 
 
 def resolve_options(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> RunSpec:
@@ -140,9 +140,10 @@ def resolve(request: RunRequest) -> RunSpec:
     objective = request.objective
     if objective is None:
         objective = family.presets[backbone.size].get("objective", family.objective)
-    lookup(OBJECTIVES, objective)
+    objective_options = _objective_options(objective, sections["objective"])
     train = _train_spec(request, preset, sections["train"])
-    evaluation = _eval_spec(request, preset, objective, train.steps, sections["eval"])
+    process = build_objective(objective, objective_options)
+    evaluation = _eval_spec(request, preset, process, train.steps, sections["eval"])
     evaluation = evaluation.model_copy(update={"extractor": evaluation.extractor or dataset.extractor})
     if (evaluation.channels or 1) > dataset.channels:
         raise UserError(
@@ -157,6 +158,7 @@ def resolve(request: RunRequest) -> RunSpec:
         data=data and dataset.effective(data).model_copy(update={"fingerprint": dataset.fingerprint}),
         backbone=backbone,
         objective=objective,
+        objective_options=objective_options,
         recipe=_recipe_spec(request.recipe, info, train.steps, sections["recipe"]),
         train=train,
         eval=evaluation,
@@ -193,6 +195,16 @@ def _is_complete(family: Any, preset: Mapping[str, Any]) -> bool:
     return required <= preset.keys()
 
 
+def _objective_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of an objective that differ from its defaults, after the objective was built with them."""
+    family = lookup(OBJECTIVES, name)
+    default = validate_options(family, {}, "objective")
+    effective = validate_options(family, options, "objective")
+    changed = {option: effective[option] for option in options if effective[option] != default[option]}
+    build_objective(name, changed)
+    return changed
+
+
 def _recipe_spec(name: str, info: BackboneInfo, steps: int, options: dict[str, Any]) -> RecipeSpec:
     recipe = lookup(RECIPES, name)
     given = _given_options(recipe, options)
@@ -226,7 +238,13 @@ def _train_spec(request: RunRequest, preset: Preset, options: dict[str, Any]) ->
     steps = options.get("steps", values["steps"])
     if preset.warmup_share is not None and type(steps) is int:
         values["warmup"] = min(preset.warmup, int(preset.warmup_share * max(steps, 0)))
-    spec = validate_section(TrainSpec, values | options, "train")
+    values |= options
+    values.setdefault("teacher_precision", "bf16" if values["precision"] == "bf16" else "fp32")
+    spec = validate_section(TrainSpec, values, "train")
+    if spec.teacher_precision == "bf16" and spec.precision != "bf16":
+        raise UserError(
+            f"train.teacher_precision=bf16 needs --precision bf16, got {spec.precision}; leave it out"
+        )
     if spec.accumulate > spec.batch:
         raise UserError(
             f"train.accumulate must be at most train.batch={spec.batch}, got {spec.accumulate}; "
@@ -236,7 +254,7 @@ def _train_spec(request: RunRequest, preset: Preset, options: dict[str, Any]) ->
 
 
 def _eval_spec(
-    request: RunRequest, preset: Preset, objective: str, steps: int, options: dict[str, Any]
+    request: RunRequest, preset: Preset, objective: Objective, steps: int, options: dict[str, Any]
 ) -> EvalSpec:
     guidance = preset.eval_guidance if request.eval_guidance is None else request.eval_guidance
     values: dict[str, Any] = {
@@ -245,51 +263,6 @@ def _eval_spec(
         "labels": preset.eval_labels,
         "steps": preset.eval_steps,
         "guidance": list(guidance),
-        "sampler": build_objective(objective).samplers[0],
+        "sampler": objective.samplers[0],
     }
     return evaluation_spec(values | options, objective, steps)
-
-
-def evaluation_spec(values: dict[str, Any], objective: str, steps: int) -> EvalSpec:
-    """Check evaluation settings for a last stage of `steps` steps.
-
-    The scale 1.0 and the last step are always added.
-
-    Raises:
-        UserError: If a value is invalid or the sampler does not fit the objective.
-    """
-    spec = validate_section(EvalSpec, values, "eval")
-    points = sorted({*spec.points, steps})
-    lookup(SAMPLERS, spec.sampler)
-    allowed = build_objective(objective).samplers
-    if spec.sampler not in allowed:
-        raise UserError(
-            f"sampler '{spec.sampler}' cannot invert objective '{objective}'; use {' or '.join(allowed)}"
-        )
-    if points[0] < 1 or points[-1] > steps:
-        raise UserError(
-            f"eval.points must be steps in 1..{steps}, got {spec.points}; "
-            f"for example --set eval.points=[{steps}]"
-        )
-    if isinstance(spec.extras, list) and not set(spec.extras) <= set(points):
-        raise UserError(
-            f"eval.extras must be a subset of the evaluation points {points}, got {spec.extras}; "
-            f"for example --set eval.extras=[{steps}]"
-        )
-    if spec.interval[0] > spec.interval[1]:
-        raise UserError(
-            f"eval.interval must be [low,high] with low <= high, got {spec.interval}; for example [0.0,0.7]"
-        )
-    check_steps(spec.sampler, build_objective(objective), spec.steps)
-    file = spec.extractor_file and str(absolute_path(spec.extractor_file))
-    return spec.model_copy(
-        update={"guidance": sorted({1.0, *spec.guidance}), "points": points, "extractor_file": file}
-    )
-
-
-def evaluation_points(preset: Sequence[int], steps: int) -> list[int]:
-    """The evaluation points of a preset, continued by doubling, up to and including `steps`."""
-    points = list(preset)
-    while points[-1] * 2 <= steps:
-        points.append(points[-1] * 2)
-    return sorted({p for p in points if p < steps} | {steps})

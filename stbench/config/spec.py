@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from stbench.core import limits
 from stbench.core.errors import UserError
@@ -59,6 +59,11 @@ class RecipeSpec(SpecModel):
     """What the run needs from outside the model, such as a pretrained encoder; "" for nothing."""
 
 
+def _compile_word(value: Any) -> Any:
+    """True and False, which earlier versions stored and YAML makes of on and off, as words."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
 class TrainSpec(SpecModel):
     """How each stage is trained. `steps` is the length of the last stage."""
 
@@ -78,12 +83,25 @@ class TrainSpec(SpecModel):
     ema_decay: FractionBelowOne
     ema_warmup: bool = False
     """Whether the EMA decay after n updates is min(ema_decay, (1+n)/(10+n))."""
+    posthoc_ema: bool = False
+    """Whether the last stage keeps a second average, from which `stbench evaluate --ema-decay` reconstructs
+    other EMA decays. It changes no weight."""
     label_drop: FractionBelowOne
     """Probability that a label is replaced by the null label."""
     precision: Precision = "fp32"
-    compile: bool = False
+    teacher_precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of teachers and encoders; bf16 only with precision bf16. Under tf32 they follow it."""
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_compile_word)] = "off"
+    """Whether the blocks of student and teachers are compiled; "auto" does so where it pays back."""
+    checkpointing: bool = False
+    """Whether the blocks' activations are recomputed in the backward pass, which saves memory."""
     save_every: Steps = 100
     """Steps between saved training states."""
+
+
+def _split(value: object) -> object:
+    """Split a text at its commas."""
+    return value.split(",") if isinstance(value, str) else value
 
 
 class EvalSpec(SpecModel):
@@ -103,9 +121,16 @@ class EvalSpec(SpecModel):
     """Flow-equivalent times between which guidance is on."""
     channels: Width | None = None
     """Number of leading latent channels that are guided; None guides all of them."""
+    guides: Annotated[str, Field(max_length=limits.MAX_NAME)] = ""
+    """Guides with which every scale of the grid is also evaluated, such as "head:1.4@0-0.7"; see
+    docs/guidance.md."""
     extras: Literal["last", "all"] | Annotated[list[Steps], Field(max_length=limits.MAX_ITEMS)] = "last"
     """Where the guidance grid and the slow metrics are evaluated: at the last point, at all points, or at
     these steps and the last one."""
+    metrics: Annotated[list[Name], Field(max_length=limits.MAX_ITEMS), BeforeValidator(_split)] = Field(
+        default_factory=list
+    )
+    """Metrics of plug-ins, which are computed at every evaluation point, as a list or separated by commas."""
     extractor: Name | Literal[""] = ""
     """Feature extractor: "inception-v3-compat", "dinov2", "timm/MODEL", "torchvision/MODEL", or a registered
     one; "" for the data set's, in records of earlier versions."""
@@ -115,6 +140,13 @@ class EvalSpec(SpecModel):
     """First digits of the sha256 of that file, if the user gave them."""
     extractor_batch: BatchSize = 250
     """Images that the extractor measures at a time. It is not part of the protocol."""
+    fdr: Annotated[list[Name], BeforeValidator(_split), Field(max_length=limits.MAX_ITEMS)] = Field(
+        default_factory=list
+    )
+    """Feature extractors whose Frechet distances enter FDr, as a list or separated by commas; "fdr6" stands
+    for the six published ones."""
+    fdr_files: dict[Name, Name] = Field(default_factory=dict)
+    """Absolute paths of weights of extractors in `fdr`, for those that are not in the local caches."""
 
 
 class InitSpec(SpecModel):
@@ -142,6 +174,8 @@ class RunSpec(SpecModel):
     """Only for data sets that are read from a path."""
     backbone: BackboneSpec
     objective: str
+    objective_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the objective that differ from its defaults. Together with the name they label the table."""
     recipe: RecipeSpec
     train: TrainSpec
     eval: EvalSpec

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.amp import is_autocast_available
 
 from stbench.core.errors import UserError
@@ -40,6 +41,16 @@ def arithmetic(precision: str, device: torch.device) -> Iterator[None]:
     """Run a block in "fp32", "tf32" or "bf16" arithmetic and restore torch's switches afterwards."""
     with tf32(precision == "tf32"), autocast(precision, device):
         yield
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to a device. The host does not wait for a GPU to finish its earlier work.
+
+    A copy from memory that is not pinned waits, also with non_blocking, unless it is small.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""UserError: the exception for every mistake that a user can fix."""
+"""The exceptions for mistakes that a user can fix."""
 
 from __future__ import annotations
 
@@ -9,3 +9,7 @@ class UserError(Exception):
     The message is one line: what was expected, what was found, and what to type next. The command line prints
     it without a traceback.
     """
+
+
+class UnsupportedError(UserError):
+    """A recipe that does not work with a backbone or an objective; `stbench sweep --recipe all` skips it."""

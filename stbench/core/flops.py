@@ -22,6 +22,7 @@ Structure = tuple[tuple[Any, ...], ...]
 
 # Weak keys: the cache must not keep a finished stage's network alive.
 _by_module: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], int]] = weakref.WeakKeyDictionary()
+_twins: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 _by_structure: dict[tuple[Structure, tuple[Any, ...]], int] = {}
 
 
@@ -48,9 +49,24 @@ def forward_flops(module: nn.Module, call: Callable[[nn.Module], object], key: t
 
 
 def _count_on_meta(module: nn.Module, call: Callable[[nn.Module], object]) -> int:
-    twin = copy.deepcopy(module).to("meta")
+    twin = _twins.get(module) or meta_twin(module)
     with torch.no_grad():
         return count(lambda: call(twin))
+
+
+def meta_twin(module: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device. No data is copied."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    return copy.deepcopy(module, memo).to("meta")
+
+
+def keep_twin(module: nn.Module) -> None:
+    """Count the FLOPs of a module on a copy that is made now: it is going to be sharded."""
+    _twins[module] = meta_twin(module)
 
 
 def _structure(module: nn.Module) -> Structure | None:

@@ -15,6 +15,8 @@ MAX_SEEDS = 1000
 """Seeds of one sweep."""
 MAX_RUNS = 10_000
 """Runs of one sweep."""
+MAX_JOB_GPUS, MAX_JOB_NODES = 4096, 512
+"""GPUs and nodes of one run on a cluster."""
 MAX_DEPTH = 1000
 MAX_WIDTH = 65_536
 MAX_PIXELS = 16_384
@@ -24,3 +26,6 @@ MAX_NAME = 4096
 """Characters of a name or a path."""
 MAX_ITEMS = 10_000
 """Items of a list, such as evaluation points."""
+
+MAX_RANKS = 1024
+"""Processes on one machine that a command starts."""

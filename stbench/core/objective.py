@@ -5,6 +5,7 @@ Shapes and conventions are listed in `stbench.core.backbone`.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,24 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from stbench.core.device import upload
 from stbench.core.rng import Rng
+
+
+def like(coefficients: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """Return coefficients (B,) or (1,) as factors (B,1,1,1) with the device and dtype of x (B,C,H,W).
+
+    Coefficients (B,N), one per token of a square grid, become factors (B,1,H,W).
+    """
+    moved = [c.to(x.device, x.dtype, non_blocking=True) for c in coefficients]
+    return [c.view(-1, 1, 1, 1) if c.ndim == 1 else on_pixels(c, x.shape[-1]) for c in moved]
+
+
+def on_pixels(tokens: Tensor, size: int) -> Tensor:
+    """Return one value per token (B,N) of a square grid as one per pixel (B,1,size,size)."""
+    grid = math.isqrt(tokens.shape[1])
+    values = tokens.reshape(-1, 1, grid, grid)
+    return values.repeat_interleave(size // grid, 2).repeat_interleave(size // grid, 3)
 
 
 @dataclass(frozen=True)
@@ -22,9 +40,9 @@ class Batch:
     x0: Tensor
     """Clean latents (B,C,H,W): a fresh sample from the autoencoder's posterior."""
     y: Tensor
-    """Labels after dropping (B,): the labels that the student and SRA's teacher receive."""
+    """Labels after dropping (B,): those that the student receives."""
     y_true: Tensor
-    """Labels before dropping (B,): the labels that Self-Transcendence's conditional teacher receives."""
+    """Labels before dropping (B,), for teachers."""
     index: Tensor
     """Rows of the training set (B,), on the host."""
     rng: Rng
@@ -40,7 +58,7 @@ class Noised:
     x_t: Tensor
     """Corrupted latents (B,C,H,W)."""
     t: Tensor
-    """Times (B,) float64, on the device of x_t."""
+    """Times (B,), or (B,N) with one per token; float64, on the device of x_t."""
     t_host: Tensor
     """The same times on the host, so that selecting samples by time needs no synchronisation."""
     x0: Tensor
@@ -53,11 +71,20 @@ class Objective(ABC):
     """A corruption process with its regression target and loss.
 
     The only place that samples training times and noise. Times are in [0,1] with t=0 for data; each objective
-    maps its own steps to that range.
+    maps its own steps to that range. Where a method takes times (B,), it also takes (B,N), one per token of a
+    square grid: use `like`.
+
+    The parameters of the constructor are the options `--set objective.*`; their annotations state the range.
+    Each needs a default, and `out_channels` must not depend on them.
     """
 
     samplers: ClassVar[Sequence[str]] = ()
     """Registered names of the samplers that can invert this process; the first is the default."""
+
+    @property
+    def predicts_velocity(self) -> bool:
+        """Whether the network predicts the velocity of a flow, so that `velocity` returns the prediction."""
+        return False
 
     @abstractmethod
     def sample_t(self, rng: Rng) -> Tensor:
@@ -74,6 +101,11 @@ class Objective(ABC):
     @abstractmethod
     def denoise(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the clean latent and the noise (x0, eps) that a prediction implies at (x_t, t)."""
+
+    def velocity(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Return the velocity (B,C,H,W) that a prediction implies at (x_t, t), as in `velocity_target`."""
+        x0, noise = self.denoise(prediction, x_t, t)
+        return self.velocity_target(Noised(x_t, t, t.cpu(), x0, noise))
 
     @abstractmethod
     def velocity_target(self, noised: Noised) -> Tensor:
@@ -108,12 +140,12 @@ class Objective(ABC):
         return (t - amount * u).clamp(0.0, 1.0)
 
     def at(self, x0: Tensor, noise: Tensor, t: Tensor) -> Noised:
-        """Corrupt x0 (B,C,H,W) with `noise` (B,C,H,W) at host times t (B,)."""
+        """Corrupt x0 (B,C,H,W) with `noise` (B,C,H,W) at host times t (B,), or (B,N) with one per token."""
         t = self.snap(t.double())
-        alpha, sigma = (c.to(x0.device, x0.dtype).view(-1, 1, 1, 1) for c in self.alpha_sigma(t))
-        return Noised(alpha * x0 + sigma * noise, t.to(x0.device, non_blocking=True), t, x0, noise)
+        alpha, sigma = like([upload(c.to(x0.dtype), x0.device) for c in self.alpha_sigma(t)], x0)
+        return Noised(alpha * x0 + sigma * noise, upload(t, x0.device), t, x0, noise)
 
     def draw(self, batch: Batch) -> Noised:
         """Corrupt a batch with the noise and at the times of its step."""
-        noise = batch.rng.normal("noise", tuple(batch.x0.shape[1:])).to(batch.x0.device, non_blocking=True)
+        noise = upload(batch.rng.normal("noise", tuple(batch.x0.shape[1:])), batch.x0.device)
         return self.at(batch.x0, noise, self.sample_t(batch.rng))

@@ -16,8 +16,13 @@ from stbench.core import limits
 
 PositiveReal = Annotated[float, Field(gt=0, le=limits.LARGEST)]
 NonNegativeReal = Annotated[float, Field(ge=0, le=limits.LARGEST)]
+Logit = Annotated[float, Field(ge=-20, le=20)]
+"""A location on the scale log(p/(1-p))."""
+LogitScale = Annotated[float, Field(gt=0, le=20)]
+"""A standard deviation on that scale."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 """A probability, or a time in [0, 1]."""
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 """A decay, or a probability that must leave something."""
 Guidance = Annotated[float, Field(ge=1, le=limits.MAX_GUIDANCE)]

@@ -6,129 +6,49 @@ artifact. Shapes and conventions are listed in `stbench.core.backbone`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from stbench.core.backbone import Backbone, BackboneInfo, Features, Weights
-from stbench.core.flops import forward_flops
+from stbench.core.backbone import Backbone, BackboneInfo, Weights
+from stbench.core.guides import Guide
 from stbench.core.objective import Batch, Noised, Objective
-from stbench.core.phases import phase
 from stbench.core.ranges import option_parameters
+from stbench.core.step import Cost, Encoder, Step, Term
 from stbench.core.text import check_name
 
+__all__ = [
+    "LATER",
+    "Artifact",
+    "Cost",
+    "Encoder",
+    "NoSupervision",
+    "OptionContext",
+    "Recipe",
+    "Stage",
+    "Step",
+    "Supervision",
+    "Term",
+    "computed",
+    "computed_defaults",
+    "effective_options",
+    "is_computed",
+    "unset_fields",
+]
 
-@dataclass(frozen=True)
-class Term:
-    """One auxiliary loss and its weight in the total loss."""
+LATER: Mapping[str, Any] = MappingProxyType({"later": True})
+"""Metadata of a field of a supervision that earlier versions lacked, and whose default is what they did.
 
-    value: Tensor
-    """Loss per sample (B,), float32; the engine takes the mean."""
-    weight: float
-
-
-class Encoder(Protocol):
-    """A frozen external image encoder that returns one token per latent patch."""
-
-    flops: float
-    """Forward FLOPs for one image."""
-
-    def tokens(self, images: Tensor) -> Tensor:
-        """Encode uint8 images (B,c,H,W) as tokens (B,N,Dz)."""
-
-
-@dataclass
-class Cost:
-    """FLOPs spent so far, by what spent them."""
-
-    student: float = 0.0
-    heads: float = 0.0
-    teachers: float = 0.0
-    """Teachers and encoders."""
-
-    @property
-    def total(self) -> float:
-        """Sum over student, heads and teachers."""
-        return self.student + self.heads + self.teachers
-
-
-@dataclass(frozen=True)
-class Step:
-    """Everything a supervision can read in one training step.
-
-    Read-only: trained heads, teachers and encoders run through its methods, which count their FLOPs.
-    """
-
-    batch: Batch
-    noised: Noised
-    prediction: Tensor
-    """The student's prediction (B,C_out,H,W)."""
-    features: Features
-    """Features of the student's tapped blocks."""
-    heads: nn.ModuleDict
-    """The modules that `Supervision.heads` returned."""
-    ema: Backbone
-    """Exponential moving average of the student, frozen."""
-    objective: Objective
-    info: BackboneInfo
-    """Facts about the student."""
-    images_seen: int
-    """Images that this stage has processed before this step."""
-    dataset_size: int
-    """Images in the training set."""
-    global_batch: int
-    """Images per optimiser step, over all devices and micro-batches."""
-    cost: Cost
-
-    def project(self, head: str, tokens: Tensor) -> Tensor:
-        """Apply the trained head `head` to tokens (b,N,D).
-
-        Counts one forward and one backward pass per row.
-        """
-        module = self.heads[head]
-        shape = tuple(tokens.shape[1:])
-        one = forward_flops(module, lambda m: m(torch.empty(1, *shape, device="meta")), ("head", shape))
-        self.cost.heads += 3.0 * one * tokens.shape[0]
-        with phase("heads"):
-            return module(tokens)
-
-    def teach(self, teacher: Backbone, x: Tensor, t: Tensor, y: Tensor, *, block: int) -> Tensor:
-        """Return the features (b,N,D) of one block of a frozen network, float32.
-
-        Runs without gradient and outside autocast, stops after `block`, and counts one forward pass per row.
-        """
-        # An empty selection (no sample inside an interval) must not reach the network.
-        if x.shape[0] == 0:
-            return x.new_zeros(0, self.info.tokens, teacher.info.width)
-        self.count_teacher(float(teacher.flops(block)) * x.shape[0])
-        with _frozen_forward(x):
-            return teacher.features(x, t, y, indices=(block,))[block].float()
-
-    def encode(self, encoder: Encoder, images: Tensor) -> Tensor:
-        """Return the tokens (B,N,Dz) of clean images, uint8 (B,c,H,W), under a frozen encoder, float32.
-
-        Runs without gradient and outside autocast, and counts one forward pass per image.
-        """
-        self.count_teacher(encoder.flops * len(images))
-        with _frozen_forward(images):
-            return encoder.tokens(images).float()
-
-    def count_teacher(self, flops: float) -> None:
-        """Add `flops` to the cost of teachers and encoders; `teach` and `encode` call it themselves."""
-        self.cost.teachers += flops
-
-
-@contextmanager
-def _frozen_forward(x: Tensor) -> Iterator[None]:
-    """Disable gradients, and autocast on the device of x."""
-    with phase("teachers"), torch.no_grad(), torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False):
-        yield
+While the field has its default, the hashes of a run contain neither it nor the recipe's option of the same
+name, so that runs of earlier versions keep theirs.
+"""
 
 
 class Supervision(ABC):
@@ -138,6 +58,10 @@ class Supervision(ABC):
     a loss. A supervision is not an nn.Module: a teacher or encoder that it stores never reaches the
     optimiser, the state dict or DDP.
     """
+
+    takes_subsets: ClassVar[bool] = False
+    """Whether the terms also take features of some of the tokens, which blocks inside a route have: targets
+    are then restricted to `step.kept` (`stbench.models.align.at_kept`)."""
 
     @property
     def needs(self) -> str:
@@ -162,16 +86,43 @@ class Supervision(ABC):
         """Student blocks whose features are needed in `step.features`."""
         return ()
 
+    def require(self, objective: Objective) -> None:
+        """Raise UserError unless the losses have a meaning under an objective; called before training."""
+
     def setup(self, device: torch.device) -> None:
         """Load teachers and encoders onto the device; called once, before the first step."""
 
     def heads(self, info: BackboneInfo) -> nn.ModuleDict:
-        """Return the modules that are trained with the student and discarded at evaluation, by name."""
+        """Return the modules that are trained with the student and discarded at evaluation, by name.
+
+        Heads that stay with the network are declared by `Stage.heads`.
+        """
         return nn.ModuleDict()
+
+    def corrupt(self, objective: Objective, batch: Batch) -> Noised:
+        """Return the student's input: by default the batch with the objective's noise and times.
+
+        Times may be (B,N), one per token, for a backbone with the capability "token-time". Draw from
+        `batch.rng` only.
+        """
+        return objective.draw(batch)
+
+    def inputs(self, batch: Batch, noised: Noised) -> Mapping[str, Any]:
+        """Return optional inputs of the student's forward pass: `attention`, `mask`, `routes` or `prefix`.
+
+        See `Backbone.forward_intermediates`; the recipe must have required the capability.
+        """
+        return {}
 
     @abstractmethod
     def terms(self, step: Step) -> Mapping[str, Term]:
         """Compute the auxiliary losses of this step, by name."""
+
+
+def unset_fields(supervision: Supervision) -> set[str]:
+    """Return the names of the fields with the metadata `LATER` that have their default."""
+    added = [f for f in dataclasses.fields(supervision) if f.metadata.get("later")]  # type: ignore[arg-type]
+    return {f.name for f in added if getattr(supervision, f.name) == f.default}
 
 
 @dataclass
@@ -223,10 +174,18 @@ class Stage:
     """Absolute number of steps; replaces `length`."""
     init: Literal["scratch", "previous"] = "scratch"
     """Initial weights: fresh, or the EMA weights of the previous stage."""
+    heads: Callable[[Backbone], Mapping[str, nn.Module]] | None = None
+    """Builds the heads that belong to the stage's network and stay with it: they are averaged, saved and
+    usable at sampling. A module with a method `fit(dataset)` can fill its buffers from the training data
+    before the first step. The fields of the supervision must contain everything that the heads depend on."""
+    guides: Mapping[str, Guide] = field(default_factory=dict)
+    """How the stage's network can be guided at sampling, by the names that `--guide` takes."""
 
     def __post_init__(self) -> None:
-        """Raise UserError unless the name can be part of a path."""
+        """Raise UserError unless the names can be part of a path."""
         check_name(self.name, "the name of a stage")
+        for guide in self.guides:
+            check_name(guide, "the name of a guide")
 
     def length_at(self, steps: int) -> int:
         """Steps of this stage, as an earlier stage, when the last stage has `steps` steps."""

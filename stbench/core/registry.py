@@ -67,7 +67,16 @@ OBJECTIVES = Registry(
     "a subclass of Objective",
     lambda module: isinstance(module, type) and issubclass(module, Objective),
 )
-SAMPLERS = Registry("sampler")
+SAMPLERS = Registry(
+    "sampler",
+    "a subclass of stbench.diffusion.sampler.Sampler",
+    lambda module: isinstance(module, type) and hasattr(module, "inverts"),
+)
+METRICS = Registry(
+    "metric",
+    "a function of stbench.evaluate.registered_metrics.Samples",
+    lambda module: not isinstance(module, type),
+)
 DATASETS = Registry(
     "dataset",
     "a subclass of stbench.data.dataset.Dataset",
@@ -89,7 +98,7 @@ BUILTINS = (
     "diffusion.dpm_solver",
     "diffusion.flow_samplers",
     "data.digits",
-    "data.path_dataset",
+    "data.path_sets",
 )
 """Modules of stbench that register objectives, samplers and data sets."""
 
@@ -117,6 +126,12 @@ def lookup(registry: Registry, name: str) -> Any:
     if found is None:
         raise UserError(f"unknown {registry.name} {shorten(name)}{suggest(name, names(registry))}")
     return found
+
+
+def name_of(registry: Registry, registered: type) -> str:
+    """The name under which a class is registered, otherwise its own name."""
+    found = (name for name, cls in registry.module_dict.items() if cls is registered)
+    return next(found, registered.__name__)
 
 
 def load_builtins() -> None:

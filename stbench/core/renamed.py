@@ -50,6 +50,7 @@ RENAMED = {
     "stbench.samplers.dpm_solver": "stbench.diffusion.dpm_solver",
     "stbench.samplers.flow": "stbench.diffusion.flow_samplers",
     "stbench.samplers": "stbench.diffusion.sample",
+    "stbench.recipes.vae_align": "stbench.recipes.deep_supervision",
     "stbench.teachers": "stbench.models.encoders",
     "stbench.vae": "stbench.models.autoencoder",
 }

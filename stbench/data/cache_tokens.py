@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stbench.core.disk import require_free_space
 from stbench.core.errors import UserError
+from stbench.core.world import ALONE, World
 from stbench.data.crop import UnreadableImage, decode_image, reason
 from stbench.data.encode import Advance
 from stbench.data.repa_layout import RepaFolder, is_repa
@@ -39,6 +40,8 @@ class TokenOptions:
     """Patch size of the backbone."""
     classes: Path | None = None
     batch: int = 64
+    class_token: bool = False
+    """Whether to write the class token too."""
     device: torch.device = torch.device("cpu")
 
 
@@ -79,13 +82,23 @@ def open_task(options: TokenOptions) -> TokenTask:
     return TokenTask(ids, _image_reader(options, manifest, ids), references, encoder)
 
 
-def cache(options: TokenOptions, task: TokenTask, advance: Advance) -> EncoderSpec:
-    """Write the tokens. Raises UserError for an image other than the one that the data set was made from."""
+def cache(options: TokenOptions, task: TokenTask, advance: Advance, world: World = ALONE) -> EncoderSpec:
+    """Write the tokens. Raises UserError for an image other than the one that the data set was made from.
+
+    The ranks take turns at the batches; rank 0 writes all of them.
+    """
+    world.from_main(lambda: _require_space(options, task))
+    batches = _batches(options, task, advance, world)
+    return cache_tokens(
+        options.target, task.encoder, batches, len(task.ids), world, class_token=options.class_token
+    )
+
+
+def _require_space(options: TokenOptions, task: TokenTask) -> None:
     options.target.mkdir(parents=True, exist_ok=True)
     # Checked first, because the file is memory-mapped: a full disk would kill the process.
-    patches = task.encoder.network.patch_embed.num_patches
-    require_free_space(options.target, len(task.ids) * patches * task.encoder.spec.width * 2)
-    return cache_tokens(options.target, task.encoder, _batches(options, task, advance), len(task.ids))
+    tokens = task.encoder.network.patch_embed.num_patches + options.class_token
+    require_free_space(options.target, len(task.ids) * tokens * task.encoder.spec.width * 2)
 
 
 def _training_rows(manifest: Manifest, folder: Path) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -139,11 +152,22 @@ def _row_by_name(ids: Sequence[str], names: Sequence[str], options: TokenOptions
     return rows
 
 
-def _batches(options: TokenOptions, task: TokenTask, advance: Advance) -> Iterator[Tensor]:
-    """Yield the training images, uint8 (b,c,S,S), after comparing references with the data set."""
+def _batches(
+    options: TokenOptions, task: TokenTask, advance: Advance, world: World
+) -> Iterator[Tensor | None]:
+    """Yield every n-th batch of the training images, uint8 (b,c,S,S), for one of n ranks.
+
+    References are compared with the data set. None stands for a batch after the last one, so that all ranks
+    yield equally often.
+    """
+    round_size = options.batch * world.size
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(task.ids), options.batch):
+        for first in range(0, len(task.ids), round_size):
+            start = first + world.rank * options.batch
             names = task.ids[start : start + options.batch]
+            if not names:
+                yield None
+                continue
             images = list(pool.map(task.read_image, names))
             for name, image in zip(names, images, strict=True):
                 if name in task.references and not np.array_equal(image, task.references[name]):
@@ -152,4 +176,4 @@ def _batches(options: TokenOptions, task: TokenTask, advance: Advance) -> Iterat
                         f"from; give the original source, or prepare the data set again"
                     )
             yield torch.from_numpy(np.stack(images))
-            advance(len(names))
+            advance(len(task.ids[first : first + round_size]))

@@ -50,6 +50,10 @@ class Preset:
     """Guidance scales. The first is evaluated at every point, the others where `eval.extras` says."""
 
 
+MEAN_BATCH = 256
+"""Rows per call of `Dataset.mean_latent`."""
+
+
 class Dataset(ABC):
     """Normalised latents (C,h,w) and labels in 0..K-1 by row, and a decoder to uint8 images (c,H,W)."""
 
@@ -91,6 +95,23 @@ class Dataset(ABC):
     @abstractmethod
     def latents(self, index: Tensor, posterior_noise: Tensor) -> Tensor:
         """Return normalised posterior samples (B,C,h,w) of rows `index` (B,), on the data set's device."""
+
+    @property
+    def row_count(self) -> int:
+        """Number of rows that `order` draws from: `size`, unless there are rows for mirror images."""
+        return self.size
+
+    def mean_latent(self) -> Tensor:
+        """Return the mean of the normalised latents of all rows (C,h,w), float32 on the CPU.
+
+        Reads each row once, `MEAN_BATCH` at a time.
+        """
+        shape = (self.channels, self.input_size, self.input_size)
+        total = torch.zeros(shape, dtype=torch.float64)
+        for index in torch.split(torch.arange(self.row_count), MEAN_BATCH):
+            means = self.latents(index, torch.zeros(len(index), *shape))
+            total += means.double().sum(0).cpu()
+        return (total / self.row_count).float()
 
     @abstractmethod
     def labels(self, index: Tensor) -> Tensor:

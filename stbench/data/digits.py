@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
 from typing import final
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stbench.core.device import arithmetic, upload
 from stbench.core.registry import DATASETS
-from stbench.core.rng import generator
-from stbench.data.dataset import Dataset, Preset
+from stbench.data.dataset import Preset
+from stbench.data.in_memory import InMemory
 from stbench.models.assets import asset_manifest
 from stbench.models.autoencoder import Autoencoder, digits_autoencoder, to_float, to_uint8
 
@@ -48,12 +52,24 @@ def digits_images() -> tuple[Tensor, Tensor]:
     align_corners, no antialiasing), clamped to [0,1], multiplied by 255 and rounded half to even. In float64
     every step before the rounding is exact, so the bytes are the same on every machine.
     """
+    table = torch.from_numpy(_digits_table())
+    small = table[:, :64].reshape(-1, 1, 8, 8) / 16.0
+    large = F.interpolate(small, size=(32, 32), mode="bicubic", align_corners=False)
+    return (large.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8), table[:, 64].long()
+
+
+def _digits_table() -> np.ndarray:
+    """Return scikit-learn's digits, float64 (1797,65): 64 pixel values, then the label."""
+    # The file is read without scikit-learn, whose import takes a second.
+    package = find_spec("sklearn")
+    for folder in (package and package.submodule_search_locations) or ():
+        file = Path(folder) / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            return np.loadtxt(file, delimiter=",")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    small = torch.from_numpy(bunch.images)[:, None].double() / 16.0
-    large = F.interpolate(small, size=(32, 32), mode="bicubic", align_corners=False)
-    return (large.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8), torch.from_numpy(bunch.target).long()
+    return np.column_stack([bunch.data, bunch.target])
 
 
 def stratified_split(labels: Tensor, heldout: int) -> tuple[Tensor, Tensor]:
@@ -82,7 +98,7 @@ def encode_posterior(vae: Autoencoder, images: Tensor, batch: int = 250) -> tupl
 
 @final
 @DATASETS.register_module(name="digits")
-class Digits(Dataset):
+class Digits(InMemory):
     """scikit-learn's handwritten digits: 1x32x32 images, 4x8x8 latents, 1,500 to train on, 297 held out.
 
     Latents are normalised per channel over the posterior samples of the training images. Batches are drawn
@@ -99,67 +115,51 @@ class Digits(Dataset):
     extractor = "stbench-digits"
 
     def __init__(self) -> None:
-        # Images, labels and split.
-        self._images, self._all_labels = digits_images()
-        self._rows, self._heldout_rows = stratified_split(self._all_labels, HELD_OUT)
-        # Normalised posterior of every image.
-        self._vae = digits_autoencoder()
+        images, labels = digits_images()
+        rows, heldout_rows = stratified_split(labels, HELD_OUT)
+        self.decoder = asset_manifest()["assets"]["digits_vae"]["sha256"]
+        super().__init__(images, labels, rows, heldout_rows)
         latent = asset_manifest()["latent"]
         self._shift, self._scale = (torch.tensor(latent[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-        mean, std = encode_posterior(self._vae, self._images)
-        mean, std = (mean - self._shift) / self._scale, std / self._scale
-        self._mean, self._std = mean[self._rows], std[self._rows]
-        self._labels = self._all_labels[self._rows]
-        self._heldout_mean = mean[self._heldout_rows]
-        self._heldout_labels = self._all_labels[self._heldout_rows]
-        # Identity, and what the evaluation compares with.
-        self.decoder = self._vae.fingerprint
-        self.fingerprint = self._hash()
-        self.references = {"train": self.train_images, "all": lambda: self._images}
+        self.fingerprint = self._hash(images, labels, rows, heldout_rows, self._shift, self._scale)
 
-    def _hash(self) -> str:
-        parts = (self._images, self._all_labels, self._rows, self._heldout_rows, self._shift, self._scale)
-        content = b"".join(part.numpy().tobytes() for part in parts) + self.decoder.encode()
-        return hashlib.sha256(content).hexdigest()
+    @cached_property
+    def _vae(self) -> Autoencoder:
+        return digits_autoencoder() if self._device.type == "cpu" else digits_autoencoder().to(self._device)
+
+    @cached_property
+    def _posterior(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised means and standard deviations of the training images, means of the held-out images.
+
+        Encoded on the CPU when they are first needed: a command that only plans a run does without.
+        """
+        with arithmetic("fp32", torch.device("cpu")):  # the caller may be in autocast
+            mean, std = encode_posterior(digits_autoencoder(), self._images)
+        shift, scale = self._shift.cpu(), self._scale.cpu()
+        mean, std = (mean - shift) / scale, std / scale
+        chosen = mean[self._rows], std[self._rows], mean[self._heldout_rows]
+        return chosen[0].to(self._device), chosen[1].to(self._device), chosen[2].to(self._device)
 
     def latents(self, index: Tensor, posterior_noise: Tensor) -> Tensor:
         """Return normalised posterior samples mean + std * noise (B,4,8,8)."""
-        index = index.to(self._mean.device, non_blocking=True)
-        noise = posterior_noise.to(self._mean.device, non_blocking=True)
-        return self._mean[index] + self._std[index] * noise
-
-    def labels(self, index: Tensor) -> Tensor:
-        """Return labels (B,)."""
-        return self._labels[index.to(self._labels.device, non_blocking=True)]
-
-    def images(self, index: Tensor) -> Tensor:
-        """Return images, uint8 (B,1,32,32)."""
-        return self._images[self._rows[index]].to(self._mean.device, non_blocking=True)
+        mean, std, _ = self._posterior
+        index = index.to(mean.device, non_blocking=True)
+        return mean[index] + std[index] * upload(posterior_noise, mean.device)
 
     def heldout(self) -> tuple[Tensor, Tensor]:
         """Return normalised posterior means (297,4,8,8) and labels (297,)."""
-        return self._heldout_mean, self._heldout_labels
+        return self._posterior[2], self._heldout_labels
 
     def decode(self, z: Tensor) -> Tensor:
         """Decode normalised latents (B,4,8,8) to uint8 images (B,1,32,32)."""
         return to_uint8(self._vae.decode(z.float() * self._scale + self._shift))
 
-    def train_images(self) -> Tensor:
-        """Return the training images, uint8 (1500,1,32,32)."""
-        return self._images[self._rows]
-
-    def heldout_images(self) -> Tensor:
-        """Return the held-out images, uint8 (297,1,32,32)."""
-        return self._images[self._heldout_rows]
-
-    def order(self, seed: int, images_seen: int, count: int) -> Tensor:
-        """Return rows drawn with replacement. They do not depend on which rows were drawn before."""
-        return torch.randint(self.size, (count,), generator=generator(seed, "data", images_seen))
-
     def to(self, device: torch.device | str) -> Digits:
         """Return a copy with latents, labels and decoder on `device`."""
-        moved = copy.copy(self)
+        moved: Digits = super().to(device)
+        moved._shift, moved._scale = self._shift.to(device), self._scale.to(device)
+        # Now, and not at the first step, whose time is measured.
+        mean, std, heldout = self._posterior
+        moved._posterior = (mean.to(device), std.to(device), heldout.to(device))
         moved._vae = self._vae.to(device)
-        for name in ("_shift", "_scale", "_mean", "_std", "_labels", "_heldout_mean", "_heldout_labels"):
-            setattr(moved, name, getattr(self, name).to(device))
         return moved

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import hashlib
 from functools import cache
-from typing import ClassVar, final
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stbench.core.device import upload
 from stbench.core.errors import UserError
-from stbench.core.registry import DATASETS
-from stbench.data import presets
 from stbench.data.dataset import Dataset
 from stbench.data.encoded import EncodedImages
 from stbench.data.epochs import Epochs
@@ -142,6 +141,11 @@ class PathDataset(Dataset):
 
     # --- Rows ---
 
+    @property
+    def row_count(self) -> int:
+        """Number of images, and of their mirror images if they are trained on."""
+        return self.size * (2 if self.flip else 1)
+
     def latents(self, index: Tensor, posterior_noise: Tensor) -> Tensor:
         """Return normalised samples (mean + std * noise - shift) * scale (B,C,h,w); pixels in [-1,1]."""
         if self._resident is not None:
@@ -154,7 +158,7 @@ class PathDataset(Dataset):
             ready = self._prefetch.take(index)
             batch = self._read_batch(index) if ready is None else ready
             raw = batch.to(self._device, non_blocking=True)
-        noise = posterior_noise.to(self._device, non_blocking=True)
+        noise = upload(posterior_noise, self._device)
         return self._mirror_pixels(self._normalise(raw, noise), index)
 
     def _stored_rows(self, index: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +204,7 @@ class PathDataset(Dataset):
         stored, view = self._stored_rows(index.cpu())
         pixels = torch.from_numpy(self._found.pixels(stored))
         mirror = torch.from_numpy(view == 1).view(-1, 1, 1, 1)
-        return torch.where(mirror, pixels.flip(-1), pixels).to(self._device, non_blocking=True)
+        return upload(torch.where(mirror, pixels.flip(-1), pixels), self._device)
 
     def heldout(self) -> tuple[Tensor, Tensor]:
         """Return normalised posterior means (M,C,h,w) and labels (M,)."""
@@ -265,45 +269,3 @@ class PathDataset(Dataset):
 @cache
 def _load_decoder(vae: VAEInfo, device: str) -> Autoencoder:
     return vae.load().to(device)
-
-
-@final
-@DATASETS.register_module(name="imagenet256")
-class ImageNet256(PathDataset):
-    """ImageNet at 256 pixels, from `--data PATH`, with the published training settings of each backbone."""
-
-    name = "imagenet256"
-    input_size = 32
-    size = 1_281_167
-    classes = 1000
-    image_shape = (3, 256, 256)
-    preset = presets.IMAGENET
-    published = presets.IMAGENET256
-    expected = (256, 1000)
-
-
-@final
-@DATASETS.register_module(name="imagenet512")
-class ImageNet512(PathDataset):
-    """ImageNet at 512 pixels, from `--data PATH`, with the published training settings of each backbone."""
-
-    name = "imagenet512"
-    input_size = 64
-    size = 1_281_167
-    classes = 1000
-    image_shape = (3, 512, 512)
-    preset = presets.IMAGENET
-    published = presets.IMAGENET512
-    expected = (512, 1000)
-
-
-@final
-@DATASETS.register_module(name="custom")
-class Custom(PathDataset):
-    """Any images, from `--data PATH`: a prepared data set, REPA's layout, or a small folder of images."""
-
-    name = "custom"
-    input_size = 32
-    image_shape = (3, 256, 256)
-    preset = presets.CUSTOM
-    published = presets.CUSTOM_SIZES

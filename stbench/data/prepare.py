@@ -12,6 +12,7 @@ import torch
 
 from stbench.core.errors import UserError
 from stbench.core.files import absolute_path
+from stbench.core.world import ALONE, World
 from stbench.data.encode import Advance, EncodingTask, encode, make_row_encoder
 from stbench.data.shard_writer import shard_bounds, write_shards
 from stbench.data.shards import Manifest
@@ -56,7 +57,9 @@ def open_task(options: PrepareOptions) -> EncodingTask:
     return EncodingTask(source, assign_split(source.ids, options.references), encoder, options.batch)
 
 
-def prepare(options: PrepareOptions, task: EncodingTask, advance: Advance) -> tuple[Manifest, bool]:
+def prepare(
+    options: PrepareOptions, task: EncodingTask, advance: Advance, world: World = ALONE
+) -> tuple[Manifest, bool]:
     """Write, or finish, the data set; return its manifest and whether anything was missing.
 
     Raises UserError as `write_shards` does.
@@ -88,6 +91,7 @@ def prepare(options: PrepareOptions, task: EncodingTask, advance: Advance) -> tu
             total_bytes=count * row_bytes + pixel_bytes,
             make=lambda start, stop: encode(task, range(start, stop), pool=pool, advance=advance),
             advance=advance,
+            world=world,
         )
 
 

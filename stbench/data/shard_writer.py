@@ -6,6 +6,7 @@ is. Does not know images or autoencoders: the caller makes the rows.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ import numpy as np
 from stbench.core.disk import require_free_space
 from stbench.core.errors import UserError
 from stbench.core.files import LOCK, atomic_write, hash_file, lock_folder, write_array
+from stbench.core.world import ALONE, World
 from stbench.data.shards import (
     DTYPES,
     MANIFEST,
@@ -94,42 +96,66 @@ def write_shards(
     total_bytes: int,
     make: Callable[[int, int], ShardRows],
     advance: Callable[[int], None],
+    world: World = ALONE,
 ) -> tuple[Manifest, bool]:
     """Write the missing shards and the manifest; return the manifest and whether anything was missing.
+
+    The ranks take turns at the shards.
 
     `draft` is the manifest without shards, `total_bytes` the size of the whole set, `make(start, stop)` makes
     the rows of a shard. `advance(rows)` is called for shards that an earlier command finished. Raises
     UserError for a folder that contains something else, is in use, or is on a disk that is too small.
     """
+    with contextlib.ExitStack() as stack:
+        # Rank 0 holds the lock until all ranks are done.
+        finished = world.from_main(lambda: _open(folder, draft, len(bounds), total_bytes, stack))
+        if finished is None:
+            advance(bounds[-1][1])
+            return world.from_main(lambda: read_manifest(folder)), False
+        missing = [number for number, shard in enumerate(finished) if shard is None]
+        for (start, stop), shard in zip(bounds, finished, strict=True):
+            if shard is not None:
+                advance(stop - start)
+        mine = missing[world.rank :: world.size]
+        written = {n: _write_shard(folder, n, draft.kind, make(*bounds[n])) for n in mine}
+        for others in world.gather_objects(written):
+            for number, shard in others.items():
+                finished[number] = shard
+        return world.from_main(
+            lambda: _finish(folder, replace(draft, shards=tuple(filter(None, finished))))
+        ), True
+
+
+def _open(
+    folder: Path, draft: Manifest, count: int, total_bytes: int, stack: contextlib.ExitStack
+) -> list[Shard | None] | None:
+    """Lock the folder until `stack` is closed and start, or resume, the set.
+
+    Returns the shards that an earlier command has finished, None for the others; None for a finished set.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _read_plan(folder)  # refuses a folder with other files before a lock file is put into it
-    with lock_folder(folder, "wait for it or choose another folder"):
-        # A finished set: nothing to do if it was made with the same arguments.
-        if (folder / MANIFEST).is_file():
-            found = read_manifest(folder)
-            _require_same_plan(folder, found.plan, draft.plan)
-            _clean_up(folder)
-            advance(bounds[-1][1])
-            return found, False
-        # Shards that an earlier command finished are kept.
-        _start_or_resume(folder, draft.plan)
-        finished = [_finished_shard(folder, number) for number in range(len(bounds))]
-        written = sum(file.bytes for shard in finished if shard for file in shard.files.values())
-        require_free_space(folder, total_bytes - written)
-        shards = []
-        for number, ((start, stop), known) in enumerate(zip(bounds, finished, strict=True)):
-            if known is None:
-                shards.append(_write_shard(folder, number, draft.kind, make(start, stop)))
-            else:
-                shards.append(known)
-                advance(stop - start)
-        # The manifest makes the folder a data set.
-        manifest = replace(draft, shards=tuple(shards))
-        if manifest.count < 2:
-            raise UserError(f"{folder}: no image could be read; the first: {manifest.unreadable[0]}")
-        atomic_write(folder / MANIFEST, dump_manifest(manifest))
+    stack.enter_context(lock_folder(folder, "wait for it or choose another folder"))
+    # A finished set: nothing to do if it was made with the same arguments.
+    if (folder / MANIFEST).is_file():
+        _require_same_plan(folder, read_manifest(folder).plan, draft.plan)
         _clean_up(folder)
-    return manifest, True
+        return None
+    # Shards that an earlier command finished are kept.
+    _start_or_resume(folder, draft.plan)
+    finished = [_finished_shard(folder, number) for number in range(count)]
+    written = sum(file.bytes for shard in finished if shard for file in shard.files.values())
+    require_free_space(folder, total_bytes - written)
+    return finished
+
+
+def _finish(folder: Path, manifest: Manifest) -> Manifest:
+    """Write the manifest, which makes the folder a data set, and return it."""
+    if manifest.count < 2:
+        raise UserError(f"{folder}: no image could be read; the first: {manifest.unreadable[0]}")
+    atomic_write(folder / MANIFEST, dump_manifest(manifest))
+    _clean_up(folder)
+    return manifest
 
 
 # --- The plan: the arguments that a rerun must share with the first command ---

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -12,6 +12,15 @@ from stbench.core.files import absolute_path
 from stbench.core.ranges import Pixels
 
 INCEPTION = "inception-v3-compat"
+FDR6 = (INCEPTION, *(f"fdr6/{name}" for name in ("convnext", "dinov2", "mae", "siglip2", "clip")))
+"""The six feature extractors of FDr6 (arXiv 2604.28190); see `evaluate.fdr6`."""
+
+
+def ratio_extractors(given: Iterable[str]) -> list[str]:
+    """Return the sorted extractors of FDr, each once, with "fdr6" replaced by the six it stands for."""
+    return sorted({name for part in given for name in (FDR6 if part == "fdr6" else (part,))})
+
+
 """torch-fidelity's name of its Inception, the default extractor of images from a path."""
 
 PIXELS = "none"

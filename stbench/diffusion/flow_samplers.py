@@ -27,7 +27,7 @@ class Euler(Sampler):
         """Integrate x += v dt over `steps` equal intervals."""
         grid = uniform_grid(steps)
         for t, s in pairwise(grid):
-            x = x + (s - t) * denoiser(x, t)
+            x = x + (s - t) * denoiser.velocity(x, t)
         return x
 
 
@@ -49,11 +49,10 @@ class Heun(Sampler):
         """Take trapezoidal steps from an Euler predictor; each step is guided as at its start (REPA)."""
         grid = uniform_grid(steps)
         for t, s in pairwise(grid):
-            guided = denoiser.active(t)
-            v = denoiser(x, t, guided=guided)
+            v = denoiser.velocity(x, t)
             predicted = x + (s - t) * v
             if s > 0.0 or self.correct_last:
-                v_end = denoiser(predicted, s, guided=guided)
+                v_end = denoiser.velocity(predicted, s, as_at=t)
                 predicted = x + (s - t) * 0.5 * (v + v_end)
             x = predicted
         return x
@@ -83,8 +82,9 @@ class EulerMaruyama(Sampler):
         """Integrate x += (v - w/2 score) dt + sqrt(w |dt|) z, with score = -eps/sigma."""
         grid = [*torch.linspace(1.0, self.last_step, steps, dtype=torch.float64).tolist(), 0.0]
         for i, (t, s) in enumerate(pairwise(grid)):
-            v = denoiser(x, t)
-            _, eps = denoiser.objective.denoise(v, x, host(t))
+            prediction = denoiser(x, t)
+            v = denoiser.objective.velocity(prediction, x, host(t))
+            _, eps = denoiser.objective.denoise(prediction, x, host(t))
             _, sigma = denoiser.coefficients(t)
             drift = v + (t / sigma) * eps
             x = x + (s - t) * drift

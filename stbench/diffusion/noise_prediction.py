@@ -8,10 +8,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from stbench.core.objective import Noised, Objective
+from stbench.core.objective import Noised, Objective, like
 from stbench.core.registry import OBJECTIVES
 from stbench.core.rng import Rng
-from stbench.diffusion.schedule import Schedule, like, linear_betas, scaled_linear_betas
+from stbench.diffusion.schedule import Schedule, linear_betas, scaled_linear_betas
 
 
 class NoisePrediction(Objective):
@@ -119,8 +119,8 @@ class ImprovedDdpm(Discrete):
         mean, log_variance, _ = self.schedule.model_posterior(torch.cat([eps.detach(), v], 1), x_t, index)
         kl = gaussian_kl(true_mean, true_log_variance, mean2=mean, log_variance2=log_variance)
         nll = -discretised_log_likelihood(x0, mean, 0.5 * log_variance)
-        first = (index == 0).to(x_t.device, non_blocking=True)
-        return torch.where(first, nll.flatten(1).mean(1), kl.flatten(1).mean(1)) / math.log(2.0)
+        (first,) = like([(index == 0).double()], x_t)
+        return torch.where(first > 0, nll, kl).flatten(1).mean(1) / math.log(2.0)
 
 
 @final

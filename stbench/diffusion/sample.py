@@ -13,7 +13,7 @@ from torch import Tensor
 from stbench.core.backbone import Backbone, BackboneInfo, Features
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
-from stbench.core.registry import OBJECTIVES, SAMPLERS, lookup
+from stbench.core.registry import OBJECTIVES, SAMPLERS, lookup, name_of, names
 from stbench.diffusion.ddpm_samplers import Ddim, Ddpm
 from stbench.diffusion.dpm_solver import DpmSolver
 from stbench.diffusion.flow_samplers import Euler, EulerMaruyama, Heun
@@ -36,6 +36,7 @@ __all__ = [
     "nfe",
     "resolve_sampler",
     "sample",
+    "samplers_for",
 ]
 
 
@@ -69,7 +70,7 @@ def sample(
             f"sampler '{sampler.name}' draws noise: pass noise=, a function from the draw's index to noise"
         )
     return sampler.run(
-        Denoiser(backbone, objective, y, guidance), z.double(), steps=steps, noise=noise
+        Denoiser(backbone, objective, y, guidance, noise), z.double(), steps=steps, noise=noise
     ).float()
 
 
@@ -79,14 +80,19 @@ def resolve_sampler(name: str | Sampler, objective: Objective) -> Sampler:
     Raises UserError if it cannot invert the objective.
     """
     sampler: Sampler = lookup(SAMPLERS, name)() if isinstance(name, str) else name
-    if sampler.name not in objective.samplers:
-        known = {cls: label for label, cls in OBJECTIVES.module_dict.items()}
-        found = known.get(type(objective), type(objective).__name__)
+    if not sampler.inverts(objective):
+        found = name_of(OBJECTIVES, type(objective))
         raise UserError(
             f"sampler '{sampler.name}' cannot invert objective '{found}'; "
-            f"use one of: {', '.join(objective.samplers)}"
+            f"use one of: {', '.join(samplers_for(objective))}"
         )
     return sampler
+
+
+def samplers_for(objective: Objective) -> list[str]:
+    """Registered names of the samplers that can invert an objective; the first is its default."""
+    others = [name for name in names(SAMPLERS) if name not in objective.samplers]
+    return [*objective.samplers, *(name for name in others if lookup(SAMPLERS, name)().inverts(objective))]
 
 
 def nfe(name: str | Sampler, steps: int) -> int:

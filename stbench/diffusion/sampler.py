@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import ClassVar
 
 from torch import Tensor
 
-from stbench.diffusion.guidance import Denoiser
+from stbench.core.objective import Objective
+from stbench.diffusion.guidance import Denoiser, Noise
 
-Noise = Callable[[int], Tensor]
-"""Index of the draw -> standard normal noise (B,C,H,W)."""
+__all__ = ["Noise", "Sampler", "draw"]
 
 
 class Sampler(ABC):
@@ -29,6 +28,13 @@ class Sampler(ABC):
     def stochastic(self) -> bool:
         """Whether it draws noise on the way."""
         return False
+
+    def inverts(self, objective: Objective) -> bool:
+        """Whether it can sample from networks that were trained with this objective.
+
+        By default the objective names the sampler in its `samplers`. A plug-in may answer for others.
+        """
+        return self.name in objective.samplers
 
     def nfe(self, steps: int) -> int:
         """Network evaluations per image for `steps` steps, not counting guidance."""

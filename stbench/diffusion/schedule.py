@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stbench.core.errors import UserError
+from stbench.core.objective import like
 
 
 def linear_betas(steps: int = 1000) -> Tensor:
@@ -22,11 +22,6 @@ def linear_betas(steps: int = 1000) -> Tensor:
 def scaled_linear_betas(steps: int = 1000) -> Tensor:
     """Betas (steps,), float64, linear in their square root, 0.00085 to 0.012 (Stable Diffusion, U-ViT)."""
     return torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64).square()
-
-
-def like(coefficients: Sequence[Tensor], x: Tensor) -> list[Tensor]:
-    """Return coefficients (B,) or (1,) as factors (B,1,1,1) with the device and dtype of x (B,C,H,W)."""
-    return [c.to(x.device, x.dtype, non_blocking=True).view(-1, 1, 1, 1) for c in coefficients]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from stbench.core.registry import EXTRACTORS, lookup, plugin_hash
 from stbench.core.text import check_name
 from stbench.evaluate.feature_networks import load_dino
 from stbench.models.external import read_external
+from stbench.models.timm_models import WEIGHTS, cached_weights, repository
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DINO = "vit_large_patch14_dinov2.lvd142m"
@@ -125,10 +126,18 @@ class Registered(nn.Module):
 
 
 def load_timm(name: str, file: Path | None) -> Classifier:
-    """Load a timm model from a file, or from the Hugging Face cache.
+    """Load a timm model as a classifier; see `timm_network`."""
+    network, config, last = timm_network(name, file)
+    size = min(config["input_size"][-2:])
+    return Classifier(network, last, size=size, mean=config["mean"], std=config["std"])
 
-    The number of classes is that of the weights. Raises UserError for an unknown name, and for weights that
-    are missing or belong to another model.
+
+def timm_network(name: str, file: Path | None, **options: Any) -> tuple[nn.Module, Mapping[str, Any], str]:
+    """Load a timm model, built with `options`, from a file, or from the Hugging Face cache.
+
+    Returns the network, timm's configuration of it, and the name of its last linear layer, "" if the weights
+    have none. The number of classes is that of the weights. Raises UserError for an unknown name, and for
+    weights that are missing or belong to another model.
     """
     import timm
 
@@ -139,31 +148,27 @@ def load_timm(name: str, file: Path | None) -> Classifier:
             config: Any = timm.create_model(name, pretrained=False).pretrained_cfg
     except Exception as error:  # timm raises RuntimeError for unknown names, and others for odd ones
         raise UserError(f"unknown timm model '{name}'; expected a name of timm.list_models()") from error
-    state = read_external(file or _timm_file(name, config)).state
+    state = read_external(file or _timm_file(name)).state
     last = config["classifier"] if isinstance(config["classifier"], str) else config["classifier"][0]
     classes = len(state[f"{last}.weight"]) if f"{last}.weight" in state else 0
     with torch.random.fork_rng(devices=[]):
-        network = timm.create_model(name, pretrained=False, num_classes=classes)
+        network = timm.create_model(name, pretrained=False, num_classes=classes, **options)
     _load(network, state, f"timm/{name}", file)
-    size = min(config["input_size"][-2:])
-    return Classifier(network, last if classes else "", size=size, mean=config["mean"], std=config["std"])
+    return network, config, last if classes else ""
 
 
-def _timm_file(name: str, config: Mapping[str, Any]) -> Path:
+def _timm_file(name: str) -> Path:
     """Return the weights of a timm model in the Hugging Face cache. Raises UserError without them."""
-    from huggingface_hub import try_to_load_from_cache
-
-    repository = config.get("hf_hub_id") or f"timm/{name}"
-    for weights in ("model.safetensors", "pytorch_model.bin"):
-        found = try_to_load_from_cache(repository, config.get("hf_hub_filename") or weights)
-        if isinstance(found, str):
-            return Path(found)
-    raise _no_weights(f"timm/{name}", f"`hf download {repository} model.safetensors --local-dir NAME`")
+    found = cached_weights(name)
+    if found is None:
+        download = f"`hf download {repository(name)} {WEIGHTS[0]} --local-dir NAME`"
+        raise _no_weights(f"timm/{name}", download)
+    return found
 
 
 def load_dinov2(file: Path | None) -> DinoFeatures:
     """Load DINOv2 from timm's or Meta's weights; without a file, the large one in the Hugging Face cache."""
-    return DinoFeatures(file or _timm_file(DINO, {}))
+    return DinoFeatures(file or _timm_file(DINO))
 
 
 # --- torchvision ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ from stbench.core.files import hash_file
 from stbench.core.registry import EXTRACTORS, suggest
 from stbench.data.dataset import Dataset
 from stbench.data.spec import INCEPTION
-from stbench.evaluate import classifiers
+from stbench.evaluate import classifiers, fdr6
 from stbench.evaluate.feature_networks import INCEPTION_SHA256, load_inception
 from stbench.models.assets import load_asset
 from stbench.models.autoencoder import to_float
@@ -99,13 +99,21 @@ class DigitsExtractor(FeatureExtractorBase):
 register_feature_extractor("stbench-digits", DigitsExtractor)
 
 
+COLLECTIONS: Mapping[str, Callable[[str, Path | None], nn.Module]] = {
+    "timm": classifiers.load_timm,
+    "torchvision": classifiers.load_torchvision,
+    "fdr6": fdr6.load_tokens,
+}
+"""Prefix of a name -> what loads the rest of the name."""
+
+
 @cache
 def get_extractor(name: str, file: Path | None = None, sha256: str | None = None) -> nn.Module:
     """Return an extractor that computes (FID features, IS logits), on the CPU.
 
     Args:
-        name: "inception-v3-compat", "dinov2", "timm/MODEL", "torchvision/MODEL", or a name registered in
-            `stbench.core.registry.EXTRACTORS` or at torch-fidelity.
+        name: "inception-v3-compat", "dinov2", "timm/MODEL", "torchvision/MODEL", "fdr6/NAME", or a name
+            registered in `stbench.core.registry.EXTRACTORS` or at torch-fidelity.
         file: Its weights; None for those in the local caches of torch and Hugging Face, or its own.
         sha256: First digits of the sha256 of the file; None for those of the published Inception, or any.
 
@@ -123,9 +131,8 @@ def get_extractor(name: str, file: Path | None = None, sha256: str | None = None
             f"{found[:16] or 'no file'}; give the right one"
         )
     collection, slash, model = name.partition("/")
-    if slash and collection in ("timm", "torchvision"):
-        load = classifiers.load_timm if collection == "timm" else classifiers.load_torchvision
-        return load(model, file)
+    if slash and collection in COLLECTIONS:
+        return COLLECTIONS[collection](model, file)
     if name == DINOV2:
         return classifiers.load_dinov2(file)
     if name in EXTRACTORS.module_dict:
@@ -158,7 +165,33 @@ def run_extractor(dataset: Dataset, settings: EvalSpec) -> nn.Module:
     """
     name = settings.extractor or dataset.extractor
     file = Path(settings.extractor_file) if settings.extractor_file else None
-    extractor = get_extractor(name, file, settings.extractor_sha256)
+    return _checked(
+        get_extractor(name, file, settings.extractor_sha256), name, dataset, "eval.extractor=NAME"
+    )
+
+
+def ratio_extractors(dataset: Dataset, settings: EvalSpec) -> dict[str, nn.Module]:
+    """Return the extractors of FDr by name, after two black images have passed through each.
+
+    Raises UserError as `get_extractor` does; if weights are missing in the Hugging Face cache, with the
+    commands that download all of them.
+    """
+    files = {name: Path(file) for name, file in settings.fdr_files.items()}
+    main = settings.extractor or dataset.extractor
+    fdr6.require_cached(
+        (n for n in settings.fdr if n not in files and not (n == main and settings.extractor_file)),
+        "name files with --set eval.fdr_files, or leave the extractors out of eval.fdr",
+    )
+    return {
+        name: run_extractor(dataset, settings)
+        if name == main and name not in files
+        else _checked(get_extractor(name, files.get(name)), name, dataset, "eval.fdr=[NAME,...]")
+        for name in settings.fdr
+    }
+
+
+def _checked(extractor: nn.Module, name: str, dataset: Dataset, setting: str) -> nn.Module:
+    """Return the extractor if it can measure the images of the data set; UserError otherwise."""
     black = torch.zeros(2, *dataset.image_shape, dtype=torch.uint8)
     try:
         extract_features(extractor, black)
@@ -168,7 +201,7 @@ def run_extractor(dataset: Dataset, settings: EvalSpec) -> nn.Module:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"extractor '{name}' cannot measure images of {'x'.join(map(str, dataset.image_shape))} "
-            f"({reason}); choose another one with --set eval.extractor=NAME"
+            f"({reason}); choose another one with --set {setting}"
         ) from error
     return extractor
 

@@ -6,7 +6,10 @@ sample, and the global random state is never touched.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -14,14 +17,19 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from stbench.core.backbone import Backbone
+from stbench.core.backbone import Backbone, BackboneInfo, kept_heads, sampling_view
 from stbench.core.device import arithmetic
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
+from stbench.core.guides import Guide
 from stbench.core.objective import Objective
+from stbench.core.registry import SAMPLERS, lookup, plugin_hash
 from stbench.core.rng import generator, seeded_globals
+from stbench.core.threads import map_in_threads
+from stbench.core.world import ALONE, World
 from stbench.data.dataset import Dataset
-from stbench.diffusion.sample import Guidance, Noise, sample
+from stbench.diffusion.guides import NetworkGuide
+from stbench.diffusion.sample import Guidance, sample
 
 NOISE_BLOCK = 50
 """Number of consecutive images whose evaluation noise comes from one generator."""
@@ -56,11 +64,6 @@ def block_noise(seed: int, stream: str, *, start: int, stop: int, shape: tuple[i
     return torch.cat(blocks)[: stop - start]
 
 
-def step_noise(seed: int, *, start: int, stop: int, shape: tuple[int, ...]) -> Noise:
-    """Return the noise source of a stochastic sampler for images start..stop: one stream per draw."""
-    return lambda draw: block_noise(seed, f"evaluation-step-{draw}", start=start, stop=stop, shape=shape)
-
-
 def image_noise(seed: int, stream: str, *, start: int, stop: int, shape: tuple[int, ...]) -> Tensor:
     """Draw standard normal noise (stop-start, *shape) for images start..stop, one generator per image.
 
@@ -68,6 +71,16 @@ def image_noise(seed: int, stream: str, *, start: int, stop: int, shape: tuple[i
     """
     drawn = [torch.randn(shape, generator=generator(seed, stream, index)) for index in range(start, stop)]
     return torch.stack(drawn)
+
+
+def state_noise(draw: Callable[..., Tensor], info: BackboneInfo, stream: str) -> Tensor:
+    """Return noise (n,C,H,W) for all channels of a network, from `draw(stream, shape=...)`.
+
+    Channels beyond the latents have a stream of their own, so the latents have the same noise as without.
+    """
+    size, extra = (info.input_size, info.input_size), info.extra_channels
+    latents = draw(stream, shape=(info.channels - extra, *size))
+    return torch.cat([latents, draw(f"{stream}-extra", shape=(extra, *size))], dim=1) if extra else latents
 
 
 @torch.no_grad()
@@ -84,6 +97,7 @@ def generate(
     guidance: Guidance,
     device: torch.device | str,
     batch: int = 250,
+    world: World = ALONE,
 ) -> tuple[Tensor, Tensor, bool]:
     """Generate n images: uint8 (n,c,H,W) and their class labels (n,), both on the CPU.
 
@@ -91,30 +105,72 @@ def generate(
     black.
 
     `backbone` and `dataset` must be on `device`. `batch`, a multiple of NOISE_BLOCK, affects memory but not
-    the noise. Everything is computed in fp32, whatever precision the network was trained in.
+    the noise. Everything is computed in fp32, whatever precision the network was trained in. Each rank
+    generates whole batches, so every rank count gives the same images, and every rank returns all of them. On
+    a CPU, threads compute parts of up to `batch` images at a time.
     """
     y = draw_labels(labels, n, classes=dataset.classes, seed=seed)
-    shape = (dataset.channels, dataset.input_size, dataset.input_size)
-    images, finite = [], True
-    for start in range(0, n, batch):
-        stop = min(start + batch, n)
+    network = sampling_view(backbone)
+
+    def draw(rows: range) -> Tensor:
         # Noise is drawn on the CPU: CUDA generators produce other numbers.
-        z = block_noise(seed, "evaluation", start=start, stop=stop, shape=shape).to(device)
-        seeded = seeded_globals(seed, "evaluation-global", start, device)
-        with arithmetic("fp32", torch.device(device)), seeded:
-            latents = sample(
-                sampler,
-                backbone,
-                objective,
-                z,
-                y[start:stop].to(device),
-                steps=steps,
-                guidance=guidance,
-                noise=step_noise(seed, start=start, stop=stop, shape=shape),
-            )
-            images.append(dataset.decode(latents).cpu())
-            finite = finite and bool(latents.isfinite().all())
-    return torch.cat(images), y, finite
+        noise = partial(
+            state_noise, partial(block_noise, seed, start=rows.start, stop=rows.stop), network.info
+        )
+        return sample(
+            sampler,
+            network,
+            objective,
+            noise("evaluation").to(device),
+            y[rows.start : rows.stop].to(device),
+            steps=steps,
+            guidance=guidance,
+            noise=lambda draw: noise(f"evaluation-step-{draw}"),  # one stream per draw
+        )[:, : dataset.channels]
+
+    # The images of this rank.
+    starts = range(0, n, batch)
+    starts = starts[slice(*world.part(0, len(starts)))]
+    mine = range(starts[0], min(starts[-1] + batch, n)) if starts else range(0)
+    images, finite = [torch.empty(0, *dataset.image_shape, dtype=torch.uint8)], True
+    with arithmetic("fp32", torch.device(device)):
+        drawn = None
+        used = (lookup(SAMPLERS, sampler), *_parts(guidance.guides), *kept_heads(backbone).values())
+        if mine and _is_divisible(device, backbone, network, objective, *used):
+            limit = batch // NOISE_BLOCK
+            drawn = torch.cat(map_in_threads(draw, part_ranges(mine), network=network, limit=limit))
+        for start in starts:
+            rows = range(start, min(start + batch, n))
+            with seeded_globals(seed, "evaluation-global", start, device):
+                latents = draw(rows) if drawn is None else drawn[start - mine.start : rows.stop - mine.start]
+                images.append(dataset.decode(latents).cpu())
+                finite = finite and bool(latents.isfinite().all())
+    return world.collect(torch.cat(images)), y, not world.any(not finite)
+
+
+def part_ranges(rows: range) -> list[range]:
+    """Divide rows into parts of NOISE_BLOCK; the last may have up to half as many more.
+
+    Smaller parts would not change the noise, but the last bits of a matrix product with few rows.
+    """
+    starts = list(rows[::NOISE_BLOCK])
+    if len(starts) > 1 and rows.stop - starts[-1] < NOISE_BLOCK // 2:
+        starts.pop()
+    return [range(*ends) for ends in pairwise([*starts, rows.stop])]
+
+
+def _parts(guides: Sequence[Guide]) -> list[object]:
+    """Return guides and the other networks that they call."""
+    return [*guides, *(guide.network for guide in guides if isinstance(guide, NetworkGuide))]
+
+
+def _is_divisible(device: torch.device | str, *used: object) -> bool:
+    """Whether threads of the host may compute parts of a batch with these objects.
+
+    Plug-ins may keep something between calls, or draw from torch's global generator, so they run alone.
+    """
+    types = [value if isinstance(value, type) else type(value) for value in used]
+    return torch.device(device).type == "cpu" and not any(map(plugin_hash, types))
 
 
 @torch.no_grad()
@@ -126,6 +182,7 @@ def validation_loss(
     seed: int,
     device: torch.device | str,
     batch: int = 512,
+    world: World = ALONE,
 ) -> list[float]:
     """Return the mean denoising loss on the held-out images in each of TIME_BINS equal bins of t.
 
@@ -133,23 +190,34 @@ def validation_loss(
     """
     x0, y = (tensor.to(device) for tensor in dataset.heldout())
     losses = []
-    for index in range(TIME_BINS):
+    for index in range(*world.part(0, TIME_BINS)):
         # Draw all times and all noise of a bin before splitting: the batch size must not change them.
         draw = generator(seed, "validation", index)
         t = (index + torch.rand(len(x0), generator=draw, dtype=torch.float64)) / TIME_BINS
         noise = torch.randn(x0.shape, generator=draw).to(device)
-        columns = [torch.split(values, batch) for values in (x0, noise, t, y)]
+        values = partial(_losses_of_rows, backbone, objective, x0, noise, t, y)
 
         # Average in float64 over all images of the bin.
-        parts = []
-        for clean, eps, time, labels in zip(*columns, strict=True):
-            noised = objective.at(clean, eps, time)
-            seeded = seeded_globals(seed, "validation-global", index, device)
-            with arithmetic("fp32", torch.device(device)), seeded:
-                prediction = backbone(noised.x_t, noised.t, labels)
-            parts.append(objective.loss(prediction, noised).double())
-        losses.append(float(torch.cat(parts).mean()))
-    return losses
+        with arithmetic("fp32", torch.device(device)):
+            if _is_divisible(device, backbone, objective):
+                limit = max(1, batch // NOISE_BLOCK)
+                found = map_in_threads(values, part_ranges(range(len(x0))), network=backbone, limit=limit)
+            else:
+                found = []
+                for start in range(0, len(x0), batch):
+                    with seeded_globals(seed, "validation-global", index, device):
+                        found.append(values(range(start, min(start + batch, len(x0)))))
+        losses.append(float(torch.cat(found).mean()))
+    return world.collect(torch.tensor(losses, dtype=torch.float64)).tolist()
+
+
+def _losses_of_rows(
+    backbone: Backbone, objective: Objective, x0: Tensor, noise: Tensor, t: Tensor, y: Tensor, rows: range
+) -> Tensor:
+    """Return the losses (n,), float64, of some rows of clean latents, noise, host times and labels."""
+    here = slice(rows.start, rows.stop)
+    noised = objective.at(x0[here], noise[here], t[here])
+    return objective.loss(backbone(noised.x_t, noised.t, y[here]), noised).double()
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:

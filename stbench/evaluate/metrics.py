@@ -22,6 +22,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+from stbench.config.spec import EvalSpec
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.core.registry import suggest
@@ -33,10 +34,13 @@ from stbench.evaluate.extractors import (
     get_extractor,
     tensors_hash,
 )
+from stbench.evaluate.fdr6 import FDR_METRICS
+from stbench.evaluate.mind import monge_distance
+from stbench.evaluate.registered_metrics import Samples, metric_descriptions, registered_formulas
 
 BASIC_METRICS = ("fid", "fid_all", "is", "accuracy")
 """Metrics computed at every evaluation point."""
-EXTRA_METRICS = ("kid", "precision", "recall", "nn_distance", "nn_distance_heldout")
+EXTRA_METRICS = ("kid", "mind", "precision", "recall", "nn_distance", "nn_distance_heldout")
 """Costlier metrics, which a run may compute at its last evaluation point only."""
 
 MAX_PIXEL_VALUES = 3 * 64 * 64
@@ -51,13 +55,15 @@ METRICS = {
     "higher is better",
     "accuracy": "share of samples that the extractor's classifier assigns to the requested label",
     "kid": "kernel distance: unbiased cubic MMD of features to the training images; lower is better",
+    "mind": "sliced 2-Wasserstein distance of features to the training images: 3 x dimension x mean of W2^2 "
+    "over 1,000 directions; lower is better",
     "precision": "share of samples inside the training images' 3-nearest-neighbour balls",
     "recall": "share of training images inside the samples' 3-nearest-neighbour balls",
     "nn_distance": "mean distance of a sample to its nearest training image, RMS over pixels in [0,1]; "
     "for images up to 64x64",
     "nn_distance_heldout": "nn_distance of the held-out images: samples far below it have been memorised",
 }
-"""Every metric and its description."""
+"""Every built-in metric and its description."""
 
 
 def feature_statistics(features: Tensor) -> dict[str, Tensor]:
@@ -81,6 +87,18 @@ def reference_statistics(
     unreadable or modified is recomputed.
     """
     images = dataset.references[reference]()
+    return image_statistics(images, extractor, cache_dir=cache_dir, device=device, batch=batch)
+
+
+def image_statistics(
+    images: Tensor,
+    extractor: nn.Module,
+    *,
+    cache_dir: Path,
+    device: torch.device | str = "cpu",
+    batch: int = EXTRACTOR_BATCH,
+) -> dict[str, Tensor]:
+    """Return the `feature_statistics` of uint8 images (N,c,H,W); as `reference_statistics`."""
     key = hashlib.sha256(f"{tensors_hash([images])}{extractor_hash(extractor)}".encode()).hexdigest()
     path = cache_dir / f"reference-{key[:16]}.safetensors"
     found = _read_cache(path)
@@ -139,10 +157,13 @@ def nearest_distance(images: Tensor, references: Tensor) -> float:
 
 
 def _require_computable(names: Sequence[str], count: int) -> None:
-    """Raise UserError for an unknown metric or too few images."""
+    """Raise UserError for an unknown or ambiguous metric, or too few images."""
+    registered = metric_descriptions()
     for name in names:
-        if name not in METRICS:
-            raise UserError(f"unknown metric '{name}'{suggest(name, METRICS)}")
+        if name in (METRICS | FDR_METRICS) and name in registered:
+            raise UserError(f"metric '{name}' exists already; rename the one of the plug-in")
+        if name not in METRICS and name not in registered:
+            raise UserError(f"unknown metric '{name}'{suggest(name, [*METRICS, *registered])}")
     if count < MIN_IMAGES:
         raise UserError(f"expected at least {MIN_IMAGES} images, found {count}; use --set eval.samples=1000")
 
@@ -157,14 +178,15 @@ def compute_metrics(
     device: torch.device | str = "cpu",
     extractor: nn.Module | None = None,
     batch: int = EXTRACTOR_BATCH,
+    seed: int = 0,
 ) -> dict[str, float]:
     """Compute the metrics `names` of uint8 images (N,c,H,W), in the given order.
 
     `labels` (N,) are the classes the images were generated for. `extractor`, by default that of the data set,
-    runs on `device` on `batch` images at a time, the formulas on the CPU. Metrics that do not apply are left
-    out: "accuracy" without labels or if the extractor has other classes than the data set, "is" if it does
-    not classify, "fid_all" if the data set has no reference "all", "nn_distance*" for images larger than
-    64x64. Raises UserError for an unknown name and for fewer than MIN_IMAGES images.
+    runs on `device` on `batch` images at a time, the formulas on the CPU. MIND draws from `seed`. Metrics
+    that do not apply are left out: "accuracy" without labels or if the extractor has other classes than the
+    data set, "is" if it does not classify, "fid_all" if the data set has no reference "all", "nn_distance*"
+    for images larger than 64x64. Raises UserError for an unknown name and for fewer than MIN_IMAGES images.
     """
     _require_computable(names, len(images))
 
@@ -172,13 +194,59 @@ def compute_metrics(
     images = images.cpu()
     network = get_extractor(dataset.extractor) if extractor is None else extractor
     features, logits = extract_features(network, images, batch=batch, device=device)
-    own = feature_statistics(features)
 
     # Formulas, evaluated only for the requested names.
+    @cache
     def statistics_of(reference: str) -> dict[str, Tensor]:
         return reference_statistics(
             dataset, reference, network, cache_dir=cache_dir, device=device, batch=batch
         )
+
+    compute = _feature_formulas(
+        features, logits, statistics_of, has_all="all" in dataset.references, seed=seed
+    )
+    if images[0].numel() <= MAX_PIXEL_VALUES:
+        compute["nn_distance"] = lambda: nearest_distance(images, dataset.train_images())
+        compute["nn_distance_heldout"] = lambda: nearest_distance(
+            dataset.heldout_images(), dataset.train_images()
+        )
+    if labels is not None and logits.shape[1] == dataset.classes:
+        compute["accuracy"] = lambda: float((logits.argmax(1) == labels.cpu()).double().mean())
+    host_labels = None if labels is None else labels.cpu()
+    compute |= registered_formulas(Samples(images, host_labels, features, logits, statistics_of))
+    return {name: compute[name]() for name in names if name in compute}
+
+
+def try_metrics(
+    dataset: Dataset, settings: EvalSpec, extractor: nn.Module, cache_dir: Path, device: torch.device
+) -> None:
+    """Compute the metrics of plug-ins on a few training images, so that a faulty one fails before training.
+
+    Raises UserError as `compute_metrics` does.
+    """
+    if settings.metrics:
+        compute_metrics(
+            dataset.train_images()[:MIN_IMAGES],
+            dataset,
+            settings.metrics,
+            cache_dir=cache_dir,
+            labels=torch.arange(MIN_IMAGES) % dataset.classes,
+            device=device,
+            extractor=extractor,
+            batch=settings.extractor_batch,
+        )
+
+
+def _feature_formulas(
+    features: Tensor,
+    logits: Tensor,
+    statistics_of: Callable[[str], dict[str, Tensor]],
+    *,
+    has_all: bool,
+    seed: int,
+) -> dict[str, Callable[[], float]]:
+    """The formulas on features (N,D) and logits (N,K) by name, each computed when it is called."""
+    own = feature_statistics(features)
 
     def distance(reference: str) -> float:
         other = statistics_of(reference)
@@ -193,20 +261,13 @@ def compute_metrics(
     compute: dict[str, Callable[[], float]] = {
         "fid": lambda: distance("train"),
         "kid": lambda: kernel_distance(features, statistics_of("train")["features"]),
+        "mind": lambda: monge_distance(features, statistics_of("train")["features"], seed=seed),
         "precision": lambda: precision_recall()[KEY_METRIC_PRECISION],
         "recall": lambda: precision_recall()[KEY_METRIC_RECALL],
     }
-
-    # Metrics that only some data sets and extractors have.
-    if "all" in dataset.references:
+    # Formulas that only some data sets and extractors have.
+    if has_all:
         compute["fid_all"] = lambda: distance("all")
     if logits.shape[1]:
         compute["is"] = lambda: isc_features_to_metric(logits)[KEY_METRIC_ISC_MEAN]
-    if images[0].numel() <= MAX_PIXEL_VALUES:
-        compute["nn_distance"] = lambda: nearest_distance(images, dataset.train_images())
-        compute["nn_distance_heldout"] = lambda: nearest_distance(
-            dataset.heldout_images(), dataset.train_images()
-        )
-    if labels is not None and logits.shape[1] == dataset.classes:
-        compute["accuracy"] = lambda: float((logits.argmax(1) == labels.cpu()).double().mean())
-    return {name: compute[name]() for name in names if name in compute}
+    return compute

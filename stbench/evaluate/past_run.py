@@ -78,7 +78,8 @@ class PastRun:
             UserError: If the file is not the one that was recorded, or does not fit the network.
         """
         spec = self.prepared.spec
-        network = build_backbone(spec.backbone, spec.objective, self.prepared.dataset)
+        heads = self.last_stage.definition.heads
+        network = build_backbone(spec.backbone, spec.objective, self.prepared.dataset, heads=heads)
         state = load_weights(file, self.folder.weights_sha256(file))
         try:
             network.load_state_dict(state)

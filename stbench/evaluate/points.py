@@ -6,23 +6,27 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stbench.config.build import build_objective
 from stbench.config.plan import PlannedStage, PreparedRun
 from stbench.config.spec import EvalSpec
 from stbench.core.backbone import Backbone
 from stbench.core.registry import SAMPLERS, lookup, plugin_hash
+from stbench.core.world import ALONE, World
 from stbench.data.dataset import Dataset
 from stbench.diffusion.guidance import Guidance
-from stbench.evaluate.extractors import extractor_hash, run_extractor, tensors_hash
+from stbench.evaluate.extractors import extractor_hash, ratio_extractors, run_extractor, tensors_hash
+from stbench.evaluate.fdr import frechet_ratio
 from stbench.evaluate.generate import generate, save_grid, validation_loss
-from stbench.evaluate.metrics import BASIC_METRICS, EXTRA_METRICS, compute_metrics
-from stbench.evaluate.past_run import PastRun
+from stbench.evaluate.guides import LoadedGuides, stage_guides
+from stbench.evaluate.metrics import BASIC_METRICS, EXTRA_METRICS, compute_metrics, try_metrics
+from stbench.evaluate.registered_metrics import metric_hashes
 from stbench.models.autoencoder import ROUNDING
 from stbench.runs.folder import OutputFolder, RunFolder
 from stbench.runs.records import CurvePoint
@@ -48,13 +52,16 @@ class Protocol:
     """Hash of the decoder's weights."""
     rounding: str
     weights: str
-    """ "ema" or "raw"."""
+    """ "ema", or "ema DECAY (post hoc)" for a decay that was reconstructed after training."""
     plugins: Mapping[str, str] = field(default_factory=dict)
     """Code of plug-ins that the run's own hashes do not cover: what it provides -> sha256."""
+    fdr: Mapping[str, str] = field(default_factory=dict)
+    """Extractors of FDr -> hash of their weights."""
 
     def fields(self) -> dict[str, Any]:
-        """All fields as plain data; `plugins` only if there are any."""
-        return {name: value for name, value in asdict(self).items() if name != "plugins" or value}
+        """All fields as plain data; `plugins` and `fdr` only if there are any."""
+        optional = ("plugins", "fdr")
+        return {name: value for name, value in asdict(self).items() if name not in optional or value}
 
     @property
     def hash(self) -> str:
@@ -88,7 +95,8 @@ def protocol_of(
         decoder=dataset.decoder[:16],
         rounding=ROUNDING,
         weights=weights,
-        plugins={**changed, **({"sampler": sampler} if sampler else {})},
+        plugins={**changed, **({"sampler": sampler} if sampler else {}), **metric_hashes(settings.metrics)},
+        fdr={name: extractor_hash(e)[:16] for name, e in ratio_extractors(dataset, settings).items()},
     )
 
 
@@ -103,18 +111,28 @@ class PointEvaluator:
         *,
         dataset: Dataset,
         device: torch.device,
+        world: World = ALONE,
         changed: Mapping[str, str] = MappingProxyType({}),
+        weights: str = "ema",
     ) -> None:
-        """`changed` are parts of the run from plug-ins that differ from the recorded ones: kind -> sha256."""
+        """Prepare the evaluation of weights that the protocol calls `weights`.
+
+        `changed` are parts of the run from plug-ins that differ from the recorded ones: kind -> sha256.
+        """
         self._spec, self._stage, self._folder = prepared.spec, stage, folder
-        self._dataset, self._device = dataset, device
+        self._dataset, self._device, self._world = dataset, device, world
         self._cache = OutputFolder(folder.path.parent).reference_statistics
-        self._objective = build_objective(prepared.spec.objective)
-        self.protocol = protocol_of(dataset, prepared.spec.eval, changed=changed)
+        self._objective = build_objective(prepared.spec.objective, prepared.spec.objective_options)
+        self.protocol = protocol_of(dataset, prepared.spec.eval, weights, changed=changed)
+        self._guides = stage_guides(prepared, stage, device, folder.path)
         self._extractor = run_extractor(dataset, prepared.spec.eval)
+        self._ratio_extractors = ratio_extractors(dataset, prepared.spec.eval)
+        world.from_main(
+            lambda: try_metrics(dataset, prepared.spec.eval, self._extractor, self._cache, device)
+        )
 
     def evaluate(self, ema: Backbone, step: int, *, seconds: float, flops: float) -> list[CurvePoint]:
-        """Evaluate at every guidance scale that is due at this step.
+        """Evaluate at every setting of guidance that is due at this step.
 
         Args:
             ema: The network, in eval mode on the device.
@@ -126,15 +144,18 @@ class PointEvaluator:
             The rows that were added to the curve; none if all were there already.
         """
         settings, extras = self._spec.eval, self._extras_due(step)
-        scales = settings.guidance if extras else [1.0]
-        missing = [scale for scale in scales if scale not in self._evaluated_scales(step)]
+        due = [(scale, LoadedGuides()) for scale in (settings.guidance if extras else [1.0])]
+        if extras and self._guides.text:
+            due += [(scale, self._guides) for scale in settings.guidance]
+        evaluated = self._world.from_main(lambda: self._evaluated(step))
+        missing = [(scale, guides) for scale, guides in due if (scale, guides.text) not in evaluated]
         if not missing:
             return []
         val_loss = validation_loss(
-            ema, self._objective, self._dataset, seed=settings.seed, device=self._device
+            ema, self._objective, self._dataset, seed=settings.seed, device=self._device, world=self._world
         )
         points = []
-        for scale in missing:
+        for scale, guides in missing:
             points.append(
                 CurvePoint(
                     stage=self._stage.name,
@@ -144,15 +165,21 @@ class PointEvaluator:
                     guidance=scale,
                     interval=settings.interval,
                     protocol=self.protocol.hash,
-                    metrics=self._measure(ema, step, scale, extras),
+                    metrics=self._measure(ema, step, scale, guides, extras),
                     val_loss=val_loss,
                     seconds=seconds,
                     flops=flops,
+                    guides=guides.text,
+                    guide_cost=guides.cost,
                 )
             )
+        self._world.from_main(lambda: self._append(points))
+        return points
+
+    def _append(self, points: Sequence[CurvePoint]) -> None:
+        """Write the rows to the run folder."""
         self._folder.add_protocol(self.protocol.hash, self.protocol.fields())
         self._folder.append_points(points)
-        return points
 
     def _extras_due(self, step: int) -> bool:
         """Whether the guidance grid and the slow metrics are evaluated at this step."""
@@ -160,17 +187,19 @@ class PointEvaluator:
         named = isinstance(extras, list) and is_last and step in extras
         return extras == "all" or named or (is_last and step == self._stage.steps)
 
-    def _evaluated_scales(self, step: int) -> set[float]:
-        """Guidance scales that the curve already contains for this step, interval and protocol."""
+    def _evaluated(self, step: int) -> set[tuple[float, str]]:
+        """Guidance scales and guides that the curve already contains for this step, interval and protocol."""
         where = (self._stage.index, step, tuple(self._spec.eval.interval), self.protocol.hash)
         return {
-            point.guidance
+            (point.guidance, point.guides)
             for point in self._folder.points()
             if (point.stage_index, point.step, tuple(point.interval), point.protocol) == where
         }
 
-    def _measure(self, ema: Backbone, step: int, scale: float, extras: bool) -> dict[str, float]:
-        """Generate images at one guidance scale, store a grid of them, and compute the metrics."""
+    def _measure(
+        self, ema: Backbone, step: int, scale: float, guides: LoadedGuides, extras: bool
+    ) -> dict[str, float]:
+        """Generate images with one setting of guidance, store a grid of them, and compute the metrics."""
         settings = self._spec.eval
         images, labels, finite = generate(
             ema,
@@ -181,13 +210,32 @@ class PointEvaluator:
             seed=settings.seed,
             sampler=settings.sampler,
             steps=settings.steps,
-            guidance=Guidance(scale, *settings.interval, channels=settings.channels),
+            guidance=Guidance(scale, *settings.interval, channels=settings.channels, guides=guides.guides),
             device=self._device,
+            world=self._world,
         )
+        return self._world.from_main(
+            lambda: self._measure_images(images, labels, finite, step, scale, guides.text, extras)
+        )
+
+    def _measure_images(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        finite: bool,
+        step: int,
+        scale: float,
+        guides: str,
+        extras: bool,
+    ) -> dict[str, float]:
+        """Store a grid of the images and compute their metrics, on rank 0."""
+        settings = self._spec.eval
         columns = self._dataset.classes if settings.labels == "balanced" else 10
-        picture = self._folder.sample_file(self._stage.index, self._stage.name, step, scale)
-        save_grid(images[: 10 * columns], picture, columns)
-        names = BASIC_METRICS + (EXTRA_METRICS if extras else ())
+        if self.protocol.weights == "ema":  # a step has one picture per setting of guidance
+            stage = self._stage
+            picture = self._folder.sample_file(stage.index, stage.name, step, scale, guides)
+            save_grid(images[: 10 * columns], picture, columns)
+        names = (*BASIC_METRICS, *(EXTRA_METRICS if extras else ()), *settings.metrics)
         metrics = compute_metrics(
             images,
             self._dataset,
@@ -197,25 +245,16 @@ class PointEvaluator:
             device=self._device,
             extractor=self._extractor,
             batch=settings.extractor_batch,
+            seed=settings.seed,
         )
+        if extras and self._ratio_extractors:
+            metrics |= frechet_ratio(
+                images,
+                self._dataset,
+                self._ratio_extractors,
+                cache_dir=self._cache,
+                device=self._device,
+                batch=settings.extractor_batch,
+            )
         # Metrics of images that were decoded from NaN would look like numbers.
         return metrics if finite else dict.fromkeys(metrics, math.nan)
-
-
-def evaluate_again(run: PastRun, settings: EvalSpec, device: torch.device) -> Sequence[CurvePoint]:
-    """Evaluate the stored weights of a run's last stage under other settings; returns the added rows."""
-    spec = run.prepared.spec.model_copy(update={"eval": settings})
-    prepared, stage = replace(run.prepared, spec=spec), run.last_stage
-    known = {(p.stage_index, p.step): p for p in run.folder.record().curve}
-    added: list[CurvePoint] = []
-    with run.folder.lock():
-        dataset = prepared.dataset.to(device)
-        evaluator = PointEvaluator(
-            prepared, stage, run.folder, dataset=dataset, device=device, changed=run.changed
-        )
-        for step, file in run.point_files().items():
-            before = known.get((stage.index, step))
-            if before is not None:  # only points that training has reached have a cost
-                network = run.load(file).to(device)
-                added += evaluator.evaluate(network, step, seconds=before.seconds, flops=before.flops)
-    return added

@@ -56,6 +56,12 @@ class About:
     """Names of the other arrays; None in files of earlier versions."""
 
 
+def array_names(space: str) -> tuple[str, str]:
+    """Return the names of the mean and the covariance of a feature space in a file."""
+    suffix = space.replace("/", ".").replace(" ", "_")  # names of files in an archive
+    return ARRAY_NAMES.get(space, (f"mu_{suffix}", f"sigma_{suffix}"))
+
+
 Measure = Callable[[ImageSet], ImageStatistics]
 """Measures a set of images with the caller's networks, batch size and device."""
 
@@ -151,7 +157,7 @@ def write_statistics(
     features = _features_or_none(measured)
     arrays = {} if features is None else {"features": features.numpy()}
     for space, moments in measured.moments.items():
-        arrays |= {name: array.numpy() for name, array in zip(ARRAY_NAMES[space], moments, strict=True)}
+        arrays |= {name: array.numpy() for name, array in zip(array_names(space), moments, strict=True)}
     about = About(
         digest=measured.digest,
         count=measured.count,
@@ -231,7 +237,7 @@ def _read_adm(
     # Moments that the file contains, checked against the dimensions of the networks.
     for network in networks:
         for space in network.spaces:
-            if arrays & set(ARRAY_NAMES[space]):
+            if arrays & set(array_names(space)):
                 moments[space] = _read_moments(path, space, network)
 
     # The images in arr_0 give the features, and the moments of the other spaces.
@@ -253,7 +259,7 @@ def _read_adm(
 
 def _read_moments(path: Path, space: str, network: FeatureNetwork) -> Moments:
     dimension = network.spaces[space]
-    mean_name, covariance_name = ARRAY_NAMES[space]
+    mean_name, covariance_name = array_names(space)
     mean = _read_array(path, mean_name, (dimension,))
     return mean.double(), _read_array(path, covariance_name, (len(mean), len(mean))).double()
 

@@ -16,6 +16,7 @@ from stbench.core.files import hash_file
 from stbench.core.registry import (
     BACKBONES,
     DATASETS,
+    METRICS,
     OBJECTIVES,
     RECIPES,
     SAMPLERS,
@@ -56,7 +57,7 @@ def load_run_plugins(run: Path, recorded: Mapping[str, str], spec: RunSpec, chos
         for file in chosen.files:
             _require_recorded(run, file, recorded)
     load_plugins(chosen.files)
-    for registry, name in _names(spec).items():
+    for registry, name in _names(spec):
         if name not in names(registry) and recorded:
             raise UserError(_missing(run, f"{registry.name} '{name}'", recorded))
 
@@ -115,19 +116,23 @@ def _missing(run: Path, what: str, recorded: Mapping[str, str]) -> str:
     )
 
 
-def _names(spec: RunSpec) -> dict[Any, str]:
-    """What the run looks up: registry -> name."""
-    return {
-        BACKBONES: spec.backbone.name,
-        RECIPES: spec.recipe.name,
-        OBJECTIVES: spec.objective,
-        SAMPLERS: spec.eval.sampler,
-        DATASETS: spec.dataset,
-    }
+def _names(spec: RunSpec) -> list[tuple[Any, str]]:
+    """What the run looks up: registry and name."""
+    return [
+        (BACKBONES, spec.backbone.name),
+        (RECIPES, spec.recipe.name),
+        (OBJECTIVES, spec.objective),
+        (SAMPLERS, spec.eval.sampler),
+        (DATASETS, spec.dataset),
+        *((METRICS, name) for name in spec.eval.metrics),
+    ]
 
 
 def _registered(prepared: PreparedRun) -> dict[str, Any]:
-    found = {registry.name: lookup(registry, name) for registry, name in _names(prepared.spec).items()}
+    found = {
+        f"metric {name}" if registry is METRICS else registry.name: lookup(registry, name)
+        for registry, name in _names(prepared.spec)
+    }
     stages = {f"stage {stage.name}": type(stage.supervision) for stage in prepared.stages}
     return found | stages
 

@@ -7,18 +7,20 @@ or on where an interrupted job resumed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import numpy as np
 import torch
 
+from stbench.core.backbone import sampling_view
 from stbench.core.device import arithmetic
 from stbench.core.errors import UserError
 from stbench.core.registry import SAMPLERS, lookup, plugin_hash
 from stbench.core.rng import seeded_globals
 from stbench.diffusion.sample import Guidance, sample
-from stbench.evaluate.generate import draw_labels, image_noise
+from stbench.evaluate.generate import draw_labels, image_noise, state_noise
 from stbench.evaluate.sample_model import SamplingModel
 
 CPU_ROWS = 32
@@ -78,9 +80,9 @@ class BatchSampler:
     @torch.no_grad()
     def _call(self, first: int) -> np.ndarray:
         """Run the network once: uint8 (rows,H,W,3), padded with images of class 0 beyond the last label."""
-        spec, model = self._spec, self._model
-        info = model.backbone.info
-        last, shape = first + self._rows, (info.channels, info.input_size, info.input_size)
+        spec, model, last = self._spec, self._model, first + self._rows
+        network = sampling_view(model.backbone)
+        noise = partial(state_noise, partial(image_noise, spec.seed, start=first, stop=last), network.info)
 
         # Pad the last call to full rows; label 0 exists in every network.
         labels = torch.zeros(self._rows, dtype=torch.long)
@@ -90,16 +92,14 @@ class BatchSampler:
         with arithmetic(spec.precision, self._device), seeded:
             latents = sample(
                 spec.sampler,
-                model.backbone,
+                network,
                 model.objective,
-                image_noise(spec.seed, "sample", start=first, stop=last, shape=shape).to(self._device),
+                noise("sample").to(self._device),
                 labels.to(self._device),
                 steps=spec.steps,
-                guidance=spec.guidance,
-                noise=lambda draw: image_noise(
-                    spec.seed, f"sample-step-{draw}", start=first, stop=last, shape=shape
-                ),
-            )
+                guidance=replace(spec.guidance, guides=model.guides.guides),
+                noise=lambda draw: noise(f"sample-step-{draw}"),
+            )[:, : model.backbone.info.channels]
 
         if not bool(latents.isfinite().all()):
             raise UserError(

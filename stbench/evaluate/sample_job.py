@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -13,9 +14,12 @@ from typing import Any
 
 import torch
 
+from stbench.core.backbone import sampling_view
 from stbench.core.errors import UserError
 from stbench.core.registry import suggest
 from stbench.core.text import print_line
+from stbench.core.world import ALONE, World
+from stbench.diffusion.guides import require_fit
 from stbench.diffusion.sample import Guidance, check_steps, resolve_sampler
 from stbench.evaluate.generate import draw_labels
 from stbench.evaluate.progress import ProgressBar, Report, ignore, no_progress
@@ -75,6 +79,7 @@ def resolve_request(request: SampleRequest, model: SamplingModel) -> SampleSpec:
     if request.precision not in PRECISIONS:
         raise UserError(f"unknown precision '{request.precision}'{suggest(request.precision, PRECISIONS)}")
     draw_labels(chosen["labels"], 1, classes=info.classes, seed=request.seed)
+    require_fit(model.guides.guides, sampling_view(model.backbone), model.objective)
 
     low, high = chosen["interval"]
     return SampleSpec(
@@ -96,34 +101,48 @@ def sample_images(
     devices: Sequence[torch.device],
     *,
     progress: ProgressBar = no_progress,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Generate the requested images into every output, an npz file or a folder of PNG files.
 
-    One process runs per device. An interrupted job resumes from the shards in `<output>.parts/`; a finished
-    output is not written again. Returns the settings that are stored with the images. Raises UserError if an
-    output, or its parts, was made with other settings.
+    One process runs per device; several ranks have one device each. An interrupted job resumes from the
+    shards in `<output>.parts/`; a finished output is not written again. Returns the settings that are stored
+    with the images. Raises UserError if an output, or its parts, was made with other settings.
     """
     model = load_model(location)
-    if model.description:
+    if model.description and world.is_main:
         print_line(f"sampling from {model.description}", error=True)
     spec = resolve_request(request, model)
     settings = {"schema": SETTINGS_SCHEMA, "device": devices[0].type, **spec.fields(), **model.identity()}
-    missing = [output for output in outputs if not is_finished(output, settings)]
+    missing = world.from_main(lambda: [output for output in outputs if not is_finished(output, settings)])
     if not missing:
         return settings
 
     # All outputs are joined from the shards of the first one.
     parts = PartsFolder(outputs[0], settings, shard_size(spec, devices[0]))
     job = Job(location, spec, parts)
-    with parts.lock():
-        parts.open()
+    with contextlib.ExitStack() as stack:
+        parts.token, shards = world.from_main(lambda: _open_parts(parts, stack))
         with progress("images", spec.count) as report:
-            _generate_missing(job, model, devices, report)
+            _generate(job, model, devices, shards[world.rank :: world.size], report)
+        world.wait()
         labels = draw_labels(spec.labels, spec.count, classes=model.backbone.info.classes, seed=spec.seed)
-        for output in missing:
-            join_parts(parts, output, labels.numpy())
-        parts.delete()
+        world.from_main(lambda: _join_parts(parts, missing, labels))
     return settings
+
+
+def _open_parts(parts: PartsFolder, stack: contextlib.ExitStack) -> tuple[str, list[tuple[int, int]]]:
+    """Lock the parts until `stack` is closed; returns the token of the job and the missing shards."""
+    stack.enter_context(parts.lock())
+    parts.open()
+    return parts.token, list(parts.missing())
+
+
+def _join_parts(parts: PartsFolder, outputs: Sequence[Path], labels: torch.Tensor) -> None:
+    """Write the outputs and delete the parts."""
+    for output in outputs:
+        join_parts(parts, output, labels.numpy())
+    parts.delete()
 
 
 def shard_size(spec: SampleSpec, device: torch.device) -> int:
@@ -132,19 +151,22 @@ def shard_size(spec: SampleSpec, device: torch.device) -> int:
     return -(-spec.batch // rows) * rows
 
 
-def _generate_missing(
-    job: Job, model: SamplingModel, devices: Sequence[torch.device], report: Report
+def _generate(
+    job: Job,
+    model: SamplingModel,
+    devices: Sequence[torch.device],
+    shards: Sequence[tuple[int, int]],
+    report: Report,
 ) -> None:
-    """Generate every missing shard."""
-    missing = job.parts.missing()
-    if not missing:
+    """Generate shards (start, stop) on one or several devices."""
+    if not shards:
         return
     if len(devices) > 1:
-        generate_in_processes(job, devices, missing, report=report)
+        generate_in_processes(job, devices, shards, report=report)
         return
     if devices[0].type != "cpu":
         model = load_model(job.location, devices[0])
-    _generate_shards(job, model, missing, device=devices[0], report=report)
+    _generate_shards(job, model, shards, device=devices[0], report=report)
 
 
 def _generate_shards(

@@ -19,6 +19,7 @@ from stbench.data.dataset import Dataset
 from stbench.data.path_dataset import PathDataset
 from stbench.data.spec import PIXELS
 from stbench.evaluate.extractors import tensors_hash
+from stbench.evaluate.guides import LoadedGuides, load_guides
 from stbench.evaluate.past_run import open_run
 from stbench.evaluate.run_plugins import PluginChoice
 from stbench.models.autoencoder import ROUNDING, VAEInfo, find_vae, to_uint8
@@ -50,6 +51,8 @@ class ModelLocation:
     """Objective of official weights that do not say the path of their SiT."""
     plugins: PluginChoice = field(default_factory=PluginChoice)
     """Plug-in files that may be executed."""
+    guides: str = ""
+    """Guides to sample with; see docs/guidance.md."""
 
 
 @final
@@ -70,6 +73,8 @@ class SamplingModel:
     """How official weights were interpreted, or which plug-ins of a run have changed; no hash covers this."""
     description: str = ""
     """Which official checkpoint was recognised; empty for a run."""
+    guides: LoadedGuides = field(default_factory=LoadedGuides)
+    """Guides on the same device."""
 
     def identity(self) -> dict[str, Any]:
         """Return what the stored sampling settings record of the model."""
@@ -78,6 +83,7 @@ class SamplingModel:
             "decoder": self.decoder_hash,
             "rounding": ROUNDING,
             **self.import_options,
+            **({"guides": self.guides.text} if self.guides.text else {}),
         }
 
 
@@ -95,10 +101,13 @@ def _load_run(location: ModelLocation, device: torch.device | str) -> SamplingMo
     run = open_run(location.path, location.plugins)
     spec = run.prepared.spec
     network, settings = run.load(run.final_file("ema")), spec.eval
+    objective = build_objective(spec.objective, spec.objective_options)
+    declared = run.last_stage.definition.guides
     dataset = _with_decoder(run.prepared.dataset, location.vae).to(device)
     return SamplingModel(
         backbone=network.to(device),
-        objective=build_objective(spec.objective),
+        objective=objective,
+        guides=load_guides(location.guides, declared, objective, device),
         decode=dataset.decode,
         weights_hash=tensors_hash(list(network.state_dict().values())),
         decoder_hash=dataset.decoder,
@@ -150,9 +159,11 @@ def _load_official(location: ModelLocation, device: torch.device | str) -> Sampl
             f"{location.path} generates {channels} channels, but --vae {location.vae} takes {expected}; "
             "give the autoencoder it was trained with"
         )
+    objective = build_objective(model.objective)
     return SamplingModel(
         backbone=model.backbone.to(device),
-        objective=build_objective(model.objective),
+        objective=objective,
+        guides=load_guides(location.guides, model.guides, objective, device),
         decode=_decoder(vae, device),
         weights_hash=model.sha256,
         decoder_hash="pixels" if vae is None else vae.sha256,

@@ -17,7 +17,7 @@ from stbench.evaluate.image_sets import ImageSet, open_images
 from stbench.evaluate.progress import ProgressBar, no_progress
 from stbench.evaluate.reference import load_reference, reference_size
 from stbench.evaluate.sample_parts import read_settings
-from stbench.evaluate.scores import ScoreReport, compute_scores, require_comparable
+from stbench.evaluate.scores import ScoreReport, compute_scores, require_comparable, require_spaces
 from stbench.evaluate.statistics import measure_images
 
 SCORES_SCHEMA = 1
@@ -26,19 +26,21 @@ LARGEST_SCORES = 1 << 24
 """Bytes of a file that may contain scores."""
 
 
-def open_samples(samples: Path, reference: Path) -> ImageSet:
-    """Open the images at `samples` and check, before anything is measured, that `reference` fits them.
+def open_samples(samples: Path, *references: Path | None) -> ImageSet:
+    """Open the images at `samples` and check, before anything is measured, that the references fit them.
 
-    Raises UserError if either is missing or unreadable, for too few images, or if their sizes differ.
+    Raises UserError if any is missing or unreadable, for too few images, or if their sizes differ.
     """
     images = open_images(samples)
-    require_comparable(
-        str(samples),
-        count=len(images),
-        size=images.size,
-        reference=str(reference),
-        reference_size=reference_size(reference),
-    )
+    for reference in references:
+        if reference is not None:
+            require_comparable(
+                str(samples),
+                count=len(images),
+                size=images.size,
+                reference=str(reference),
+                reference_size=reference_size(reference),
+            )
     return images
 
 
@@ -51,22 +53,32 @@ def score_images(
     batch: int = 64,
     device: torch.device | str = "cpu",
     adm_fp16: bool = False,
+    validation: Path | None = None,
+    ratio: Sequence[str] = (),
     progress: ProgressBar = no_progress,
 ) -> tuple[ScoreReport, Path]:
     """Measure samples and reference, compute all scores and write them; returns them and the JSON file.
+
+    With `validation`, real images outside the reference or their statistics, FDr over `ratio` is among them.
 
     The networks must be on `device`. Without `output` the file is `<samples>.json`, or
     `<samples>-<digest>.json` if the former contains scores against another reference. Raises UserError as
     `open_samples` does, and if the disk is full.
     """
-    images = open_samples(samples, reference)
+    images = open_samples(samples, reference, validation)
 
     # Measure.
     with progress("reference", None) as report:
         real = load_reference(reference, networks, batch=batch, device=device, report=report)
+    other = None
+    if validation is not None:
+        with progress("validation", None) as report:
+            other = load_reference(validation, networks, batch=batch, device=device, report=report)
+        for side in (real, other):
+            require_spaces(side, ratio)
     with progress("samples", None) as report:
         measured = measure_images(images, networks, batch=batch, device=device, report=report)
-    scores = compute_scores(measured, real, device, adm_fp16=adm_fp16)
+    scores = compute_scores(measured, real, device, adm_fp16=adm_fp16, validation=other, ratio=ratio)
 
     # Record how the samples were made, if `stbench sample` made them.
     settings = read_settings(samples)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,10 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 
 from stbench.core.errors import UserError
 from stbench.evaluate.adm_formulas import inception_score_in_order, precision_recall
+from stbench.evaluate.fdr import mean_ratio, ratio_name
 from stbench.evaluate.metrics import MIN_IMAGES, frechet_distance, kernel_distance
+from stbench.evaluate.mind import monge_distance
+from stbench.evaluate.ratio_networks import ratio_space
 from stbench.evaluate.reference import Reference
 from stbench.evaluate.statistics import ImageStatistics
 
@@ -23,9 +26,16 @@ SCORES = {
     "precision": "share of samples in the 3-nearest-neighbour balls of up to 10,000 reference images",
     "recall": "share of those reference images in the samples' 3-nearest-neighbour balls",
     "kid": "unbiased cubic MMD of pool features, 100 subsets of up to 1,000; lower is better",
+    "mind": "sliced 2-Wasserstein distance of pool features, 3 x 2048 x mean of W2^2 over 1,000 directions; "
+    "lower is better",
     "fd_dinov2": "Frechet distance of DINOv2's class token; lower is better",
+    "fdr": "mean over the extractors of --fdr: Frechet distance of the samples / that of --validation; "
+    "lower is better",
+    "fdr6": "fdr of exactly the six published extractors; lower is better",
 }
 """Every score of photographs, without the sample count in its name, and its description."""
+PAIRS = "mind_pairs"
+"""Entry of the protocol: the number of rows of either side that MIND compares, which is also in its name."""
 FRECHET_SPACES = {"fid": "pool", "sfid": "spatial", "fd_dinov2": "dino"}
 """Frechet distances and their feature spaces."""
 
@@ -48,6 +58,14 @@ def score_name(score: str, count: int) -> str:
     return f"{score}_{number}" if score[-1].isdigit() else f"{score}{number}"
 
 
+def full_names(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """Return the full name of every score: with the number of samples, for MIND with that of the pairs."""
+    return {
+        name: score_name(name, protocol.get(PAIRS, 0) if name == "mind" else protocol["count"])
+        for name in SCORES
+    }
+
+
 def require_comparable(
     samples: str,
     *,
@@ -67,17 +85,30 @@ def require_comparable(
         raise UserError(f"expected at least {MIN_IMAGES} images in {samples}, found {count}")
 
 
+def require_spaces(reference: Reference, ratio: Sequence[str]) -> None:
+    """Raise UserError if a reference lacks the statistics of an extractor in `ratio`, those of FDr."""
+    for name in ratio:
+        if ratio_space(name) not in reference.moments:
+            raise UserError(
+                f"{reference.name} has neither statistics of extractor '{name}' nor images; expected images, "
+                f"or a file of `stbench data statistics --fdr`"
+            )
+
+
 def compute_scores(
     samples: ImageStatistics,
     reference: Reference,
     device: torch.device | str = "cpu",
     *,
     adm_fp16: bool = False,
+    validation: Reference | None = None,
+    ratio: Sequence[str] = (),
 ) -> ScoreReport:
     """Compute all scores that the samples and the reference allow; precision and recall on `device`.
 
-    With `adm_fp16`, the distances of precision and recall are rounded as in ADM's evaluator. Scores that
-    cannot be computed are named in the warnings. Raises UserError if the images differ in size.
+    With `adm_fp16`, the distances of precision and recall are rounded as in ADM's evaluator. With
+    `validation`, FDr is computed over the extractors `ratio`; see `require_spaces`. Scores that cannot
+    be computed are named in the warnings. Raises UserError if the images differ in size.
     """
     require_comparable(
         samples.name,
@@ -95,6 +126,13 @@ def compute_scores(
             found[name] = frechet_distance(*samples.moments[space], *reference.moments[space])
             warnings += _singular_warnings(name, space, samples, reference)
 
+    # Their ratios to those of the validation images.
+    if validation is not None:
+        name, spaces = ratio_name(ratio), [ratio_space(extractor) for extractor in ratio]
+        found[name] = _mean_ratio(samples, reference, validation, spaces)
+        for extractor, space in zip(ratio, spaces, strict=True):
+            warnings += _singular_warnings(f"{name}, {extractor}", space, samples, reference, validation)
+
     # Inception scores need the samples' logits only.
     if len(samples.logits):
         found["is_adm"] = inception_score_in_order(samples.logits)
@@ -106,25 +144,41 @@ def compute_scores(
             samples.features.to(device), reference.features.to(device), fp16=adm_fp16
         )
         found["kid"] = kernel_distance(samples.features, reference.features, subsets=100)
+        found["mind"] = monge_distance(samples.features.to(device), reference.features.to(device))
     elif len(samples.features):
-        warnings.append(f"{reference.name} has no arr_0: precision, recall and KID are left out")
+        warnings.append(f"{reference.name} has no arr_0: precision, recall, KID and MIND are left out")
 
     missing = [n for n, s in FRECHET_SPACES.items() if s in samples.moments and s not in reference.moments]
     warnings += [f"{reference.name} has no statistics for {name}: left out" for name in missing]
     # In the order of SCORES, under their full names.
-    metrics = {score_name(name, samples.count): found[name] for name in SCORES if name in found}
-    arithmetic = {"distances": "float16 as in ADM"} if adm_fp16 and "precision" in found else {}
-    return ScoreReport(metrics, _protocol(samples, reference) | arithmetic, warnings)
+    protocol = _protocol(samples, reference)
+    if validation is not None:
+        protocol |= _ratio_protocol(validation, ratio)
+    if adm_fp16 and "precision" in found:
+        protocol["distances"] = "float16 as in ADM"
+    metrics = {full: found[name] for name, full in full_names(protocol).items() if name in found}
+    return ScoreReport(metrics, protocol, warnings)
 
 
-def _singular_warnings(name: str, space: str, samples: ImageStatistics, reference: Reference) -> list[str]:
+def _mean_ratio(
+    samples: ImageStatistics, reference: Reference, validation: Reference, spaces: Sequence[str]
+) -> float:
+    """Return the mean over feature spaces of FD(samples, reference) / FD(validation, reference)."""
+    distances, real = (
+        [frechet_distance(*side.moments[space], *reference.moments[space]) for space in spaces]
+        for side in (samples, validation)
+    )
+    return mean_ratio(distances, real)
+
+
+def _singular_warnings(name: str, space: str, samples: ImageStatistics, *references: Reference) -> list[str]:
     """Return a warning for each side with too few images for a covariance of full rank."""
     dimension = len(samples.moments[space][0])
-    real = reference.other_counts.get(space, reference.count)
+    real = [(side.name, side.other_counts.get(space, side.count)) for side in references]
     return [
         f"{name}: {count} images in {where} are no more than the {dimension} features, so the covariance is "
         f"singular and the distance far too large; compare it only at this number of images"
-        for where, count in ((samples.name, samples.count), (reference.name, real))
+        for where, count in ((samples.name, samples.count), *real)
         if count is not None and count <= dimension  # N rows span N-1 directions
     ]
 
@@ -140,4 +194,15 @@ def _protocol(samples: ImageStatistics, reference: Reference) -> dict[str, Any]:
         "reference_count": reference.count,
         "reference_rows": 0 if reference.features is None else len(reference.features),
         "reference_counts_by_space": dict(reference.other_counts),
+        PAIRS: 0 if reference.features is None else min(len(samples.features), len(reference.features)),
+    }
+
+
+def _ratio_protocol(validation: Reference, ratio: Sequence[str]) -> dict[str, Any]:
+    """Return what the protocol records of FDr."""
+    return {
+        "fdr": list(ratio),
+        "validation": validation.name,
+        "validation_sha256": validation.digest,
+        "validation_count": validation.count,
     }

@@ -6,6 +6,7 @@ unless the name says otherwise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import OrderedDict
 from typing import Annotated, Literal, TypeVar
@@ -15,9 +16,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from stbench.core.device import arithmetic
 from stbench.core.errors import UserError
 from stbench.core.objective import Objective
 from stbench.models.layers import unpatchify
+from stbench.models.routing import gather_tokens
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -62,6 +65,27 @@ def smooth_l1(a: Tensor, b: Tensor, beta: float) -> Tensor:
     return F.smooth_l1_loss(a.float(), b.float(), reduction="none", beta=beta).flatten(1).mean(1)
 
 
+def structure(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference of the cosine similarities between all pairs of tokens of a sample (SARA).
+
+    a (B,N,D) and b (B,N,E) may have different widths; a token and itself count as a pair.
+    """
+    with arithmetic("fp32", a.device):
+        first, second = (F.normalize(z.float(), dim=-1) for z in (a, b))
+        difference = first @ first.mT - second @ second.mT
+    return difference.square().flatten(1).mean(1)
+
+
+def attention_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy of two attention maps, given as logits (B,heads,N,N), averaged over heads and queries.
+
+    Head i is compared with head i, as far as both have one (HASTE). The teacher's map is the target.
+    """
+    heads = min(student.shape[1], teacher.shape[1])
+    target = teacher[:, :heads].float().softmax(-1)
+    return -(target * student[:, :heads].float().log_softmax(-1)).sum(-1).mean((1, 2))
+
+
 def pairwise(z: Tensor) -> Tensor:
     """Squared distance between every two samples of z (B,...), divided by the sample size; (B,B) float32."""
     flat = z.float().flatten(1)
@@ -88,6 +112,14 @@ def dispersive_rows(z: Tensor, tau: float, batch: int | None = None) -> Tensor:
 
 
 # Times and blocks
+
+
+def at_kept(tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """Select the tokens `kept` (B,n) of tokens (B,N,D), to compare them with features inside a route.
+
+    None, for features outside of a route, selects all.
+    """
+    return tokens if kept is None else gather_tokens(tokens, kept)
 
 
 def check_interval(interval: tuple[float, float]) -> None:
@@ -145,19 +177,44 @@ def released_mask(loss: Tensor, inside: Tensor) -> Tensor:
     return loss * inside.double().mean().item()
 
 
+# Targets
+
+
+def standardise(tokens: Tensor, alpha: float, eps: float = 1e-6) -> Tensor:
+    """Return (z - alpha mean) / (std + eps) of tokens z (B,N,D), float32 (iREPA).
+
+    Mean and standard deviation, without bias, are those of each channel over the tokens of a sample.
+    """
+    z = tokens.float()
+    return (z - alpha * z.mean(1, keepdim=True)) / (z.std(1, keepdim=True) + eps)
+
+
 # Heads
 
 
-def projector(width: int, hidden: int, out: int) -> nn.Sequential:
-    """Three-layer MLP on tokens with SiLU, Xavier weights and zero biases (REPA; parameters 0, 2, 4)."""
-    layers = [
-        nn.Linear(width, hidden),
-        nn.SiLU(),
-        nn.Linear(hidden, hidden),
-        nn.SiLU(),
-        nn.Linear(hidden, out),
-    ]
-    return _xavier(nn.Sequential(*layers))
+def projector(width: int, hidden: int, out: int, *, layers: int = 3) -> nn.Sequential:
+    """MLP of `layers` linear layers on tokens with SiLU, Xavier weights and zero biases.
+
+    REPA's has three, parameters 0, 2 and 4.
+    """
+    widths = [width, *[hidden] * (layers - 1), out]
+    linear = [nn.Linear(a, b) for a, b in itertools.pairwise(widths)]
+    parts = [part for layer in linear for part in (layer, nn.SiLU())]
+    return _xavier(nn.Sequential(*parts[:-1]))
+
+
+class ConvProjector(nn.Module):
+    """One convolution over a square grid of tokens with zero padding, as torch initialises it (iREPA)."""
+
+    def __init__(self, width: int, out: int, kernel: int) -> None:
+        super().__init__()
+        self.projection_layer = nn.Conv2d(width, out, kernel, padding=kernel // 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B,N,D) to (B,N,out)."""
+        side = math.isqrt(tokens.shape[1])
+        grid = tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
+        return self.projection_layer(grid).flatten(2).transpose(1, 2)
 
 
 def sra_head(width: int) -> nn.Sequential:

@@ -14,11 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from stbench.core.backbone import Backbone
+from stbench.core.backbone import Backbone, trunk_state
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.models.export_diffusers import write_diffusers
 from stbench.models.export_loaders import Exported, loaded_by
+from stbench.models.official_heads import DEPTH, PUBLISHED_DEPTH
+from stbench.models.repositories import KEPT_HEAD
 from stbench.models.weights import State
 
 Kind = Literal["official", "diffusers"]
@@ -40,17 +42,27 @@ def export_network(
     kind: Kind,
     output: Path,
     heads: State | None = None,
+    head_block: int = PUBLISHED_DEPTH - 1,
 ) -> list[str]:
     """Write a network's weights for another codebase.
 
     `options` are the constructor options of the backbone; `heads` are stored with an official file, under the
-    names of their repository (see `export_heads`). Returns lines that say what was written and which code
-    loads it. Raises UserError for a network that the other code cannot express.
+    names of their repository (see `export_heads`), and `head_block` is the 0-based block of the head of
+    Internal Guidance. The network's own heads are left out. Returns lines that say what was written and which
+    code loads it. Raises UserError for a network that the other code cannot express.
     """
     _require_published(network, objective)
     if kind == "diffusers":
         return write_diffusers(network, options, output)
-    return _write_official(network, options, objective, heads=heads or {}, output=output)
+    if output.suffix != ".pt":
+        raise UserError(f"--output must be a file that ends in .pt, found {output}; try {output}.pt")
+    content, loaders = official_file(
+        network, options, objective, heads=heads or {}, head_block=head_block, name=output.name
+    )
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(output, buffer.getvalue())
+    return [f"weights: {output}", *(f"loaded by: {loader}" for loader in loaders)]
 
 
 def _require_published(network: Backbone, objective: str) -> None:
@@ -77,24 +89,13 @@ def _require_published(network: Backbone, objective: str) -> None:
 # --- Published repositories ---
 
 
-def _write_official(
-    network: Backbone, options: Mapping[str, Any], objective: str, *, heads: State, output: Path
-) -> list[str]:
-    if output.suffix != ".pt":
-        raise UserError(f"--output must be a file that ends in .pt, found {output}; try {output}.pt")
-    content, loaders = official_file(network, options, objective, heads=heads, name=output.name)
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    atomic_write(output, buffer.getvalue())
-    return [f"weights: {output}", *(f"loaded by: {loader}" for loader in loaders)]
-
-
 def official_file(
     network: Backbone,
     options: Mapping[str, Any],
     objective: str,
     *,
     heads: State,
+    head_block: int = PUBLISHED_DEPTH - 1,
     name: str = "run.pt",
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the content of an official file called `name`, and what loads it; see `export_network`.
@@ -109,17 +110,21 @@ def official_file(
             f"expected a network whose repository stores these heads, found {found}; "
             f"use --with-heads none{', or sra' if sra_only else ''}"
         )
+    kept = any(key.startswith(KEPT_HEAD) for key in heads)
+    depth = {DEPTH: min(head_block + 1, network.info.depth)} if kept else {}
     state = official_state(network, options) | dict(heads)
     exported = Exported(
         info=network.info,
         objective=objective,
         heads=heads,
+        head_depth=depth,
         attention_heads=int(options["heads"]),
         qk_norm=bool(options.get("qk_norm")),
         noise_at_zero=noise_at_zero,
         learn_sigma=bool(options.get("learn_sigma")),
     )
-    content = state if family == "uvit" else {"ema": state, "args": _training_options(network, objective)}
+    args = {**_training_options(network, objective), **depth}
+    content = state if family == "uvit" else {"ema": state, "args": args}
     return content, loaded_by(exported, name)
 
 
@@ -141,7 +146,7 @@ def official_state(network: Backbone, options: Mapping[str, Any]) -> dict[str, T
     Raises UserError for qk_norm where the published code has none.
     """
     family = network.info.name
-    state = {key: value.clone() for key, value in network.state_dict().items()}
+    state = {key: value.clone() for key, value in trunk_state(network).items()}
     noise_at_zero = bool(options.get("noise_at_zero"))
     if options.get("qk_norm") and (family == "dit" or noise_at_zero):
         raise UserError(

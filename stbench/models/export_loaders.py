@@ -7,6 +7,7 @@ the class with the arguments instead.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,8 @@ class Exported:
     objective: str
     heads: State
     """Heads in the file, under the repository's names."""
+    head_depth: Mapping[str, int]
+    """The option that counts the blocks before the head of Internal Guidance; empty without that head."""
     attention_heads: int
     qk_norm: bool
     noise_at_zero: bool
@@ -102,12 +105,17 @@ def _upstream(exported: Exported, file: str) -> str:
 
 
 def _data_at_zero(exported: Exported, file: str) -> str:
-    """REPA, SRA and Self-Transcendence: the heads in the file decide which of them loads it."""
+    """REPA, SRA, Self-Transcendence, Internal Guidance: the heads decide which of them loads the file."""
     info, heads = exported.info, exported.heads
     more: dict[str, Any] = {"decoder_hidden_size": info.width, "qk_norm": exported.qk_norm}
     extra, hidden = "", _hidden(heads)
     if "ap_head.linear1.weight" in heads:
         script, cls = "SiT-SRA/generate.py of vvvvvjdy/SRA", "SiT-SRA/models/sit.py of vvvvvjdy/SRA"
+    elif depth := exported.head_depth:
+        script = "SiT/generate.py of CVL-UESTC/Internal-Guidance"
+        cls = "SiT/models/sit.py of CVL-UESTC/Internal-Guidance"
+        extra = "".join(f" --{name.replace('_', '-')} {value}" for name, value in depth.items())
+        more |= depth
     elif widths := _encoder_widths(heads):
         script, cls = "generate.py of sihyun-yu/REPA", "models/sit.py of sihyun-yu/REPA"
         extra = f" --projector-embed-dims {','.join(map(str, widths))}"

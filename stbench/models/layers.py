@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stbench.core.backbone import BackboneInfo
+from stbench.core.backbone import BackboneInfo, kept_heads
 from stbench.core.errors import UserError
 
 
@@ -48,12 +48,12 @@ def frequencies(half: int, device: torch.device | None = None) -> Tensor:
 
 
 def timestep_sinusoid(t: Tensor, width: int) -> Tensor:
-    """Embed times (B,) as [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(width/2)), float32 (B, width).
+    """Embed times (...) as [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(width/2)), float32 (..., width).
 
     The product is rounded to float32, as published; cosine and sine are computed in float64 and rounded once.
     """
-    angles = (t.float()[:, None] * frequencies(width // 2, t.device)).double()
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    angles = (t.float()[..., None] * frequencies(width // 2, t.device)).double()
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
 def scale_time(t: Tensor, scale: float) -> Tensor:
@@ -71,14 +71,25 @@ def unpatchify(tokens: Tensor, patch: int, channels: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, grid * patch, grid * patch)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot-product attention over (B,heads,N,head width); the only place that selects a kernel."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention over (B,heads,N,head width); the only place that selects a kernel.
+
+    With `mask` (B,N,N), a token attends to others only where it is true.
+    """
     q, k = q.to(v.dtype), k.to(v.dtype)
+    mask = None if mask is None else mask[:, None]
     # On CPUs with bfloat16 units, the backward pass of torch's kernel is slower than these three operations.
     if v.device.type == "cpu" and v.dtype == torch.bfloat16:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        scores = logits(q, k)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def logits(q: Tensor, k: Tensor) -> Tensor:
+    """Attention logits (B,heads,N,N) of queries and keys (B,heads,N,head width)."""
+    return (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
 
 
 class Attention(nn.Module):
@@ -104,18 +115,24 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(width // heads, eps=1e-5) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Attend over tokens (B,N,D); returns (B,N,D)."""
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, *, with_logits: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over tokens (B,N,D), restricted by `mask` (B,N,N).
+
+        Returns tokens (B,N,D), and attention logits (B,heads,N,N) if they are asked for.
+        """
         b, n, d = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.float32:
             # autocast does not support the meta device, on which FLOPs are counted
             with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-                out = attend(q.float(), k.float(), v.float()).to(v.dtype)
+                out = attend(q.float(), k.float(), v.float(), mask).to(v.dtype)
         else:
-            out = attend(q, k, v)
-        return self.proj(out.transpose(1, 2).reshape(b, n, d))
+            out = attend(q, k, v, mask)
+        found = logits(q, k) if with_logits else None
+        return self.proj(out.transpose(1, 2).reshape(b, n, d)), found
 
 
 class TimeEmbed(nn.Module):
@@ -128,7 +145,7 @@ class TimeEmbed(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Embed times (B,), already multiplied by the network's `time_scale`, as (B,D)."""
+        """Embed times (B,) or (B,N), already in the network's range, as (B,D) or (B,N,D)."""
         return self.mlp(timestep_sinusoid(t, self.FREQUENCIES))
 
 
@@ -172,6 +189,16 @@ def make_info(
         input_size=input_size,
         classes=classes,
     )
+
+
+def with_prefix(network: nn.Module, prefix: Tensor, tokens: Tensor, **others: object) -> Tensor:
+    """Put prefix tokens before tokens (B,N,D): vectors (B,m,P), embedded by the network's head "prefix".
+
+    Raises ValueError if one of `others`, further optional inputs, is given as well.
+    """
+    if any(others.values()):
+        raise ValueError(f"prefix tokens cannot be combined with {', '.join(k for k in others if others[k])}")
+    return torch.cat([kept_heads(network)["prefix"](prefix), tokens], dim=1)
 
 
 def blocks_to_run(info: BackboneInfo, indices: Sequence[int], stop_early: bool) -> int:

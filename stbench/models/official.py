@@ -1,14 +1,14 @@
 """Load checkpoints of the published repositories as our networks, configured from their keys and shapes.
 
-DiT, SiT, REPA, SRA, LayerSync, Dispersive loss, Self-Transcendence and U-ViT. Networks that were trained with
-noise at t=0 are converted to our direction of time.
+DiT, SiT, REPA, SRA, LayerSync, Dispersive loss, Self-Transcendence, Internal Guidance and U-ViT. Networks
+that were trained with noise at t=0 are converted to our direction of time.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stbench.core.backbone import Backbone, Weights
 from stbench.core.errors import UserError
+from stbench.core.guides import Guide, HeadGuide
 from stbench.core.registry import BACKBONES, lookup
 from stbench.models.external import read_external, shown
 from stbench.models.fit import (
@@ -25,7 +26,8 @@ from stbench.models.fit import (
     require_same_keys,
     require_same_shapes,
 )
-from stbench.models.repositories import HEAD_PREFIXES, Repository, identify
+from stbench.models.official_heads import HEAD, attach_head
+from stbench.models.repositories import HEAD_PREFIXES, KEPT_HEAD, Repository, identify
 from stbench.models.weights import State, require_finite, tensors_sha256
 
 SIT_PATHS = {"linear": "linear", "cosine": "cosine", "gvp": "cosine"}
@@ -58,11 +60,13 @@ class OfficialModel:
     description: str
     """Repository, size, direction of time, objective and file, in words."""
     sha256: str
-    """Hash of the network's tensors as stored, without the heads; see `tensors_sha256`."""
+    """Hash of the network's tensors as stored, without the dropped heads; see `tensors_sha256`."""
     options: Mapping[str, Any]
     """Constructor options of the backbone, as read from the file."""
     guided_channels: int | None = None
     """Number of leading channels that its repository guides; None for all."""
+    guides: Mapping[str, Guide] = field(default_factory=dict)
+    """How the network can be guided at sampling, as in `Stage.guides`."""
 
 
 def load_official(
@@ -113,8 +117,10 @@ def from_state(
 
     # Separate the network from the recipe's heads, then build and fill it.
     dropped = tuple(sorted(key for key in state if key.startswith(HEAD_PREFIXES)))
-    trunk = _renumbered({key: value for key, value in state.items() if key not in dropped})
+    kept = {key: value for key, value in state.items() if key.startswith(KEPT_HEAD)}
+    trunk = _renumbered({key: v for key, v in state.items() if key not in dropped and key not in kept})
     net, options = _build(trunk, repository, heads, where)
+    guides = {HEAD: attach_head(net, kept, settings, where)} if kept else {}
 
     objective = _objective(repository, options, settings, asked=objective, where=where)
     if objective == "iddpm" and options["out_channels"] != 2 * options["channels"]:
@@ -130,10 +136,11 @@ def from_state(
         family=repository.family,
         size=size,
         dropped=dropped,
-        description=f"{repository.title}, {network}{_without(dropped)}, from {where}",
-        sha256=tensors_sha256(trunk),
+        description=f"{repository.title}, {network}{_with(guides)}{_without(dropped)}, from {where}",
+        sha256=tensors_sha256(trunk | kept),
         options=options,
         guided_channels=repository.guided_channels,
+        guides=guides,
     )
 
 
@@ -144,6 +151,11 @@ def _time(repository: Repository) -> str:
 def _heads(given: int | None) -> str:
     """Return " with N heads" if the user gave the number: nothing in the file may confirm it."""
     return "" if given is None else f" with {given} heads"
+
+
+def _with(guides: Mapping[str, HeadGuide]) -> str:
+    """Return ", with its head final_layer_xr after block 8" if the network keeps it, counted as published."""
+    return "".join(f", with its head {KEPT_HEAD[:-1]} after block {g.block + 1}" for g in guides.values())
 
 
 def _without(dropped: Sequence[str]) -> str:

@@ -48,6 +48,7 @@ REPOSITORIES: Mapping[str, Repository] = {
     "sra": Repository("SRA", "sit"),
     "sra-dit": Repository("SRA on DiT", "dit", guided_channels=3),
     "self-transcendence": Repository("Self-Transcendence", "sit"),
+    "internal-guidance": Repository("Internal Guidance", "sit"),
     "uvit": Repository("U-ViT", "uvit"),
     "uvit-discrete": Repository(
         "U-ViT, discrete steps (H)", "uvit", objective="vp-discrete", time_scale=1000.0
@@ -60,6 +61,9 @@ REPOSITORIES: Mapping[str, Repository] = {
 
 HEAD_PREFIXES = ("projectors.", "projectors_final.", "ap_head.")
 """Prefixes of the heads that REPA, Self-Transcendence and SRA store with the network."""
+
+KEPT_HEAD = "final_layer_xr."
+"""Prefix of the head of Internal Guidance, which is needed at sampling."""
 
 
 def identify(
@@ -128,7 +132,9 @@ def _candidates(state: State, where: str) -> list[str]:
     doubled = state[last].shape[0] == 2 * channels * patch**2
     if "ap_head.linear1.weight" in state:
         return ["sra-dit"] if doubled else ["sra"]
-    if any(re.match(r"projectors\.\d+\.\d+\.|decoder_blocks\.", key) for key in state):
+    if any(key.startswith(KEPT_HEAD) for key in state):
+        return ["internal-guidance"]
+    if any(re.match(r"projectors\.\d+\.(\d+|projection_layer)\.|decoder_blocks\.", key) for key in state):
         return ["repa"]
     if any(key.startswith("projectors") for key in state):
         return ["self-transcendence"]

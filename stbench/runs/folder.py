@@ -6,6 +6,7 @@ Every write is atomic, so a reader never sees part of a file. The fields of the 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +19,15 @@ from stbench.core.files import absolute_path, is_locked, lock_folder, remove_unf
 from stbench.core.text import check_name, visible
 from stbench.runs import schema
 from stbench.runs.consistency import require_consistent
+from stbench.runs.guide_text import file_name
 from stbench.runs.record_folder import RecordFolder
-from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord, network_name
+from stbench.runs.records import SCHEMA, CurvePoint, RunRecord, StageRecord, network_name, row_label
 from stbench.runs.schema import REMEDY, Fields, convert
 from stbench.runs.sealed import Binding
 from stbench.runs.stage_folder import CHECKPOINTS, StageFolder
 
 State = Literal["running", "stopped", "failed", "finished"]
+_SCALE = re.compile(r"g\d{1,6}(\.\d{1,6})?")
 COUNTED = ("curve", "stages")
 """Files whose number of lines status.json records, so that missing lines are noticed."""
 
@@ -88,6 +91,11 @@ class OutputFolder:
         """Config file with which a sweep starts a run."""
         return self.sweep / f"{_checked_id(run_id)}.json"
 
+    @property
+    def slurm(self) -> Path:
+        """Files of the jobs that sweeps submitted to Slurm, one folder per submission."""
+        return self.sweep / "slurm"
+
     def run_log(self, run_id: str) -> Path:
         """Log of a run that a sweep started. Every attempt appends to it."""
         return self.path / ".logs" / f"{_checked_id(run_id)}.log"
@@ -108,18 +116,27 @@ class RunFolder(RecordFolder):
         check_name(name, "the name of a stage")
         return StageFolder(self.path / CHECKPOINTS / f"{index}-{name}", self.binding)
 
-    def sample_file(self, index: int, name: str, step: int, scale: float) -> Path:
+    def sample_file(self, index: int, name: str, step: int, scale: float, guides: str = "") -> Path:
         """Picture of generated images at an evaluation point."""
-        return self.path / "samples" / f"{index}-{name}-{step:08d}-g{scale:g}.png"
+        guided = f"+{file_name(guides)}" if guides else ""
+        return self.path / "samples" / f"{index}-{name}-{step:08d}-g{scale:g}{guided}.png"
 
     def sample_files(self, index: int) -> list[Path]:
         """The pictures of a stage, in order of steps."""
         return sorted(self.path.glob(f"samples/{index}-*.png"))
 
-    @property
-    def tensorboard(self) -> Path:
-        """Event files of --tensorboard."""
-        return self.path / "tensorboard"
+    def samples(self, index: int) -> dict[tuple[int, float], Path]:
+        """The pictures of a stage by step and guidance scale."""
+        found = {}
+        for path in self.sample_files(index):
+            _, step, scale = path.stem.rsplit("-", 2)
+            if step.isdecimal() and _SCALE.fullmatch(scale):
+                found[int(step), float(scale[1:])] = path
+        return found
+
+    def tracking(self, service: str) -> Path:
+        """Local files of a tracking service: "tensorboard", "wandb" or "mlflow"."""
+        return self.path / service
 
     def create(self, content: Mapping[str, Any], env: Mapping[str, Any]) -> None:
         """Write a first status.json, env.json and finally spec.json, which makes this a run folder.
@@ -185,7 +202,7 @@ class RunFolder(RecordFolder):
 
     def points(self) -> list[CurvePoint]:
         """Read the evaluations of all stages, in the order they were added."""
-        return self.read_lines("curve.jsonl", CurvePoint, schema.POINT)
+        return self.read_lines("curve.jsonl", CurvePoint, schema.POINT, schema.OPTIONAL_POINT)
 
     def add_stage(self, stage: StageRecord) -> None:
         """Add a finished stage to stages.jsonl, replacing one of the same index."""
@@ -246,7 +263,7 @@ class RunFolder(RecordFolder):
             status=state,
             dataset=spec["dataset"],
             backbone=network_name(spec["backbone"]),
-            objective=spec["objective"],
+            objective=row_label(spec["objective"], spec.get("objective_options", {})),
             recipe=spec["recipe"]["name"],
             options=spec["recipe"]["options"],
             needs=spec["recipe"]["needs"],
@@ -296,4 +313,5 @@ def _walk(path: Path, seen: set[str] | None = None) -> Iterator[Path]:
 
 
 def _identity(point: CurvePoint) -> tuple[object, ...]:
-    return point.stage_index, point.step, point.guidance, tuple(point.interval), point.protocol
+    guidance = point.guidance, tuple(point.interval), point.guides
+    return point.stage_index, point.step, *guidance, point.protocol

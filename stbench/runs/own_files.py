@@ -11,7 +11,7 @@ from stbench.runs.journal import JOURNAL_FILE
 RUN_FILES = frozenset(
     {
         *("spec.json", "env.json", "status.json", "curve.jsonl", "stages.jsonl", "protocols.json", ".lock"),
-        *("checkpoints", "samples", "tensorboard"),
+        *("checkpoints", "samples", "tensorboard", "wandb", "mlflow"),
     }
 )
 """What a run folder contains. Users may put other files into it."""

@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from stbench.core.errors import UserError
 from stbench.core.files import atomic_write
 from stbench.runs.records import SCHEMA, CurvePoint, StageRecord
-from stbench.runs.schema import REMEDY, Fields, convert
+from stbench.runs.schema import OPTIONAL_POINT, REMEDY, Fields, convert
 from stbench.runs.sealed import Binding, parse, seal, unseal
 
 Record = TypeVar("Record")
@@ -61,7 +62,10 @@ class RecordFolder:
 
     def write_lines(self, name: str, records: Sequence[CurvePoint | StageRecord]) -> None:
         """Replace a file of one JSON object per line; nothing is written without records."""
-        rows = [seal(asdict(row), self.binding, f"{name}:{n}") for n, row in enumerate(records, start=1)]
+        rows = [
+            seal(_fields(record), self.binding, f"{name}:{number}")
+            for number, record in enumerate(records, start=1)
+        ]
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
         if lines:
             atomic_write(self.path / name, "".join(lines))
@@ -81,8 +85,10 @@ class RecordFolder:
         """
         return unseal(self._parse(name), self.binding, name, self.path / name)
 
-    def read_lines(self, name: str, cls: Callable[..., Record], fields: Fields) -> list[Record]:
-        """Read a file of one JSON object per line; [] if it is missing.
+    def read_lines(
+        self, name: str, cls: Callable[..., Record], fields: Fields, optional: Fields = MappingProxyType({})
+    ) -> list[Record]:
+        """Read a file of one JSON object per line; [] if it is missing. A line may lack `optional` fields.
 
         Raises:
             UserError: If a line is cut off, damaged or of another folder, or if a field has another type.
@@ -97,7 +103,13 @@ class RecordFolder:
         for number, line in enumerate(lines, start=1):
             where = f"{path} line {number}"
             row = unseal(parse(line, where), self.binding, f"{name}:{number}", where, line=line)
-            if unknown := sorted(row.keys() - fields.keys()):
+            if unknown := sorted(row.keys() - fields.keys() - optional.keys()):
                 raise UserError(f"{where} has an unknown field {unknown[0]!r}; {REMEDY}")
-            rows.append(cls(**convert(row, fields, where)))
+            present = {name: check for name, check in optional.items() if name in row}
+            rows.append(cls(**convert(row, {**fields, **present}, where)))
         return rows
+
+
+def _fields(record: CurvePoint | StageRecord) -> dict[str, Any]:
+    """Return the fields of a record, without empty optional ones."""
+    return {name: value for name, value in asdict(record).items() if value or name not in OPTIONAL_POINT}

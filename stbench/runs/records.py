@@ -41,7 +41,7 @@ def network_name(backbone: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One evaluation of one stage's EMA weights under one protocol at one guidance scale."""
+    """One evaluation of one stage's EMA weights under one protocol with one setting of guidance."""
 
     stage: str
     stage_index: int
@@ -63,6 +63,11 @@ class CurvePoint:
     """Training seconds of this stage so far, without evaluation."""
     flops: float
     """Training FLOPs of this stage so far, teachers included."""
+    guides: str = ""
+    """Guides besides classifier-free guidance, in the form of stbench.runs.guide_text; "" for none."""
+    guide_cost: Mapping[str, float] = field(default_factory=dict)
+    """What another network that guides cost to train: "images", "seconds" and "flops"; empty if there is none
+    or it is not a run of stbench."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class RunRecord:
     backbone: str
     """Family and size, such as "sit-ti/2"."""
     objective: str
+    """Its name, with the options that differ from its defaults, such as "linear (shift=3.0)"."""
     recipe: str
     options: Mapping[str, Any]
     """Recipe options that differ from the defaults."""
@@ -157,7 +163,7 @@ class RunRecord:
         return row_label(self.recipe, self.options)
 
 
-def row_label(recipe: str, options: Mapping[str, Any]) -> str:
-    """Return the name of a leaderboard row, such as "taught (mask=released)"."""
-    extra = ", ".join(f"{name}={value}" for name, value in sorted(options.items()))
-    return f"{recipe} ({extra})" if extra else recipe
+def row_label(name: str, options: Mapping[str, Any]) -> str:
+    """Return the name of a leaderboard row or an objective with its options: "taught (mask=released)"."""
+    extra = ", ".join(f"{option}={value}" for option, value in sorted(options.items()))
+    return f"{name} ({extra})" if extra else name

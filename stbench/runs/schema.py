@@ -11,15 +11,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stbench.core import limits
 from stbench.core.errors import UserError
+from stbench.core.safe_load import shown
+from stbench.runs.guide_text import recorded_guides
 
 Fields = Mapping[str, Callable[[Any], Any]]
 """Name of a field -> function that checks and converts its JSON value."""
-
-MAX_DEPTH = 1024
-"""Blocks of a network."""
-LONGEST_VALUE = 60
-"""Characters of an invalid value that an error message shows."""
 
 NOT_FINITE = ("nan", "inf", "-inf")
 """Strings that stand for floats that are not finite."""
@@ -51,9 +49,7 @@ def convert(row: Mapping[str, Any], fields: Fields, where: Path | str) -> dict[s
         try:
             values[name] = converter(row[name])
         except (TypeError, ValueError, OverflowError):
-            found = repr(row[name])
-            found = found if len(found) <= LONGEST_VALUE else f"{found[:LONGEST_VALUE]}..."
-            raise UserError(f"{where}: {name} = {found} is not a valid value; {REMEDY}") from None
+            raise UserError(f"{where}: {name} = {shown(row[name])} is not a valid value; {REMEDY}") from None
     return values
 
 
@@ -132,7 +128,7 @@ def _backbone(value: Any) -> Any:
     optional = [mapping(value)[name] for name in ("options", "effective") if name in mapping(value)]
     for options in optional:
         depth = mapping(options).get("depth", 1)
-        if type(depth) is int and depth > MAX_DEPTH:  # building the network would not end
+        if type(depth) is int and depth > limits.MAX_DEPTH:  # building the network would not end
             raise ValueError
     return section(name=text, size=text)(value)
 
@@ -151,6 +147,13 @@ def _stages(value: Any) -> Any:
     return value
 
 
+def _guide_cost(value: Any) -> dict[str, float]:
+    cost = numbers(section(images=number, seconds=number, flops=number)(value))
+    if not all(map(math.isfinite, cost.values())):
+        raise ValueError
+    return cost
+
+
 POINT: Fields = {
     "stage": text,
     "stage_index": whole,
@@ -164,6 +167,8 @@ POINT: Fields = {
     "seconds": number,
     "flops": number,
 }
+OPTIONAL_POINT: Fields = {"guides": recorded_guides, "guide_cost": _guide_cost}
+"""Fields of a point that are left out where they are empty."""
 STAGE: Fields = {
     "name": text,
     "index": whole,
@@ -200,5 +205,5 @@ SPEC: Fields = {
     "train_hash": text,
     "plugins": texts,
 }
-OPTIONAL: Fields = {"row_hash": text, "stages": _stages, "data": _data}
+OPTIONAL: Fields = {"row_hash": text, "stages": _stages, "data": _data, "objective_options": mapping}
 """Fields of spec.json that the earliest records lack."""

@@ -45,7 +45,17 @@ class Outcome:
 
 
 class Executor(ABC):
-    """Runs jobs in the background. Subclass it to submit to a cluster instead of this machine."""
+    """Runs jobs in the background: on this machine, or on a cluster."""
+
+    stopping = "stopping: waiting for the running runs to save; press Ctrl-C again to kill them"
+    """What the sweep prints before it calls `stop`."""
+
+    def adopt(self, jobs: Sequence[Job]) -> list[str]:
+        """Run ids of the jobs that an earlier sweep submitted and that have not ended.
+
+        Here none: child processes do not outlive their sweep.
+        """
+        return []
 
     @abstractmethod
     def has_free_slot(self) -> bool:
@@ -53,7 +63,10 @@ class Executor(ABC):
 
     @abstractmethod
     def submit(self, job: Job) -> None:
-        """Start a job without waiting for it."""
+        """Start a job without waiting for it, at the latest at the next `flush`."""
+
+    def flush(self) -> None:
+        """Start the jobs that were submitted since the last call. Here nothing is left to do."""
 
     @abstractmethod
     def poll(self) -> list[Outcome]:
@@ -61,7 +74,7 @@ class Executor(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Ask every running job to save its state and exit, and wait for it."""
+        """Called when the sweep ends. Jobs that cannot continue alone save their state and exit first."""
 
 
 def last_line(file: Path, start: int = 0) -> str:
@@ -108,7 +121,7 @@ class LocalExecutor(Executor):
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "stbench.cli.child", str(os.getpid()), *job.arguments]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self._slots[slot]}
-        with open(log, "ab", opener=_open_own) as file:
+        with open(log, "ab", opener=open_log) as file:
             log_start = file.tell()
             process = subprocess.Popen(
                 command,
@@ -125,7 +138,10 @@ class LocalExecutor(Executor):
         ended = {name: child for name, child in self._children.items() if child.process.poll() is not None}
         for name in ended:
             del self._children[name]
-        return [Outcome(name, _error_message(child)) for name, child in ended.items()]
+        return [
+            Outcome(name, exit_message(child.process.returncode, child.log, child.log_start))
+            for name, child in ended.items()
+        ]
 
     def stop(self) -> None:
         """Ask the processes to save and exit, and wait for them.
@@ -144,16 +160,16 @@ class LocalExecutor(Executor):
             raise
 
 
-def _open_own(path: str, flags: int) -> int:
+def open_log(path: str, flags: int) -> int:
     """Open a log, but not what a link in its place leads to, and without waiting for the reader of a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
-def _error_message(child: _Child) -> str:
-    """One-line error of an ended process, taken from its log; "" if it succeeded."""
-    code, line = child.process.returncode, last_line(child.log, child.log_start)
+def exit_message(code: int, log: Path, log_start: int) -> str:
+    """One-line error of a process that ended with `code`, taken from its log; "" if it succeeded."""
+    line = last_line(log, log_start)
     if code == 0:
         return ""
     if code < 0:
         return f"killed by {signal.Signals(-code).name}" + (f" after: {line}" if line else "")
-    return line.removeprefix("error: ") or f"exit code {code} without any output; see {child.log}"
+    return line.removeprefix("error: ") or f"exit code {code} without any output; see {log}"

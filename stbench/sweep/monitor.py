@@ -20,7 +20,6 @@ from stbench.sweep.executor import last_line
 from stbench.sweep.queue import Monitor
 
 STYLES = {"waiting": "dim", "running": "bold", "failed": "red", "finished": "green"}
-STOPPING = "stopping: waiting for the running runs to save; press Ctrl-C again to kill them"
 MAX_ROWS = 12
 """Waiting and finished runs that are shown at once. Running and failed runs are always shown."""
 
@@ -97,9 +96,9 @@ class LineMonitor(Monitor):
                 parts = [f"{entry.state}: {entry.run_id}", took, entry.error]
                 self._print("  ".join(part for part in parts if part))
 
-    def stopping(self) -> None:
-        """Print that the sweep waits for the running runs."""
-        self._print(STOPPING)
+    def stopping(self, message: str) -> None:
+        """Print the message."""
+        self._print(message)
 
     def _print(self, text: str) -> None:
         self._console.print(Text(visible(text)), soft_wrap=True)
@@ -127,9 +126,9 @@ class TableMonitor(Monitor):
         self._stopwatch.update(entries)
         self._live.update(self.table(entries, reasons), refresh=True)
 
-    def stopping(self) -> None:
-        """Print above the table that the sweep waits for the running runs."""
-        self._live.console.print(STOPPING)
+    def stopping(self, message: str) -> None:
+        """Print the message above the table."""
+        self._live.console.print(Text(visible(message)))
 
     def table(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> Table:
         """The last finished runs, all failed and running runs, and the next waiting runs."""

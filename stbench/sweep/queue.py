@@ -36,8 +36,8 @@ class Monitor(ABC):
         """
 
     @abstractmethod
-    def stopping(self) -> None:
-        """Say that the sweep was interrupted and waits for the running runs to save."""
+    def stopping(self, message: str) -> None:
+        """Show what happens to the running runs of an interrupted sweep."""
 
 
 @contextmanager
@@ -56,8 +56,8 @@ def lock_sweep(root: Path) -> Iterator[None]:
 def initial_entries(root: Path, requested: Sequence[JournalEntry]) -> list[JournalEntry]:
     """Journal of `root` at the start of a sweep, with the requested runs added.
 
-    Call it under `lock_sweep`: then no run of a sweep is running, whatever the journal says. Requested runs
-    are set back to "waiting", so that failed ones are retried. A finished run folder counts as finished.
+    Call it under `lock_sweep`: then no run of a local sweep is running, whatever the journal says. Requested
+    runs are set back to "waiting", so that failed ones are retried. A finished run folder counts as finished.
     """
     retried = {entry.run_id for entry in requested}
     entries = [
@@ -98,11 +98,13 @@ class Sweep:
     def run(self) -> list[JournalEntry]:
         """Execute every unfinished run and return the final entries of the requested runs.
 
-        Call it under `lock_sweep`. On Ctrl-C the running runs are stopped and set back to "waiting", and
-        KeyboardInterrupt is raised again.
+        Call it under `lock_sweep`. On Ctrl-C the running runs are stopped and set back to "waiting", or left
+        to the cluster that executes them, and KeyboardInterrupt is raised again.
         """
         entries = initial_entries(self._root, [job.entry for job in self._jobs.values()])
         self._entries = {entry.run_id: entry for entry in entries}
+        for run_id in self._executor.adopt(self._jobs_in("waiting")):
+            self._entries[run_id] = replace(self._entries[run_id], state="running")
         self._write_journal()
         try:
             while self._unfinished():
@@ -156,6 +158,11 @@ class Sweep:
             elif self._executor.has_free_slot():
                 self._executor.submit(job)
                 self._set_state(job.run_id, "running")
+        try:
+            self._executor.flush()
+        except BaseException:
+            self._settle()
+            raise
         return reasons
 
     def _stage_provider(self, job: Job, busy: Mapping[str, str]) -> str:
@@ -182,9 +189,13 @@ class Sweep:
     def _stop(self) -> None:
         """Stop what still runs after an interruption and record it; does nothing after a normal end."""
         if self._jobs_in("running"):
-            self._monitor.stopping()
+            self._monitor.stopping(self._executor.stopping)
         try:
             self._executor.stop()
         finally:
-            for outcome in self._executor.poll():
-                self._set_state(outcome.run_id, "waiting" if outcome.error else "finished")
+            self._settle()
+
+    def _settle(self) -> None:
+        """Record the runs that ended or were not started; an error is retried by the next sweep."""
+        for outcome in self._executor.poll():
+            self._set_state(outcome.run_id, "waiting" if outcome.error else "finished")

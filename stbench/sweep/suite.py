@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -13,12 +13,12 @@ from stbench.config.files import read_file
 from stbench.config.overrides import OPTIONS, checked_options
 from stbench.config.plan import PreparedRun, prepare
 from stbench.config.resolve import resolve_options
-from stbench.core.errors import UserError
+from stbench.core.errors import UnsupportedError, UserError
 from stbench.core.limits import MAX_RUNS, MAX_SEEDS
 from stbench.core.registry import suggest
 from stbench.core.safe_load import shorten, shown
 from stbench.runs.journal import JournalEntry
-from stbench.runs.records import network_name
+from stbench.runs.records import network_name, row_label
 
 LEVEL_OPTIONS = (*OPTIONS, "seeds")
 """Options that each level of a suite file may contain: those of a config file of `run`, and `seeds`."""
@@ -155,8 +155,13 @@ def _one_per_seed(options: Mapping[str, Any], place: str) -> Iterator[SuiteRun]:
 # --- Prepared runs ---
 
 
-def prepare_runs(suite_runs: Iterable[SuiteRun]) -> list[SweepRun]:
+def prepare_runs(
+    suite_runs: Iterable[SuiteRun], skip: Callable[[UnsupportedError], None] | None = None
+) -> list[SweepRun]:
     """Resolve and check every run.
+
+    With `skip`, a run whose recipe does not work with its backbone or objective is left out, and `skip` is
+    called with the error.
 
     Raises:
         UserError: A run is invalid, or two runs are the same; names the place in the suite file.
@@ -169,6 +174,9 @@ def prepare_runs(suite_runs: Iterable[SuiteRun]) -> list[SweepRun]:
         try:
             prepared = prepare(resolve_options(requested.values, requested.overrides))
         except UserError as error:
+            if skip is not None and isinstance(error, UnsupportedError):
+                skip(error)
+                continue
             raise UserError(f"{requested.place}: {error}" if requested.place else str(error)) from error
         run_id = prepared.run_id
         if run_id in by_id:
@@ -185,7 +193,7 @@ def _journal_entry(prepared: PreparedRun) -> JournalEntry:
         run_id=prepared.run_id,
         dataset=spec.dataset,
         backbone=network_name(spec.backbone.model_dump()),
-        objective=spec.objective,
+        objective=row_label(spec.objective, spec.objective_options),
         recipe=spec.recipe.name,
         options=spec.model_dump(mode="json")["recipe"]["options"],
         seed=spec.seed,

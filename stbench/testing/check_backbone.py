@@ -8,25 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stbench.config.build import build_backbone, build_objective
 from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import Backbone, BackboneInfo
 from stbench.core.registry import DATASETS, load_builtins, lookup
 from stbench.core.rng import generator
+from stbench.testing.check_capabilities import check_capabilities
+from stbench.testing.require import Inputs, close, require
 
 Factory = Callable[..., Backbone]
 """Called as `factory(channels=, input_size=, classes=, out_channels=)`."""
-
-Inputs = tuple[Tensor, Tensor, Tensor]
-"""x_t (B,C,H,W), t (B,) and labels (B,)."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise AssertionError with `message` unless `condition` is true."""
-    if not condition:
-        raise AssertionError(message)
 
 
 def check_backbone(network: str | Factory, *, objective: str | None = None) -> None:
@@ -38,7 +31,8 @@ def check_backbone(network: str | Factory, *, objective: str | None = None) -> N
 
     Checked are construction (from the seed alone, also on the meta device), `info`, the shape of the
     prediction, features and `stop_early`, purity in (x, t, y), the effect of label and time, state dict round
-    trips, FLOPs, and gradients. Raises AssertionError for the first violation, UserError for an unknown name.
+    trips, FLOPs, the capabilities that `info` names, and gradients. Raises AssertionError for the first
+    violation, UserError for an unknown name.
     """
     load_builtins()
     # What to build: the shape of the data, and the channels that the objective needs
@@ -68,6 +62,7 @@ def check_backbone(network: str | Factory, *, objective: str | None = None) -> N
         _check_conditioning(net, inputs)
         _check_round_trip(net, build(1).eval(), inputs)
         _check_flops(net)
+        check_capabilities(net, inputs)
     _check_gradients(net, inputs)
 
 
@@ -86,11 +81,6 @@ def _inputs(info: BackboneInfo) -> Inputs:
     noise = generator(1, "conformance")
     x = torch.randn(64, info.channels, info.input_size, info.input_size, generator=noise)
     return x, torch.rand(64, generator=noise, dtype=torch.float64), torch.arange(64) % (info.classes + 1)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether a equals b up to float32 rounding, relative to the largest value of b."""
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
 def _check_construction(build: Callable[[int], Backbone]) -> None:
@@ -124,7 +114,7 @@ def _check_features(net: Backbone, inputs: Inputs) -> None:
     blocks = range(net.info.depth)
     prediction, full = net.forward_intermediates(*inputs, indices=tuple(blocks))
     require(
-        prediction is not None and _close(prediction, net(*inputs)),
+        prediction is not None and close(prediction, net(*inputs)),
         "the prediction depends on indices: reading features must not change it",
     )
     require(sorted(full) == list(blocks), f"expected features of blocks {list(blocks)}, got {sorted(full)}")
@@ -138,10 +128,10 @@ def _check_features(net: Backbone, inputs: Inputs) -> None:
         early, alone = net.forward_intermediates(*inputs, indices=(k,), stop_early=True)
         require(early is None, "the prediction must be None with stop_early")
         require(list(alone) == [k], f"expected features of block {k} alone, got {sorted(alone)}")
-        require(_close(alone[k], tokens), f"features of block {k} differ with stop_early")
+        require(close(alone[k], tokens), f"features of block {k} differ with stop_early")
     # Any order of indices
     reversed_ = net.features(*inputs, indices=tuple(reversed(blocks)))
-    same = reversed_.keys() == full.keys() and all(_close(reversed_[k], full[k]) for k in full)
+    same = reversed_.keys() == full.keys() and all(close(reversed_[k], full[k]) for k in full)
     require(same, "the order of indices changes the features")
 
 
@@ -156,15 +146,15 @@ def _check_purity(net: Backbone, inputs: Inputs) -> None:
         "the network draws random numbers from torch's global generator. It is seeded at every step, so runs "
         "resume exactly, but a backbone must be a function of (x, t, y): remove any dropout",
     )
-    require(_close(first, second), "two equal calls in train mode give different predictions")
+    require(close(first, second), "two equal calls in train mode give different predictions")
     require(
-        _close(first, expected),
+        close(first, expected),
         "train and eval mode give different predictions: the engine drops labels, not the network",
     )
     require(all(map(torch.equal, inputs, before)), "the network changes its inputs in place")
     x, t, y = inputs
     require(
-        _close(net(x[:1], t[:1], y[:1]), expected[:1]), "a prediction depends on other samples of the batch"
+        close(net(x[:1], t[:1], y[:1]), expected[:1]), "a prediction depends on other samples of the batch"
     )
 
 
@@ -172,11 +162,11 @@ def _check_conditioning(net: Backbone, inputs: Inputs) -> None:
     x, t, y = inputs
     null = net(x, t, torch.full_like(y, net.info.classes))
     require(
-        not _close(null, net(x, t, torch.zeros_like(y))),
+        not close(null, net(x, t, torch.zeros_like(y))),
         "the null label and class 0 give the same prediction",
     )
     require(
-        not _close(net(x, torch.zeros_like(t), y), net(x, torch.ones_like(t), y)),
+        not close(net(x, torch.zeros_like(t), y), net(x, torch.ones_like(t), y)),
         "the prediction does not depend on time",
     )
 
@@ -196,7 +186,7 @@ def _has_gradient(parameter: nn.Parameter) -> bool:
 def _check_round_trip(net: Backbone, other: Backbone, inputs: Inputs) -> None:
     other.load_state_dict(net.state_dict())
     require(
-        _close(other(*inputs), net(*inputs)),
+        close(other(*inputs), net(*inputs)),
         "a network loaded from the state dict differs: some state is not in it",
     )
 

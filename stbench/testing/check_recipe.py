@@ -18,14 +18,17 @@ from stbench.config.build import build_backbone, build_objective
 from stbench.config.plan import PlannedStage, PreparedRun, prepare
 from stbench.config.resolve import RunRequest, resolve
 from stbench.config.spec import RunSpec
-from stbench.core.backbone import Backbone, BackboneInfo, Weights
-from stbench.core.objective import Batch
+from stbench.core.backbone import Backbone, BackboneInfo, Weights, fit_heads, load_trunk
+from stbench.core.objective import Batch, Noised, Objective
 from stbench.core.recipe import Artifact, Step, Supervision, Term
-from stbench.core.registry import DATASETS, load_builtins, lookup
+from stbench.core.registry import load_builtins
 from stbench.core.rng import Rng, key
-from stbench.testing.check_backbone import require
+from stbench.data.dataset import get_dataset
+from stbench.testing.require import require
+from stbench.train.batches import make_batch
 from stbench.train.cost import expected_cost
-from stbench.train.step import StageModel, make_batch, make_optimizer, update_ema
+from stbench.train.memory import stored_networks
+from stbench.train.step import StageModel, make_optimizer, update_ema
 
 BATCH, STEPS = 16, 3
 
@@ -99,6 +102,14 @@ class _CheckedSupervision(Supervision):
         """See `Supervision`."""
         return self.inner.heads(info)
 
+    def corrupt(self, objective: Objective, batch: Batch) -> Noised:
+        """See `Supervision`."""
+        return self.inner.corrupt(objective, batch)
+
+    def inputs(self, batch: Batch, noised: Noised) -> Mapping[str, Any]:
+        """See `Supervision`."""
+        return self.inner.inputs(batch, noised)
+
     def terms(self, step: Step) -> Mapping[str, Term]:
         """Return the inner terms, after checking that each is finite float32 (B,)."""
         terms = self.inner.terms(step)
@@ -119,17 +130,7 @@ class _FinishedStage:
     def __init__(self, stage: PlannedStage, module: StageModel) -> None:
         self.loaded: list[Backbone] = []
         self._trained = {"raw": copy.deepcopy(module.student), "ema": copy.deepcopy(module.ema)}
-        self.artifact = Artifact(
-            name=stage.name,
-            fingerprint=stage.fingerprint,
-            checkpoint="",
-            sha256={},
-            steps=stage.steps,
-            images_seen=stage.images,
-            seconds=0.0,
-            flops=module.cost.total,
-            loader=self._load,
-        )
+        self.artifact = stage.artifact(self._load, flops=module.cost.total)
 
     def _load(self, weights: Weights) -> Backbone:
         self.loaded.append(copy.deepcopy(self._trained[weights]))
@@ -147,7 +148,7 @@ def _train_all(prepared: PreparedRun) -> Iterator[dict[str, Tensor]]:
         module = _build_module(stage, supervision, prepared.spec, previous)
         # Teachers: networks loaded from artifacts, and those that the supervision stores itself
         loaded = [network for earlier in finished for network in earlier.loaded]
-        teachers = loaded + _stored_networks(supervision)
+        teachers = loaded + stored_networks(supervision)
         before = copy.deepcopy([teacher.state_dict() for teacher in teachers])
         # Train, check, and keep the result for later stages
         _train(stage, module, prepared.spec)
@@ -158,27 +159,21 @@ def _train_all(prepared: PreparedRun) -> Iterator[dict[str, Tensor]]:
         yield module.state_dict()
 
 
-def _stored_networks(supervision: Supervision) -> list[nn.Module]:
-    """Networks that a supervision stores as attributes, directly or in a list."""
-    values = vars(supervision).values()
-    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return [item for item in items if isinstance(item, nn.Module)]
-
-
 def _build_module(
     stage: PlannedStage, supervision: Supervision, spec: RunSpec, previous: Artifact | None
 ) -> StageModel:
     """Build the student and heads of a stage as the engine does, with checked terms."""
-    digits = lookup(DATASETS, spec.dataset)
+    digits = get_dataset(spec.dataset)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(spec.seed, "backbone"))
-        student = build_backbone(spec.backbone, spec.objective, digits)
+        student = build_backbone(spec.backbone, spec.objective, digits, heads=stage.definition.heads)
     if stage.definition.init == "previous" and previous is not None:
-        student.load_state_dict(previous.load("ema").state_dict())
+        load_trunk(student, previous.load("ema").state_dict())
+    fit_heads(student, digits)
     depth = student.info.depth
     for block in supervision.taps:
         require(0 <= block < depth, f"stage '{stage.name}' taps block {block}, but there are {depth} blocks")
-    objective = build_objective(spec.objective)
+    objective = build_objective(spec.objective, spec.objective_options)
     module = StageModel(
         student,
         _CheckedSupervision(supervision),
@@ -194,7 +189,7 @@ def _train(stage: PlannedStage, module: StageModel, spec: RunSpec) -> None:
     """Take a few optimiser steps; check losses, gradients and cost of heads, and random numbers."""
     random_state = torch.get_rng_state()
     optimizer = make_optimizer(module.trained_parameters(), spec.train, torch.device("cpu"))
-    dead = dict(module.heads.named_parameters())
+    dead = dict(nn.ModuleDict(module.trained_heads()).named_parameters())
     for step in range(STEPS):
         losses = module(_random_batch(step, spec))
         require(
@@ -214,7 +209,7 @@ def _train(stage: PlannedStage, module: StageModel, spec: RunSpec) -> None:
 
 def _random_batch(step: int, spec: RunSpec) -> Batch:
     """Random latents, labels and images for one step, with labels dropped as in a run."""
-    digits = lookup(DATASETS, spec.dataset)
+    digits = get_dataset(spec.dataset)
     rng = Rng(spec.seed, step * BATCH, BATCH)
     x0 = rng.normal("conformance", (digits.channels, digits.input_size, digits.input_size))
     labels = rng.integers("conformance-labels", digits.classes)

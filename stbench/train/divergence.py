@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stbench.core.errors import UserError
 from stbench.runs.stage_folder import StageFolder
+from stbench.train.sharding import own_part
 
 
 class LossMonitor:
@@ -41,6 +42,8 @@ class LossMonitor:
 def first_bad_tensor(networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> str | None:
     """Name of a tensor of the training state with a value that is not finite; None without.
 
+    Of a sharded state, this rank's part.
+
     Synchronises the device once.
     """
     named = list(_state_tensors(networks, optimizer))
@@ -55,12 +58,14 @@ def _state_tensors(
 ) -> Iterable[tuple[str, Tensor]]:
     device: torch.device | None = None
     for name, network in networks.items():
-        for key, value in network.state_dict().items():
+        for key, entry in network.state_dict().items():
+            value = own_part(entry)
             if value.is_floating_point():
                 device = value.device
                 yield f"{name}.{key}", value
     for index, moments in enumerate(optimizer.state.values()):
-        for key, value in moments.items():
+        for key, entry in moments.items():
+            value = own_part(entry)
             # The step count of AdamW may be on the host.
             if isinstance(value, Tensor) and value.is_floating_point() and value.device == device:
                 yield f"optimizer.{index}.{key}", value

@@ -25,14 +25,14 @@ PACKAGES = (
 )
 
 
-def environment(device: torch.device, plugins: Mapping[str, str]) -> Environment:
-    """Describe this machine, the installed versions and the git revision."""
+def environment(device: torch.device, plugins: Mapping[str, str], ranks: int = 1) -> Environment:
+    """Describe this machine, the number of ranks, the installed versions and the git revision."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     revision = _git("rev-parse", "HEAD")
     return Environment(
         versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        device=str(device),
-        hardware=f"{hardware}, {torch.get_num_threads()} threads",
+        device=device.type if ranks > 1 else str(device),
+        hardware=f"{hardware}, {torch.get_num_threads()} threads" + (f", {ranks} ranks" if ranks > 1 else ""),
         git_revision=revision,
         git_dirty=bool(revision and _git("status", "--porcelain", "--untracked-files=no")),
         plugins=plugins,

@@ -21,6 +21,9 @@ class Hook:
     def on_notice(self, text: str) -> None:
         """The run resumes, and the user should know `text`, one line."""
 
+    def on_start(self) -> None:
+        """The run is locked, and something is left to do. An error here stops the run on every rank."""
+
     def on_stage(self, stage: PlannedStage, step: int) -> None:
         """A stage begins, or resumes after `step` steps."""
 

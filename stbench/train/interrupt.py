@@ -8,10 +8,14 @@ from typing import Any
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into `requested`; a second one raises KeyboardInterrupt."""
+    """Turns the first Ctrl-C or SIGTERM into `requested`; a second Ctrl-C raises KeyboardInterrupt.
 
-    def __init__(self) -> None:
-        self.requested = False
+    A second SIGTERM does not: a cluster sends it to every process of a job, and each parent passes it on.
+    """
+
+    def __init__(self, *, patient: bool = False) -> None:
+        """With `patient`, later signals change nothing: a rank gets them from several sides."""
+        self.requested, self._patient = False, patient
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -23,7 +27,7 @@ class Interrupt:
         return self
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT and not self._patient:
             raise KeyboardInterrupt
         self.requested = True
 

@@ -25,6 +25,7 @@ from stbench.runs.folder import OutputFolder
 from stbench.runs.records import StageRecord
 from stbench.runs.sealed import Binding, parse, seal, unseal
 from stbench.runs.stage_folder import StageFolder
+from stbench.train.sharding import split_like
 
 ARTIFACT = "artifact.json"
 """Record of a published stage, next to its weights."""
@@ -41,13 +42,8 @@ class TrainingState:
     cost: Mapping[str, float] = field(default_factory=lambda: asdict(Cost()))
 
 
-def save_state(
-    folder: StageFolder,
-    state: TrainingState,
-    networks: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Save networks, optimiser and counters. The previous state stays valid until this one is complete."""
+def state_tensors(networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of a training state: those of the networks, and the moments of the optimiser."""
     tensors = {
         f"{name}.{key}": value
         for name, network in networks.items()
@@ -55,6 +51,11 @@ def save_state(
     }
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+    return tensors
+
+
+def save_state(folder: StageFolder, state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
+    """Save tensors and counters. The previous state stays valid until this one is complete."""
     file = folder.state(state.step)
     digest = save_weights(tensors, file)
     folder.write(folder.state_index, {"file": file.name, "sha256": digest, **asdict(state)})
@@ -88,13 +89,16 @@ def load_state(
     try:
         values["cost"] = asdict(Cost(**values["cost"]))
         for name, network in networks.items():
-            network.load_state_dict(_with_prefix(tensors, f"{name}."))
+            targets = network.state_dict()
+            found = _with_prefix(tensors, f"{name}.")
+            network.load_state_dict({k: split_like(v, targets.get(k, v)) for k, v in found.items()})
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in _with_prefix(tensors, "optimizer.").items():
             number, name = key.split(".", 1)
-            moments.setdefault(int(number), {})[name] = value
+            moments.setdefault(int(number), {})[name] = split_like(value, parameters[int(number)])
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{index} is not a state of this run ({reason}); {_remedy(folder)}") from error
     return TrainingState(**values)

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stbench.config.spec import TrainSpec
-from stbench.core.backbone import Backbone
+from stbench.core.backbone import Backbone, kept_heads
 from stbench.core.device import autocast, tf32
 from stbench.core.errors import UserError
-from stbench.core.objective import Batch, Objective
+from stbench.core.memory import keep_freed_memory
+from stbench.core.objective import Batch, Noised, Objective
 from stbench.core.phases import phase
 from stbench.core.recipe import Cost, Step, Supervision, Term
-from stbench.core.rng import Rng, key, seeded_globals
+from stbench.core.rng import key, seeded_globals
 from stbench.core.safe_load import shown
+from stbench.core.world import ALONE, World
 from stbench.data.dataset import Dataset
+from stbench.evaluate.posthoc_ema import power_decay
+from stbench.train import sharding
+from stbench.train.batches import draw_batches
+from stbench.train.blocks import checkpoint_blocks, compile_blocks, should_compile, teachers
+from stbench.train.replica import average_gradients, local_gradients
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,8 @@ class StageModel(nn.Module):
     """
 
     ema: Backbone
+    posthoc: Backbone | None
+    """Power-function average of the student; None if the stage keeps none."""
     supervision: Supervision
     gradient_norm: Tensor | None
     """Norm of the last gradient before clipping, on the device; None without clipping."""
@@ -51,27 +60,59 @@ class StageModel(nn.Module):
         *,
         seed: int,
         dataset_size: int,
+        world: World = ALONE,
+        posthoc: bool = False,
     ) -> None:
         super().__init__()
         self.student = student
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(seed, "heads"))
             self.heads = supervision.heads(student.info)
+        if twice := sorted(self.heads.keys() & kept_heads(student).keys()):
+            raise UserError(f"Stage.heads and Supervision.heads both name a head '{twice[0]}'; rename one")
         # object.__setattr__ keeps these out of nn.Module's registry.
         object.__setattr__(self, "ema", copy.deepcopy(student).eval().requires_grad_(False))
+        second = copy.deepcopy(self.ema) if posthoc else None
+        object.__setattr__(self, "posthoc", second)
         object.__setattr__(self, "supervision", supervision)
-        self.objective, self.dataset_size = objective, dataset_size
+        self.objective, self.dataset_size, self.world = objective, dataset_size, world
         self.cost = Cost()
         self.gradient_norm: Tensor | None = None
+        self.teacher_precision, self.compiled = "fp32", False
         self._student_flops = float(student.flops())
 
-    def prepare(self, device: torch.device, compile_student: bool = False) -> None:
-        """Move all networks to the device and load the teachers."""
-        self.to(device)
-        self.ema.to(device)
+    def prepare(
+        self, device: torch.device, train: TrainSpec | None = None, steps: int = 0, *, sharded: bool = False
+    ) -> None:
+        """Move all networks to the device, load the teachers, and apply `train` to a stage of `steps` steps.
+
+        Of `train`, these are the precision of the teachers, checkpointing and compilation. With `sharded`,
+        student, heads and averages are split over the ranks.
+        """
+        if not sharded:
+            self.to(device)
+            for average in self.averages():
+                average.to(device)
         self.supervision.setup(device)
-        if compile_student:
-            self.student.forward_intermediates = torch.compile(self.student.forward_intermediates)  # type: ignore[method-assign]
+        if train is not None:
+            self._apply_settings(train, device, steps)
+        if sharded:
+            sharding.shard([self.student, *self.averages()], self.heads, device, self.world)
+
+    def averages(self) -> list[Backbone]:
+        """The averages of the student."""
+        return [self.ema] if self.posthoc is None else [self.ema, self.posthoc]
+
+    def _apply_settings(self, train: TrainSpec, device: torch.device, steps: int) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
+        self.teacher_precision = train.teacher_precision
+        if train.checkpointing:
+            checkpoint_blocks(self.student)
+        self.compiled = should_compile(train, device, 3.0 * self._student_flops * train.batch * steps)
+        if self.compiled:
+            for network in (self.student, self.ema, *teachers(self.supervision)):
+                compile_blocks(network)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters of student and heads, without fixed position embeddings."""
@@ -80,40 +121,58 @@ class StageModel(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """The mean denoising loss plus the weighted mean of each auxiliary term."""
         # Corrupt: draw times and noise.
-        noised = self.objective.draw(batch)
+        noised = self.supervision.corrupt(self.objective, batch)
 
         # Forward: prediction and the tapped blocks.
+        taps, inputs = tuple(self.supervision.taps), self.supervision.inputs(batch, noised)
         with phase("student"):
-            prediction, features = self.student.forward_intermediates(
-                noised.x_t, noised.t, batch.y, indices=tuple(self.supervision.taps)
-            )
-        assert prediction is not None
-        self.cost.student += 3.0 * self._student_flops * len(batch.y)  # backward costs twice the forward
+            found = self.student.run(noised.x_t, noised.t, batch.y, indices=taps, **inputs)
+        assert found.prediction is not None
+        one = self._flops_of(noised, inputs)
+        self.cost.student += 3.0 * one * len(batch.y)  # backward costs twice the forward
 
         # Denoising loss.
-        total = denoise = self.objective.loss(prediction, noised).mean()
+        total = denoise = self.objective.loss(found.prediction, noised).mean()
         parts = {"denoise": denoise.detach()}
 
         # Auxiliary terms.
         step = Step(
             batch=batch,
             noised=noised,
-            prediction=prediction,
-            features=features,
-            heads=self.heads,
+            prediction=found.prediction,
+            features=found.features,
+            condition=found.condition,
+            attention=found.attention,
+            kept=found.kept,
+            prefix=found.prefix,
+            prefix_out=found.prefix_out,
+            heads=self.trained_heads(),
             ema=self.ema,
             objective=self.objective,
+            teacher_precision=self.teacher_precision,
+            padded=self.compiled,
             info=self.student.info,
             images_seen=batch.rng.images_seen,
             dataset_size=self.dataset_size,
             global_batch=batch.rng.global_batch,
             cost=self.cost,
+            world=self.world,
         )
         for name, term in _terms(self.supervision, step).items():
             mean = term.value.mean()
             total = total + term.weight * mean
             parts[name] = mean.detach()
         return Losses(total, parts)
+
+    def _flops_of(self, noised: Noised, inputs: Mapping[str, Any]) -> float:
+        """FLOPs of the student's forward pass for one image, with the optional inputs of this step."""
+        if noised.t.ndim == 1 and not inputs:
+            return self._student_flops
+        return float(self.student.flops(token_times=noised.t.ndim == 2, **inputs))
+
+    def trained_heads(self) -> dict[str, nn.Module]:
+        """The heads by name: those that are discarded, and those that stay with the student."""
+        return {**self.heads, **kept_heads(self.student)}
 
 
 def _terms(supervision: Supervision, step: Step) -> Mapping[str, Term]:
@@ -139,6 +198,7 @@ def training_step(
     seed: int,
     step: int,
     device: torch.device,
+    replica: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Run one optimiser step over the global batch.
 
@@ -150,32 +210,42 @@ def training_step(
         seed: Seed of the run.
         step: Number of finished steps of this stage.
         device: Where to compute.
+        replica: The model as a DDP replica, if there is one.
 
     Returns:
         The unweighted mean of each loss over the global batch, still on the device.
     """
+    world = model.world
     losses: dict[str, Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
-    globals_seeded = seeded_globals(seed, "global", step * train.batch, device)
+    stream = "global" if world.is_main else f"global-{world.rank}"
+    globals_seeded = seeded_globals(seed, stream, step * train.batch, device)
     with tf32(train.precision == "tf32"), globals_seeded:
-        for batch in draw_batches(dataset, train, model.supervision, seed=seed, step=step):
-            # Corrupt, forward, denoising loss and terms. Autocast must not cover the backward pass, which
-            # runs in the types that the forward pass chose.
-            with autocast(train.precision, device):
-                found = model(batch)
+        batches = draw_batches(dataset, train, model.supervision, seed=seed, step=step, world=world)
+        for part, batch in enumerate(batches):
+            # The gradients of the ranks are averaged in the backward pass of the last micro-batch.
+            is_last = part == train.accumulate - 1
+            with local_gradients(replica, wanted=not is_last):
+                # Corrupt, forward, denoising loss and terms. Autocast must not cover the backward pass, which
+                # runs in the types that the forward pass chose.
+                with autocast(train.precision, device):
+                    found: Losses = (replica or model)(batch)
 
-            # Backward: each micro-batch counts by its share of the global batch.
-            share = len(batch.y) / train.batch
-            with phase("backward"):
-                (found.total * share).backward()
+                # Backward: each micro-batch counts by its share of the global batch.
+                share = len(batch.y) / train.batch
+                with phase("backward"):
+                    (found.total * (share * world.size)).backward()  # type: ignore[no-untyped-call]
             for name, value in found.parts.items():
                 losses[name] = losses.get(name, torch.zeros_like(value)) + value * share
+
+    if replica is not None:
+        average_gradients(model.trained_heads().values(), world)
 
     # Clip.
     with phase("optimizer"):
         if train.clip is not None:
             norm = torch.nn.utils.clip_grad_norm_(model.trained_parameters(), train.clip)
-            model.gradient_norm = norm.detach()
+            model.gradient_norm = sharding.whole_value(norm.detach())
 
         # Optimiser.
         for group in optimizer.param_groups:
@@ -185,48 +255,11 @@ def training_step(
     # EMA.
     with phase("EMA"):
         update_ema(model.ema, model.student, ema_decay(train, step))
-    return losses
-
-
-def draw_batches(
-    dataset: Dataset, train: TrainSpec, supervision: Supervision, *, seed: int, step: int
-) -> Iterator[Batch]:
-    """Draw the micro-batches of one step: rows, posterior noise and dropped labels.
-
-    All random numbers are those of the global batch, so they do not depend on how it is split.
-    """
-    seen = step * train.batch
-    index = dataset.order(seed, seen, train.batch)
-    shape = (dataset.channels, dataset.input_size, dataset.input_size)
-    size = train.batch // train.accumulate
-    for part in range(train.accumulate):
-        is_last = part == train.accumulate - 1  # the last micro-batch takes the remainder
-        start, stop = part * size, train.batch if is_last else (part + 1) * size
-        rng = Rng(seed, seen, train.batch, start, stop)
-        rows = index[start:stop]
-        with phase("data"):
-            latents = dataset.latents(rows, rng.normal("posterior", shape))
-            extras = {"images": dataset.images(rows)} if supervision.images else {}
-            labels = dataset.labels(rows)
-            batch = make_batch(latents, labels, rows, rng, train.label_drop, dataset.classes, extras)
-        yield batch
-
-
-def make_batch(
-    x0: Tensor,
-    y_true: Tensor,
-    index: Tensor,
-    rng: Rng,
-    label_drop: float,
-    null: int,
-    extras: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Batch:
-    """Build a batch, replacing each label by the null label with probability `label_drop`.
-
-    Labels are dropped here and nowhere else, so student and teachers see the same ones.
-    """
-    dropped = (rng.uniform("label-drop") < label_drop).to(y_true.device, non_blocking=True)
-    return Batch(x0, torch.where(dropped, null, y_true), y_true, index, rng, extras)
+        if model.posthoc is not None:
+            update_ema(model.posthoc, model.student, power_decay(step + 1))
+    if world.size == 1:
+        return losses
+    return dict(zip(losses, world.total(torch.stack(list(losses.values()))).unbind(), strict=True))
 
 
 def make_optimizer(
@@ -256,5 +289,6 @@ def ema_decay(train: TrainSpec, step: int) -> float:
 @torch.no_grad()
 def update_ema(ema: nn.Module, student: nn.Module, decay: float) -> None:
     """Update every parameter: ema <- decay * ema + (1 - decay) * student."""
-    averaged = [parameter.data for parameter in ema.parameters()]
-    torch._foreach_lerp_(averaged, [parameter.data for parameter in student.parameters()], 1.0 - decay)
+    averaged = [sharding.own_part(parameter.data) for parameter in ema.parameters()]
+    current = [sharding.own_part(parameter.data) for parameter in student.parameters()]
+    torch._foreach_lerp_(averaged, current, 1.0 - decay)

@@ -21,6 +21,7 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
+from stbench.compare.blocks import View
 from stbench.compare.build import build_leaderboard
 from stbench.compare.leaderboard import Leaderboard
 from stbench.compare.plot import plot_curves
@@ -32,11 +33,14 @@ from stbench.core.errors import UserError
 from stbench.core.recipe import NoSupervision, Stage
 from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS
 from stbench.core.text import check_name, print_line, to_csv, to_latex, to_markdown, to_plot, visible
+from stbench.report.content import page_content
+from stbench.report.markup import leaderboard_markup, published_markup
 from stbench.runs.folder import OutputFolder, RunFolder, find_runs
 from stbench.runs.journal import JournalEntry
 from stbench.runs.records import RunRecord
 from tests.conftest import tiny_spec
 from tests.fake_runs import make_entry, make_point, make_record, make_stage, write_run
+from tests.report.pages import Tags
 
 pytestmark = pytest.mark.slow
 
@@ -149,12 +153,14 @@ def check_markdown(text: str) -> None:
 def check_latex(text: str) -> None:
     """Outside comments there are the writer's own commands only; a row cannot change the one before."""
     check_printable(text)
-    own = {"begin", "end", "hline", "pm", "dagger"}
+    rules = ("toprule", "midrule", "bottomrule")
+    own = {"begin", "end", "pm", "dagger", *rules}
     own |= {"textbackslash", "textasciicircum", "textasciitilde"}
     for line in text.splitlines():
         if line.startswith("%") or not line:
             continue
-        assert line.startswith(("\\begin{tabular}", "\\end{tabular}", "\\hline")) or line.endswith(r" \\")
+        is_frame = line.startswith(("\\begin{tabular}", "\\end{tabular}", *(f"\\{rule}" for rule in rules)))
+        assert is_frame or line.endswith(r" \\")
         assert set(re.findall(r"\\([A-Za-z@]+)", line)) <= own, line
         assert not line.startswith(("[", "*")) and "^" not in line
         cells = re.sub(r"\\[&%$#_{}]", "", line)
@@ -175,6 +181,24 @@ def check_json(text: str) -> None:
     """Plain ASCII that parses."""
     assert text.isascii()
     json.loads(text, parse_constant=pytest.fail)
+
+
+PAGE_TAGS = {
+    *("article", "h2", "h3", "p", "div", "table", "thead", "tbody", "tr", "th", "td", "button", "ul", "li"),
+    *("details", "summary", "section"),
+}
+PAGE_ATTRIBUTES = {
+    *("class", "scope", "aria-sort", "aria-label", "type", "title", "tabindex", "role", "id"),
+    *("data-words", "data-value"),
+}
+
+
+def check_html(text: str) -> None:
+    """A browser finds only the writer's own elements and attributes."""
+    check_printable(text)
+    for tag, attributes in Tags(text).found:
+        assert tag in PAGE_TAGS and set(attributes) <= PAGE_ATTRIBUTES, (tag, attributes)
+    assert "<!" not in text and "<?" not in text
 
 
 CHECKS: Mapping[str, Callable[[str], None]] = {
@@ -263,7 +287,8 @@ def published(text: str) -> list[PublishedValue]:
 def test_no_field_reaches_a_file_unescaped(name: str, form: Any) -> None:
     for field, leaderboard in leaderboards(PAYLOADS[name]).items():
         try:
-            CHECKS[form](render(leaderboard, form))
+            for details in (False, True):
+                CHECKS[form](render(leaderboard, form, view=View(details=details)))
         except AssertionError as error:
             raise AssertionError(f"{field}: {error}") from error
 
@@ -281,11 +306,33 @@ def test_no_field_controls_the_terminal(name: str) -> None:
     for leaderboard in leaderboards(text).values():
         file = io.StringIO()
         console = Console(file=file, width=100, force_terminal=True, color_system=None)
-        print_leaderboard(leaderboard, published=reported, console=console)
+        for details in (False, True):
+            print_leaderboard(leaderboard, published=reported, view=View(details=details), console=console)
         reported = []  # once is enough
         printed = re.sub(r"\x1b\[[0-3]m", "", file.getvalue())  # the writer's own bold, dim and italic
         check_printable(printed)
         assert "\U0001f4a3" not in printed  # rich replaces :bomb: in text with markup
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_the_tables_of_a_page_have_no_foreign_markup(name: str) -> None:
+    for field, leaderboard in leaderboards(PAYLOADS[name]).items():
+        try:
+            check_html(leaderboard_markup(leaderboard))
+        except AssertionError as error:
+            raise AssertionError(f"{field}: {error}") from error
+    check_html(published_markup(published(PAYLOADS[name])))
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_the_data_of_a_page_are_visible_text(name: str, tmp_path: Path) -> None:
+    path = write_run(tmp_path, "vanilla", 0, [16.0, 4.0, 1.0]).path
+    for field, change in RECORD_FIELDS.items():
+        record = change(make_record("vanilla", 0, [16.0, 4.0, 1.0]), PAYLOADS[name])
+        if field != "path":
+            record = replace(record, path=path)  # its environment is read from the folder
+            content = page_content(build_leaderboard([record]), [record])
+            check_printable(json.dumps(content, ensure_ascii=False))
 
 
 @pytest.mark.parametrize("name", PAYLOADS)

@@ -20,7 +20,21 @@ from stbench.core.registry import BACKBONES, RECIPES, load_builtins, lookup
 pytestmark = pytest.mark.slow
 
 load_builtins()
-RECIPE_NAMES = ("dispersive", "layersync", "repa", "self-transcendence", "sra", "vae-align")
+RECIPE_NAMES = (
+    "delta-fm",
+    "dispersive",
+    "haste",
+    "irepa",
+    "layersync",
+    "repa",
+    "sara",
+    "self-flow",
+    "self-transcendence",
+    "sra",
+    "vae-align",
+    "reg",
+    "tread",
+)
 BACKBONE_NAMES = ("dit", "sit", "uvit")
 
 BAD = (
@@ -43,11 +57,15 @@ BAD = (
 """No numeric option accepts these."""
 ZERO = {
     "recipe.block", "recipe.student_block", "recipe.teacher_block", "recipe.align_block", "recipe.weight",
-    "recipe.coefficient", "recipe.guidance_stop", "recipe.t_max", "train.weight_decay", "train.warmup",
-    "train.ema_decay", "train.label_drop", "eval.seed", "backbone.label_rows",
+    "recipe.alpha", "recipe.coefficient", "recipe.guidance_stop", "recipe.structure", "recipe.stop",
+    "recipe.t_max", "recipe.attention_weight",
+    "train.weight_decay", "train.warmup", "train.ema_decay", "train.label_drop", "eval.seed",
+    "backbone.label_rows", "recipe.class_weight", "recipe.class_scale",
 }  # fmt: skip
 """Numeric options that may be 0."""
-NONE = {"train.clip", "eval.channels", "backbone.label_rows"}
+ZERO_WITHOUT_EFFECT = {("repa", "recipe.alpha"), ("self-flow", "recipe.t_max")}
+"""Of these, those that the recipe's other defaults leave without effect, so that they are refused."""
+NONE = {"recipe.class_scale", "recipe.stop", "train.clip", "eval.channels", "backbone.label_rows"}
 """Numeric options for which null means none; for an option with a computed default it means the default."""
 
 
@@ -118,7 +136,8 @@ def test_a_number_out_of_range_is_refused(option: tuple[str, str, str, Any, bool
     backbone, recipe, name, _, computed = option
     for value in BAD:
         assert outcome(backbone, recipe, name, value), (name, value)
-    assert (outcome(backbone, recipe, name, 0) == "") == (name in ZERO), name
+    zero = name in ZERO and (recipe, name) not in ZERO_WITHOUT_EFFECT
+    assert (outcome(backbone, recipe, name, 0) == "") == zero, name
     assert (outcome(backbone, recipe, name, None) == "") == (computed or name in NONE), name
 
 

@@ -77,6 +77,7 @@ CASES = {
         ("reported.csv", "run/spec.json"),
     ),
     "plot": Case(lambda i, o: ("compare", i / "run", "--plot", o), ".png", ("run/spec.json",)),
+    "report": Case(lambda i, o: ("report", i / "run", "--output", o), ".html", ("run/spec.json",)),
     "sample npz": Case(
         lambda i, o: ("sample", "--checkpoint", i / "weights.pt", "--vae", "none", "--output", o),
         ".npz",
@@ -304,7 +305,7 @@ def command(stbench: Command) -> Command:
     """Call the command line without --device where a command has no such option."""
 
     def call(*arguments: object) -> tuple[int, str, str]:
-        without = arguments[0] in ("compare", "export") or arguments[:2] == ("data", "import")
+        without = arguments[0] in ("compare", "export", "report") or arguments[:2] == ("data", "import")
         return stbench(*(arguments[:-2] if without else arguments))
 
     return call

@@ -29,7 +29,14 @@ from stbench.runs.records import StageRecord
 from stbench.runs.sealed import Binding, seal
 from stbench.runs.stage_folder import StageFolder
 from stbench.train import engine
-from stbench.train.state import TrainingState, load_state, read_artifact, save_state, write_artifact
+from stbench.train.state import (
+    TrainingState,
+    load_state,
+    read_artifact,
+    save_state,
+    state_tensors,
+    write_artifact,
+)
 from tests.conftest import tiny_spec
 from tests.fake_runs import make_entry, make_stage
 
@@ -157,7 +164,7 @@ def test_wrong_types_in_the_state_of_a_stage(tmp_path: Path, crashes: Crashes) -
     folder.path.mkdir()
     network = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(network.parameters())
-    save_state(folder, TrainingState(3), {"student": network}, optimizer)
+    save_state(folder, TrainingState(3), state_tensors({"student": network}, optimizer))
     for where, fields in variants(json.loads(folder.state_index.read_text())):
         text = json.dumps(seal(fields, folder.binding, "checkpoints/0-vanilla/state.json"))
         folder.state_index.write_text(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stbench.bench.measure import Measurement, first_losses, measure
+from stbench.bench.measure import Measurement, first_losses, measure, peak_memory, reset_peak_memory
 from stbench.bench.plain import PlainLoop
 from stbench.bench.report import label
 from stbench.bench.workload import Case, Workload
@@ -51,7 +51,8 @@ def test_the_losses_depend_on_the_weights_that_were_updated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "options"), [("layersync", {}), ("vae-align", {"recipe.mask": "released"})]
+    ("recipe", "options"),
+    [("layersync", {}), ("vae-align", {"recipe.mask": "released"}), ("irepa", {}), ("sara", {})],
 )
 def test_a_recipe_without_a_plain_loop_is_refused(recipe: str, options: dict[str, object]) -> None:
     with pytest.raises(UserError, match="drop --against-plain"):
@@ -81,6 +82,16 @@ def test_ratio_and_peak_share_follow_from_the_times(measured: Measurement) -> No
     assert measured.peak_memory > 2**20
 
 
+def test_peak_memory_does_not_include_what_was_freed_before() -> None:
+    if not reset_peak_memory(CPU):
+        pytest.skip("the system cannot reset the peak memory of a process")
+    large = torch.ones(2**25)
+    with_large = peak_memory(CPU, was_reset=True)
+    del large
+    assert reset_peak_memory(CPU)
+    assert peak_memory(CPU, was_reset=True) < with_large - 2**26
+
+
 def test_the_command_prints_tables_and_writes_json(stbench: Command, tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     settings = [f"--set={name}={value}" for name, value in SMALL.items()]
@@ -97,5 +108,5 @@ def test_the_command_prints_tables_and_writes_json(stbench: Command, tmp_path: P
 
 def test_a_case_in_words() -> None:
     case = Case("sit-b/2", "sra", precision="bf16", compile=True)
-    m = Measurement(case, 1, 256, 0.5, 3, {}, 1, 1.0, 1.0)
+    m = Measurement(case, 1, 256, 0.5, 3, {}, 1, True, 1.0, 1.0)
     assert label(m) == "sit-b/2 sra, batch 256, bf16, compiled"

@@ -81,9 +81,9 @@ def test_list_as_table_and_as_json(stbench: Command, kind: str) -> None:
 def test_list_prints_square_brackets_and_options_of_a_plugin(stbench: Command, tmp_path: Path) -> None:
     plugin = tmp_path / "plugin.py"
     plugin.write_text(
-        "from stbench.core.registry import SAMPLERS\n"
+        "from stbench.core.registry import SAMPLERS\nfrom stbench.diffusion.flow_samplers import Euler\n"
         "@SAMPLERS.register_module(name='bracketed', force=True)\n"
-        "def bracketed():\n    'Uses [bold] brackets.'\n"
+        "class Bracketed(Euler):\n    'Uses [bold] brackets.'\n"
     )
     code, out, _ = stbench("list", "samplers", "--plugin", plugin)
     del SAMPLERS.module_dict["bracketed"]
@@ -165,7 +165,10 @@ MISTAKES = {
     "low guidance": ((*VANILLA, "--eval-guidance", "0.5"), "eval.guidance': input should be greater"),
     "guided channels": ((*VANILLA, "--set", "eval.channels=9"), "eval.channels must be in 1..4"),
     "interval": ((*VANILLA, "--set", "eval.interval=[0.7,0.2]"), "eval.interval must be [low,high]"),
-    "sampler": ((*VANILLA, "--set", "eval.sampler=ddpm"), "cannot invert objective 'linear'; use euler"),
+    "sampler": (
+        (*VANILLA, "--set", "eval.sampler=ddpm"),
+        "cannot invert objective 'linear'; use one of",
+    ),
     "sampler steps": (
         ("run", "--backbone", "dit", "--recipe", "vanilla", "--set", "eval.steps=2000"),
         "must be 2 to 1000, got 2000",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stbench.cli.compare import Format, compare, read_leaderboard
+from stbench.cli.compare import Format, Group, compare, read_leaderboard
 from stbench.core.errors import UserError
 from stbench.runs.journal import JOURNAL_FILE, write_journal
 from tests.fake_runs import make_entry, write_run
@@ -63,7 +63,7 @@ def test_output_and_plot_are_written(runs: Path, tmp_path: Path, capsys: pytest.
 
 def test_output_without_a_format_is_markdown(runs: Path, tmp_path: Path) -> None:
     compare([runs], output=tmp_path / "out")
-    assert (tmp_path / "out").read_text().startswith("## digits, sit-ti/2")
+    assert (tmp_path / "out").read_text().startswith("## sit-ti/2 on digits")
 
 
 def test_nothing_is_written_if_the_published_values_cannot_be_read(runs: Path, tmp_path: Path) -> None:
@@ -75,3 +75,43 @@ def test_nothing_is_written_if_the_published_values_cannot_be_read(runs: Path, t
 def test_published_values_are_added(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compare([runs], format=Format.md, reported=True)
     assert "Reported by papers and repositories" in capsys.readouterr().out
+
+
+def test_a_further_file_of_a_plot_is_not_overwritten(tmp_path: Path) -> None:
+    for setting in "abc":
+        write_run(tmp_path / setting, "vanilla", 0, [16.0, 4.0, 1.0], changes={"setting_hash": setting})
+    (tmp_path / "curves-2.png").write_text("mine")
+    with pytest.raises(UserError, match=r"curves-2\.png exists and was not written by this command"):
+        compare([tmp_path], plot=tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_filters_and_choices_reach_the_output(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(runs, "sra", 0, [16.0, 4.0, 2.0])
+    compare([runs], where=["recipe=vanilla"], details=True, at="25.6k", target="8")
+    printed = capsys.readouterr().out
+    assert (
+        "sra" not in printed
+        and "step 400, 25.6k images" in printed
+        and "Images to reach FID of 8.000" in printed
+    )
+    compare([runs], baseline="sra", format=Format.csv)
+    assert ",fid,sra,51200," in capsys.readouterr().out
+
+
+def test_rows_are_compared_at_equal_hours(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(runs, "taught", 0, [16.0, 4.0, 0.5], teacher=200)
+    compare([runs], at="0.0125h")  # 45 s: 720 steps
+    printed = capsys.readouterr().out
+    assert "at 45 s of training of the last stage; paid: at 45 s of training of all stages" in printed
+    assert "at equal time of the last stage" in printed and "~1.32" in printed
+    compare([runs], at="0.72 PFLOP", details=True)
+    assert "Student only: 720 TFLOP of the last stage" in capsys.readouterr().out
+    compare([runs], at="0.72PFLOP", format=Format.csv)
+    assert "flops,720000000000000.0" in capsys.readouterr().out
+
+
+def test_groups_are_for_compact_tables(runs: Path) -> None:
+    for more in ({"details": True}, {"format": Format.json}):
+        with pytest.raises(UserError, match="--group-by applies to compact tables"):
+            compare([runs], group_by=Group.recipe, **more)  # type: ignore[arg-type]

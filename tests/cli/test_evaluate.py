@@ -22,6 +22,16 @@ from tests.conftest import Command
 from tests.datafiles import write_images
 from tests.measuring import CheapNetwork, pictures
 
+MEAN_COLOUR = """
+import torch
+from stbench.core.registry import EXTRACTORS
+
+@EXTRACTORS.register_module(name="mean-of-image")
+class Mean(torch.nn.Module):
+    def forward(self, images):
+        return images.float().mean((2, 3))
+"""
+
 
 def test_missing_inception_weights_are_named_with_path_url_and_hash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stbench: Command
@@ -109,11 +119,17 @@ def test_the_protocol_says_that_distances_are_rounded_as_in_adm(
 def test_mistakes_in_what_is_scored_are_one_line(tmp_path: Path, stbench: Command) -> None:
     np.savez(tmp_path / "samples.npz", pictures(2, 10))
     command = ("evaluate", tmp_path / "samples.npz", "--device", "cpu")
+    both = ("--reference", tmp_path / "samples.npz", "--validation", tmp_path / "samples.npz")
     for options, message in (
         ((), "to score images, add --reference REF"),
+        (both, "expected --fdr EXTRACTORS and --validation IMAGES together"),
+        ((*both[:2], "--fdr", "fdr6"), "expected --fdr EXTRACTORS and --validation IMAGES together"),
+        (("--fdr", "fdr6"), "for a run's own data, type --set eval.fdr=fdr6"),
+        ((*both, "--fdr", "fdr6"), "fdr6/siglip2 are not in the Hugging Face cache; type `hf download timm/"),
+        ((*both, "--fdr", "dino"), "unknown feature extractor 'dino'; did you mean 'dinov2'"),
         (
             ("--reference", tmp_path / "samples.npz", "--samples", 20),
-            "--samples, --eval-guidance, --set and --plugin apply to a run",
+            "--samples, --eval-guidance, --guide, --ema-decay, --set and --plugin apply to a run",
         ),
         (("--reference", tmp_path / "gone"), "gone not found; expected an ADM npz"),
     ):
@@ -128,19 +144,24 @@ def test_commands_from_images_to_scores(
     file, digest = inception_file
     options = ("--inception", file, "--inception-sha256", digest[:8], "--dino", dino_file, "--device", "cpu")
     real = write_images(tmp_path / "real", pictures(1, 10))
+    (tmp_path / "mean.py").write_text(MEAN_COLOUR)
+    options = (*options, "--plugin", tmp_path / "mean.py", "--fdr", "inception-v3-compat,mean-of-image")
     code, out, err = stbench("data", "statistics", real, tmp_path / "stats.npz", *options)
     assert code == 0 and "10 images of 24x24" in out, err
     np.savez(tmp_path / "samples.npz", pictures(2, 10))
+    np.savez(tmp_path / "other.npz", pictures(3, 10))
     command = ("evaluate", tmp_path / "samples.npz", "--reference", tmp_path / "stats.npz", *options)
-    code, out, err = stbench(*command)
+    code, out, err = stbench(*command, "--validation", tmp_path / "other.npz")
     assert code == 0 and "fid10" in out and "fd_dinov2_10" in out, err
     assert "warning: fid: 10 images" in err
     content = json.loads((tmp_path / "samples.json").read_text())
-    assert content["metrics"].keys() == {score_name(name, 10) for name in SCORES}
+    assert content["metrics"].keys() == {score_name(name, 10) for name in SCORES if name != "fdr6"}
     assert all(np.isfinite(value) for value in content["metrics"].values())
     protocol = content["protocol"]
     assert protocol["networks"]["pool"] == f"inception-v3-compat {digest[:16]}"
     assert protocol["networks"]["dino"].startswith("vit_small_patch14_dinov2 ")
+    assert protocol["fdr"] == ["inception-v3-compat", "mean-of-image"] and protocol["validation_count"] == 10
+    assert protocol["networks"]["fdr mean-of-image"].startswith("mean-of-image ")
     assert protocol["reference_count"] == 10 and protocol["sampling"] is None
 
 

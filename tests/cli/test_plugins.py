@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS
+from stbench.core.registry import BACKBONES, DATASETS, METRICS, OBJECTIVES, RECIPES, SAMPLERS
 from tests.cli.test_cli import tiny_options
 from tests.conftest import Command
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from stbench.core.backbone import Backbone
 from stbench.core.recipe import Stage, Supervision, Term, computed
-from stbench.core.registry import BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS
+from stbench.core.registry import BACKBONES, DATASETS, METRICS, OBJECTIVES, RECIPES, SAMPLERS
 """
 SUPERVISION = """
 @dataclass
@@ -56,6 +56,14 @@ WRONG_OBJECTS = {
         "subclass of Objective",
     ),
     "function as data set": ("@DATASETS.register_module(name='odd')\ndef f(): pass", "data.dataset.Dataset"),
+    "function as sampler": (
+        "@SAMPLERS.register_module(name='odd')\ndef f(): pass",
+        "diffusion.sampler.Sampler",
+    ),
+    "class as metric": (
+        "@METRICS.register_module(name='odd')\nclass F: pass",
+        "a function of stbench.evaluate",
+    ),
     "exit": ("raise SystemExit(0)", "failed to import: SystemExit: 0"),
     "taken name": (
         "@RECIPES.register_module(name='vanilla')\ndef f(info): pass",
@@ -98,7 +106,7 @@ WRONG_TERMS = {
 @pytest.fixture(autouse=True)
 def _unregister() -> Iterator[None]:
     yield
-    for registry in (BACKBONES, DATASETS, OBJECTIVES, RECIPES, SAMPLERS):
+    for registry in (BACKBONES, DATASETS, METRICS, OBJECTIVES, RECIPES, SAMPLERS):
         registry.module_dict.pop("odd", None)
 
 
@@ -132,3 +140,23 @@ def test_a_mistake_in_a_supervision_names_the_plugin(stbench: Command, tmp_path:
     if "failed" in message:
         assert "odd.py line " in line and "details in" in line
     shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+
+
+WRONG_METRICS = {
+    "raises": ("odd", "1 / 0", "metric 'odd' failed: ZeroDivisionError"),
+    "returns no number": ("odd", "None", "metric 'odd' failed: TypeError"),
+    "has the name of a built-in one": ("fid", "0.0", "metric 'fid' exists already"),
+    "has the name of a ratio": ("fdr6", "0.0", "metric 'fdr6' exists already"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_METRICS)
+def test_a_wrong_metric_is_refused_before_training(stbench: Command, tmp_path: Path, name: str) -> None:
+    metric, value, message = WRONG_METRICS[name]
+    code = f"@METRICS.register_module(name='{metric}')\ndef f(samples): return {value}"
+    try:
+        line = failure(stbench, tmp_path, code, *tiny_options(), f"--set=eval.metrics={metric}")
+    finally:
+        METRICS.module_dict.pop("fid", None)
+    assert message in line
+    assert not list(tmp_path.glob("runs/*/curve.jsonl"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,59 @@ from stbench.core.errors import UserError
 from stbench.runs.journal import read_journal
 from tests.conftest import TINY, Command
 
+GRID = ("sweep", "--backbone", "sit", "--recipe", "vanilla", "--steps", 20)
+
 
 def test_seeds_are_a_count_or_a_list() -> None:
     assert parse_seeds("3") == [0, 1, 2] and parse_seeds("0,5,7") == [0, 5, 7] and parse_seeds("7,") == [7]
     for wrong in ("0", "x", "", "-1"):
         with pytest.raises(UserError, match="--seeds must be"):
             parse_seeds(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--partition", "gpu"], "--partition needs --executor slurm"),
+        (["--slurm", "qos=a"], "--slurm needs --executor slurm"),
+        (["--executor", "slurm", "--time-limit", "soon"], "--time-limit must be minutes"),
+        (["--executor", "slurm", "--gpus-per-job", 3, "--nodes-per-job", 2], "must be a multiple of"),
+        (["--executor", "slurm", "--device", "cuda:0"], "--device must be auto, cpu or cuda"),
+        (["--executor", "slurm", "--device", "cuda", "--gpus-per-job", 0], "--device cuda needs GPUs"),
+        (["--executor", "slurm", "--device", "cpu"], "sbatch was not found; use a login node"),
+    ],
+)
+def test_options_of_slurm_are_checked(
+    options: list[object], message: str, stbench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = stbench(*GRID, *options, "--output", tmp_path / "none")
+    assert code == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "none").exists()
+
+
+def test_without_submitit_slurm_says_how_to_install_it(
+    stbench: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    code, _, err = stbench(*GRID, "--executor", "slurm", "--device", "cpu", "--dry-run")
+    assert code == 2 and "pip install 'stbench[slurm]'" in err
+
+
+def test_dry_run_describes_the_jobs_of_slurm(
+    stbench: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    for name in ("sbatch", "srun", "squeue", "scancel"):
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    slurm = [*GRID, "--executor", "slurm", "--gpus-per-job", 4, "--jobs", 3, "--dry-run"]
+    code, _, err = stbench(*slurm)
+    assert code == 2 and "give --precision, such as bf16" in err
+    code, out, err = stbench(*slurm, "--precision", "bf16")
+    assert code == 0, err
+    assert "Slurm jobs with 4 GPUs per run, at most 3 at a time, on cuda; run folders in" in out
 
 
 @pytest.mark.slow

@@ -23,8 +23,8 @@ def test_without_a_shared_step_the_most_common_one_is_used() -> None:
     records.append(make_record("early", 0, [9.0], steps=(100,)))
     assert only_table(records).student_images == 64 * 800
     between = only_row(records, "between").student
-    assert between.fid is not None and between.interpolated
-    assert between.fid.mean == pytest.approx(8 * (2 / 8) ** (500 / 700))
+    assert between.value is not None and between.interpolated
+    assert between.value.mean == pytest.approx(8 * (2 / 8) ** (500 / 700))
     assert only_row(records, "early").student.plain.verdict == "not trained that far"
     assert any("51200 images, where 2 of 4 rows" in note for note in only_table(records).notes)
 
@@ -44,9 +44,9 @@ def test_everything_paid_counts_the_teacher() -> None:
     assert (vanilla.student.images, vanilla.paid.images) == (51200, 76800)
 
     # FID: vanilla was not evaluated at 76800 images
-    assert vanilla.student.fid is not None and vanilla.student.fid.mean == 1.0
-    assert vanilla.paid.fid is not None and vanilla.paid.interpolated
-    assert vanilla.paid.fid.mean == pytest.approx(0.5)  # half way between 1 and 0.25, in log FID
+    assert vanilla.student.value is not None and vanilla.student.value.mean == 1.0
+    assert vanilla.paid.value is not None and vanilla.paid.interpolated
+    assert vanilla.paid.value.mean == pytest.approx(0.5)  # half way between 1 and 0.25, in log FID
     assert vanilla.paid.inception is None and vanilla.paid.flops_total is None
     assert taught.student.plain.ratio == 0.5 and taught.paid.plain.ratio == pytest.approx(1.0)
     note = "everything paid: FID marked ~ is interpolated between two evaluations: vanilla"
@@ -71,10 +71,10 @@ def test_a_longer_row_is_evaluated_at_both_budgets() -> None:
         records.append(make_record("vanilla", seed, [16, 4, 1, 0.25], steps=LONG_STEPS))
         records.append(make_record("other", seed, [16, 4, 2, 0.5], steps=LONG_STEPS))
     other, taught = only_row(records, "other"), only_row(records, "taught")
-    assert other.student.fid and other.paid.fid and taught.student.fid and taught.paid.fid
-    assert (other.student.step, other.student.fid.mean) == (800, 2.0)
-    assert (other.paid.step, other.paid.fid.mean) == (1600, 0.5)
-    assert (taught.student.fid, taught.student.step) == (taught.paid.fid, taught.paid.step)
+    assert other.student.value and other.paid.value and taught.student.value and taught.paid.value
+    assert (other.student.step, other.student.value.mean) == (800, 2.0)
+    assert (other.paid.step, other.paid.value.mean) == (1600, 0.5)
+    assert (taught.student.value, taught.student.step) == (taught.paid.value, taught.paid.step)
     assert (other.student.plain.ratio, other.paid.plain.ratio) == (2.0, 2.0)
     assert (taught.student.plain.verdict, taught.paid.plain.verdict) == ("better", "worse")
     assert taught.paid.reach is not None and taught.student.reach is not None
@@ -84,9 +84,9 @@ def test_a_longer_row_is_evaluated_at_both_budgets() -> None:
 def test_a_short_row_is_noted_with_the_steps_to_train() -> None:
     records = make_seeds("vanilla", [1.0]) + make_seeds("taught", [0.5], teacher=400)
     vanilla, taught = only_row(records, "vanilla"), only_row(records, "taught")
-    assert vanilla.paid.fid is None and vanilla.paid.plain.verdict == "not trained that far"
+    assert vanilla.paid.value is None and vanilla.paid.plain.verdict == "not trained that far"
     assert vanilla.paid.best.verdict == "not trained that far"
-    assert taught.paid.fid is not None and taught.paid.plain.verdict == "no vanilla there"
+    assert taught.paid.value is not None and taught.paid.plain.verdict == "no vanilla there"
     note = "everything paid: not trained to 76800 images of the last stage: vanilla; train with --steps 1200"
     assert note in only_table(records).notes
 
@@ -97,7 +97,7 @@ def test_everything_paid_is_the_largest_total_that_the_baseline_reaches() -> Non
     records += make_seeds("costly", [0.1], teacher=10_000)
     assert only_table(records).paid_images == 64 * 1600
     costly = only_row(records, "costly")
-    assert costly.paid.fid is None and costly.paid.plain.verdict == "paid more already"
+    assert costly.paid.value is None and costly.paid.plain.verdict == "paid more already"
     note = "everything paid: the earlier stages alone exceed the budget: costly"
     assert note in only_table(records).notes
     assert costly.student.plain.ratio == pytest.approx(0.1)
@@ -108,7 +108,7 @@ def test_best_guidance_is_chosen_by_the_mean_over_seeds() -> None:
     records = [make_record("vanilla", seed, [16, 4, 1], guided=scales[seed]) for seed in (0, 1)]
     guided = only_row(records, "vanilla").student.guided
     assert guided is not None
-    assert (guided.scale, guided.fid.values, guided.edge) == (2.0, (0.3, 0.3), False)
+    assert (guided.scale, guided.value.values, guided.edge) == (2.0, (0.3, 0.3), False)
 
 
 def test_best_guidance_is_taken_from_the_shared_grid_and_its_edge_is_marked() -> None:

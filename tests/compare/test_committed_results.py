@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stbench.cli.compare import read_leaderboard
+from stbench.compare.blocks import View
 from stbench.compare.writers import Format, render
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +21,6 @@ def test_committed_leaderboards_are_reproduced(
     monkeypatch.chdir(ROOT)  # the leaderboards contain the relative paths of the runs
     folder = Path("results") / name
     expected = (folder / f"leaderboard.{form}").read_text()
-    assert render(read_leaderboard([folder / "runs"]), form) == expected, (
-        f"run: stbench compare {folder}/runs --format {form} --output {folder}/leaderboard.{form}"
+    assert render(read_leaderboard([folder / "runs"]), form, view=View(details=True)) == expected, (
+        f"run: stbench compare {folder}/runs --details --format {form} --output {folder}/leaderboard.{form}"
     )

@@ -10,7 +10,7 @@ from PIL import Image
 
 from stbench.compare.build import build_leaderboard
 from stbench.compare.leaderboard import Leaderboard
-from stbench.compare.plot import COLOURS, GREY, plot_curves
+from stbench.compare.plot import COLOURS, GREY, plot_curves, plot_paths
 from stbench.core.errors import UserError
 from tests.fake_runs import make_digits_records, make_record, make_seeds
 
@@ -31,6 +31,20 @@ def test_several_tables_share_one_plot(tmp_path: Path) -> None:
     plot_curves(build_leaderboard(records), tmp_path / "curves.png")
     width, height = Image.open(tmp_path / "curves.png").size
     assert width == 1200 and 700 < height < 1100
+
+
+def test_more_than_two_tables_continue_in_further_files(tmp_path: Path) -> None:
+    """At most four panels per file; a row has the same colour in all of them."""
+    records = []
+    for setting in "abcde":
+        records += make_seeds("vanilla", [1.0], changes={"setting_hash": setting})
+        records += make_seeds(f"only-{setting}", [2.0], changes={"setting_hash": setting})
+    leaderboard = build_leaderboard(records)
+    names = ["curves.png", "curves-2.png", "curves-3.png"]
+    assert [path.name for path in plot_paths(leaderboard, tmp_path / "curves.png")] == names
+    plot_curves(leaderboard, tmp_path / "curves.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert all(Image.open(tmp_path / name).size[1] < 1100 for name in names)
 
 
 def test_no_finished_runs_are_an_error(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.leaderboards import only_row, only_table
 
 def fids(records: list[RunRecord], recipe: str) -> tuple[float, ...]:
     """Return the FIDs of a recipe's seeds at the student-only budget."""
-    fid = only_row(records, recipe).student.fid
+    fid = only_row(records, recipe).student.value
     assert fid is not None
     return fid.values
 
@@ -62,14 +62,14 @@ def test_each_setting_and_protocol_has_its_own_table() -> None:
 def test_no_seed_is_dropped() -> None:
     records = make_seeds("vanilla", [1.0, 2.0, 60.0])
     assert fids(records, "vanilla") == (1.0, 2.0, 60.0)
-    fid = only_row(records, "vanilla").student.fid
+    fid = only_row(records, "vanilla").student.value
     assert fid is not None and fid.mean == pytest.approx(21.0)
 
 
 def test_a_diverged_seed_makes_the_mean_nan() -> None:
     records = make_seeds("vanilla", [1.0] * 3) + make_seeds("wild", [0.5, 0.5, math.nan])
     wild = only_row(records, "wild")
-    assert wild.seeds == (0, 1, 2) and wild.student.fid is not None and math.isnan(wild.student.fid.mean)
+    assert wild.seeds == (0, 1, 2) and wild.student.value is not None and math.isnan(wild.student.value.mean)
     assert wild.student.plain.verdict == "no finite FID"
 
 

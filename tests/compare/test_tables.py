@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stbench.compare.blocks import View
 from stbench.compare.build import build_leaderboard
 from stbench.compare.tables import sampling
 from stbench.compare.writers import render
@@ -11,7 +12,7 @@ from tests.fake_runs import make_digits_records, make_record, make_seeds
 
 def markdown(records: list[RunRecord]) -> str:
     """Return the leaderboard of these records as Markdown."""
-    return render(build_leaderboard(records), "md")
+    return render(build_leaderboard(records), "md", view=View(details=True))
 
 
 def test_both_budgets_are_shown() -> None:

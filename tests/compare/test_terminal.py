@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from stbench.compare.blocks import View
 from stbench.compare.build import build_leaderboard
 from stbench.compare.leaderboard import Leaderboard
 from stbench.compare.terminal import print_curve, print_leaderboard, print_run
@@ -18,7 +19,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 def test_the_output_is_pinned_and_fits_100_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    print_leaderboard(build_leaderboard(make_digits_records()))
+    print_leaderboard(build_leaderboard(make_digits_records()), view=View(details=True))
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert max(map(len, lines)) <= 100
     assert "\n".join(lines) + "\n" == (FIXTURES / "leaderboard.txt").read_text()
@@ -39,7 +40,7 @@ def test_many_options_are_wrapped_and_not_cut(capsys: pytest.CaptureFixture[str]
     }
     records = make_seeds("vanilla", [1.0] * 3)
     records.append(make_record("self-transcendence", 0, [16.0, 4.0, 1.0], options=options))
-    print_leaderboard(build_leaderboard(records))
+    print_leaderboard(build_leaderboard(records), view=View(details=True))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100 and "…" not in printed
     for name, value in options.items():
@@ -53,7 +54,7 @@ def test_square_brackets_are_printed_literally(capsys: pytest.CaptureFixture[str
     options = {"x": "[/x]"}
     records = [make_record("vanilla", 0, [16.0, 4.0, 1.0], changes=changes, options=options)]
     records.append(make_record("vanilla", 1, [16.0], changes=changes, options=options, status="failed"))
-    print_leaderboard(build_leaderboard(records))
+    print_leaderboard(build_leaderboard(records), view=View(details=True))
     record = replace(records[0], curve=[make_point(200, 1.0), replace(make_point(400, 1.0), stage="[red]")])
     metrics = {"fid": 1.0, "[red]": 2.0}
     print_curve(replace(record, curve=[replace(point, metrics=metrics) for point in record.curve]))
@@ -86,6 +87,7 @@ def test_a_curve_with_many_metrics_is_split_to_fit_100_columns(capsys: pytest.Ca
     basic = {"fid": 10.27, "fid_all": 10.31, "is": 5.213, "accuracy": 0.908}
     further = {
         "kid": 0.0123,
+        "mind": 4.2,
         "precision": 0.71,
         "recall": 0.52,
         "nn_distance": 0.11,
@@ -96,8 +98,9 @@ def test_a_curve_with_many_metrics_is_split_to_fit_100_columns(capsys: pytest.Ca
     print_curve(replace(record, curve=curve))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
-    first, second = printed.split("Further metrics")
+    first, second, third = printed.split("Further metrics")
     assert "accuracy" in first and "kid" not in first and "0.0123" in second
+    assert "recall" in second and "nn distance" in third
 
 
 def test_a_curve_under_two_protocols_names_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,5 +113,5 @@ def test_a_curve_under_two_protocols_names_them(capsys: pytest.CaptureFixture[st
 
 
 def test_nan_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    print_leaderboard(build_leaderboard(make_seeds("vanilla", [1.0, math.nan])))
+    print_leaderboard(build_leaderboard(make_seeds("vanilla", [1.0, math.nan])), view=View(details=True))
     assert "nan ± nan" in capsys.readouterr().out

@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 
 from stbench.compare import terminal
+from stbench.compare.blocks import View
 from stbench.compare.build import build_leaderboard
 from stbench.compare.writers import Format, render
 from stbench.runs.folder import State
@@ -34,7 +35,7 @@ def test_a_row_without_a_finished_seed_is_shown_with_its_states() -> None:
     assert (row.recipe, row.seeds, row.word) == ("taught", (0, 1), "waiting, failed")
     assert row.state == "waiting (seed 0); failed: loss is nan (seed 1)"
     assert any(note.startswith("taught seed 1: failed: loss is nan") for note in table.notes)
-    text = render(build_leaderboard(records, entries), "md")
+    text = render(build_leaderboard(records, entries), "md", view=View(details=True))
     assert "| taught | (0 1) waiting, failed | - | - | - | - |" in text
     assert "| taught | - | - | - | waiting (seed 0); failed: loss is nan (seed 1) |" in text
 
@@ -46,7 +47,9 @@ def test_a_missing_seed_of_a_row_is_shown_in_brackets_with_a_note() -> None:
     assert (table.rows[0].seeds, table.rows[0].unfinished) == ((0, 1), (2,))
     note = "vanilla seed 2: waiting; not included in the results (digits-sit-vanilla-s2-800)"
     assert table.notes == (note,)
-    assert "| vanilla | 0 1 (2) |" in render(build_leaderboard(records, [make_entry("vanilla", 2)]), "md")
+    assert "| vanilla | 0 1 (2) |" in render(
+        build_leaderboard(records, [make_entry("vanilla", 2)]), "md", view=View(details=True)
+    )
 
 
 @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
@@ -107,7 +110,7 @@ def test_a_setting_without_a_finished_run_is_a_table_of_states() -> None:
     leaderboard = build_leaderboard([make_run("vanilla", 0)], entries)
     table = leaderboard.tables[1]
     assert (table.rows, table.backbone, table.absent[0].seeds) == ((), "dit-ti/2", (0, 1))
-    text = render(leaderboard, "md")
+    text = render(leaderboard, "md", view=View(details=True))
     assert "## digits, dit-ti/2, linear" in text and "| vanilla | (0 1) | waiting |" in text
     assert "| dit-ti/2 | vanilla (0 1) | - | waiting | - | - |" in text  # in the combined table
 
@@ -116,7 +119,7 @@ def test_a_requested_length_is_a_row_of_its_own() -> None:
     records, entries = [make_run("vanilla", 0)], [make_entry("vanilla", 0, steps=1600, row_hash="longer")]
     table = only_table(records, entries)
     assert (table.absent[0].length, table.rows[0].length) == (1600, 800)
-    text = render(build_leaderboard(records, entries), "md")
+    text = render(build_leaderboard(records, entries), "md", view=View(details=True))
     assert r"| vanilla \[800 steps\] | 0 |" in text and r"| vanilla \[1600 steps\] | (0) waiting |" in text
 
 
@@ -124,9 +127,9 @@ def test_every_format_contains_the_unfinished_row(capsys: pytest.CaptureFixture[
     entries = [make_entry("taught", 0, state="failed", error="loss is nan " * 20)]
     leaderboard = build_leaderboard([make_run("vanilla", 0)], entries)
     for form in get_args(Format):
-        text = render(leaderboard, form)
+        text = render(leaderboard, form, view=View(details=True))
         assert "taught" in text and "loss is nan" in text
     assert json.loads(render(leaderboard, "json"))["tables"][0]["absent"][0]["seeds"] == [0]
-    terminal.print_leaderboard(leaderboard)
+    terminal.print_leaderboard(leaderboard, view=View(details=True))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100 and "(0) failed" in printed

@@ -59,7 +59,7 @@ def test_only_common_seeds_are_paired() -> None:
     records = make_seeds("vanilla", [1.0, 1.0]) + make_seeds("taught", [0.5, 0.5, 4.0])
     taught = only_row(records, "taught").student
     assert taught.plain.ratio == pytest.approx(0.5)
-    assert taught.fid is not None and taught.fid.values == (0.5, 0.5, 4.0)
+    assert taught.value is not None and taught.value.values == (0.5, 0.5, 4.0)
     note = "taught: no vanilla run with seed 2; included in the means, not in ratio and verdict"
     assert note in only_table(records).notes
 

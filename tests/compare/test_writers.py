@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from stbench.compare.blocks import View
 from stbench.compare.build import build_leaderboard
 from stbench.compare.leaderboard import Leaderboard
 from stbench.compare.writers import render
@@ -30,17 +31,17 @@ def not_strict(name: str) -> None:
 
 
 def test_markdown_is_pinned(leaderboard: Leaderboard) -> None:
-    assert render(leaderboard, "md") == (FIXTURES / "leaderboard.md").read_text()
+    assert render(leaderboard, "md", view=View(details=True)) == (FIXTURES / "leaderboard.md").read_text()
 
 
 def test_json_contains_all_values(leaderboard: Leaderboard) -> None:
     content = json.loads(render(leaderboard, "json"), parse_constant=not_strict)
     (table,) = content["tables"]
-    assert content["schema"] == 2
+    assert content["schema"] == 3
     assert [row["recipe"] for row in table["rows"]] == [row.recipe for row in leaderboard.tables[0].rows]
     row = leaderboard.tables[0].rows[1]
-    assert row.student.fid is not None and row.student.reach is not None
-    assert table["rows"][1]["student"]["fid"]["values"] == list(row.student.fid.values)
+    assert row.student.value is not None and row.student.reach is not None
+    assert table["rows"][1]["student"]["value"]["values"] == list(row.student.value.values)
     assert table["rows"][1]["student"]["reach"]["speedup_paid"] == row.student.reach.speedup_paid
     assert table["rows"][1]["paid"]["best"]["p"] == row.paid.best.p is not None
 
@@ -48,7 +49,7 @@ def test_json_contains_all_values(leaderboard: Leaderboard) -> None:
 def test_json_is_strict_with_a_diverged_seed() -> None:
     text = render(build_leaderboard([make_record("vanilla", 0, [1.0, 1.0, math.nan])]), "json")
     content = json.loads(text, parse_constant=not_strict)
-    assert content["tables"][0]["rows"][0]["student"]["fid"]["mean"] == "nan"
+    assert content["tables"][0]["rows"][0]["student"]["value"]["mean"] == "nan"
 
 
 def test_csv_has_one_line_per_row_at_full_precision(leaderboard: Leaderboard) -> None:
@@ -57,8 +58,8 @@ def test_csv_has_one_line_per_row_at_full_precision(leaderboard: Leaderboard) ->
     assert [line["recipe"] for line in lines] == [row.recipe for row in rows]
     for line, row in zip(lines, rows, strict=True):
         for budget, values in (("student", row.student), ("paid", row.paid)):
-            assert values.fid is not None and values.flops_total is not None
-            assert float(line[f"{budget}_fid_mean"]) == values.fid.mean
+            assert values.value is not None and values.flops_total is not None
+            assert float(line[f"{budget}_value_mean"]) == values.value.mean
             assert float(line[f"{budget}_flops_total_mean"]) == values.flops_total.mean
             assert line[f"{budget}_best_verdict"] == values.best.verdict
     assert lines[0]["seeds"] == "0 1 2" and lines[0]["protocol"] == "aaaa1111"
@@ -66,7 +67,7 @@ def test_csv_has_one_line_per_row_at_full_precision(leaderboard: Leaderboard) ->
 
 def test_latex_is_balanced_and_escaped() -> None:
     record = make_record("a_b&c%", 0, [16.0, 4.0, 1.0], options={"x": "{1}"})
-    text = render(build_leaderboard([record]), "tex")
+    text = render(build_leaderboard([record]), "tex", view=View(details=True))
     code = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
     assert code.count("\\begin{tabular}") == code.count("\\end{tabular}") == 5
     assert r"a\_b\&c\% (x=\{1\})" in code
@@ -80,7 +81,7 @@ def test_latex_is_balanced_and_escaped() -> None:
 def test_a_row_with_needs_is_marked_and_noted() -> None:
     recipe = {"name": "repa", "options": {}, "effective": {}, "needs": "an encoder"}
     leaderboard = build_leaderboard([make_record("repa", 0, [16.0, 4.0, 1.0], changes={"recipe": recipe})])
-    text = render(leaderboard, "md")
+    text = render(leaderboard, "md", view=View(details=True))
     assert "| repa† | 0 | 1.000 |" in text and "- repa† needs an encoder" in text
     assert "| repa† | an encoder |" in text
-    assert r"repa$\dagger$ & 0" in render(leaderboard, "tex")
+    assert r"repa$\dagger$ & 0" in render(leaderboard, "tex", view=View(details=True))

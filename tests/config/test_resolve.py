@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from stbench.config.hashes import setting_fields
+from stbench.config.overrides import split_sections
 from stbench.config.plan import PreparedRun, prepare
 from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import BackboneInfo
@@ -27,7 +29,8 @@ def prepared(recipe: str, backbone: str = "sit", steps: int = 40, **overrides: A
 def test_every_recipe_option_has_an_effective_value(recipe: str) -> None:
     """Only options whose None means "none" may be None, never a default that is decided later."""
     effective = prepared(recipe).spec.recipe.effective
-    assert {name for name, value in effective.items() if value is None} <= {"checkpoint"}
+    none = {name for name, value in effective.items() if value is None}
+    assert none <= {"checkpoint", "class_scale", "encoder", "hidden", "kernel", "alpha", "stop"}
     assert prepared(recipe).spec.recipe.options == {}
 
 
@@ -137,3 +140,44 @@ def test_a_network_of_another_shape_is_not_called_by_the_name_of_a_size(
     assert run.prepared.info.size == size.replace("-", "/")
     # The defaults of the recipe are still those of the preset that the options start from.
     assert run.prepared.spec.recipe.effective["encoder"] == "digits"
+
+
+# --- Options of the objective ---
+
+
+def test_options_of_the_objective_that_are_its_defaults_change_no_hash() -> None:
+    plain, same = prepared("vanilla"), prepared("vanilla", objective__shift=1.0)
+    assert "objective_options" not in setting_fields(plain.spec, "")
+    assert same.hashes == plain.hashes and same.spec.objective_options == {}
+
+
+def test_other_options_of_the_objective_are_another_setting() -> None:
+    plain, shifted = prepared("vanilla"), prepared("vanilla", objective__shift=3)
+    assert shifted.spec.objective_options == {"shift": 3.0}
+    assert shifted.hashes.setting != plain.hashes.setting
+    assert shifted.stages[0].fingerprint != plain.stages[0].fingerprint
+    (run,) = prepare_runs([SuiteRun("", {"backbone": "sit", "recipe": "vanilla"}, {"objective.shift": 3})])
+    assert run.entry.objective == "linear (shift=3.0)"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("objective__shfit", 2.0, "unknown option 'objective.shfit'; did you mean 'objective.shift'"),
+        ("objective__shift", 0.0, "invalid value for 'objective.shift': .* greater than 0"),
+        ("objective__shift", True, "invalid value for 'objective.shift': input should be a number"),
+        ("objective__location", 0.5, "unknown option 'objective.location'"),
+    ],
+)
+def test_bad_options_of_the_objective_are_refused(option: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepared("vanilla", **{option: value})
+
+
+def test_a_second_dot_names_an_entry_of_an_option() -> None:
+    found = split_sections({"recipe.on_options.weight": 0.1, "recipe.on_options.block": 2, "train.lr": 1e-3})
+    assert found["recipe"] == {"on_options": {"weight": 0.1, "block": 2}}
+    with pytest.raises(UserError, match=r"option 'train\.lr' is given twice, as 0\.001 and by entries"):
+        split_sections({"train.lr": 1e-3, "train.lr.x": 1})
+    with pytest.raises(UserError, match=r"invalid value for 'train\.lr'"):
+        prepared("vanilla", train__lr__x=1)

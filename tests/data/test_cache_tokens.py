@@ -62,6 +62,11 @@ def test_tokens_are_those_of_the_training_images_in_order(
     cached = open_encoder(find_encoder(str(target)), TOKENS, torch.device("cpu"))
     assert isinstance(cached, CachedTokens)
     assert torch.allclose(cached.rows(torch.from_numpy(rows), 57), expected, atol=2e-3)
+    # With the class token, there is one row more per image.
+    code, _, err = stbench(*command[:-1], tmp_path / "more", *options, "--class-token")
+    assert code == 0, err
+    more = np.load(tmp_path / "more" / "tokens.npy")
+    assert np.array_equal(more[:, 1:], np.load(target / "tokens.npy"))
     # A second call does not overwrite them.
     code, _, err = stbench(*command, *options)
     assert code == 2 and "already contains tokens; delete it" in err

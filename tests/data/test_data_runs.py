@@ -21,7 +21,8 @@ from stbench.data.dataset import _built
 from stbench.data.prepare import PrepareOptions
 from stbench.data.repa_convert import convert
 from stbench.data.repa_layout import RepaFolder, find_decoder
-from stbench.evaluate import past_run, points
+from stbench.evaluate import past_run
+from stbench.evaluate.again import evaluate_again
 from stbench.evaluate.sample_job import SampleRequest, sample_images
 from stbench.evaluate.sample_model import ModelLocation
 from stbench.runs.records import RunRecord
@@ -86,7 +87,7 @@ def test_two_recipes_train_on_a_prepared_set_and_are_sampled_and_evaluated(
     with np.load(tmp_path / "five.npz") as found:
         assert (found["arr_0"].shape, found["arr_0"].dtype) == ((5, SIZE, SIZE, 3), np.uint8)
     changed = run.prepared.spec.eval.model_copy(update={"seed": 1})
-    added = points.evaluate_again(run, changed, device)
+    added = evaluate_again(run, changed, device)
     assert [point.step for point in added] == [STEPS]
 
 

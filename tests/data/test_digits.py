@@ -68,6 +68,12 @@ def test_latents_are_the_mean_plus_noise_times_std(digits: Dataset) -> None:
     assert torch.equal(mean[0], mean[1])
 
 
+def test_the_mean_latent_is_that_of_the_posterior_means(digits: Dataset) -> None:
+    rows = torch.arange(digits.size)
+    means = digits.latents(rows, torch.zeros(digits.size, 4, 8, 8))
+    torch.testing.assert_close(digits.mean_latent(), means.double().mean(0).float())
+
+
 def test_rows_of_latents_labels_and_images_agree(digits: Dataset) -> None:
     rows = torch.tensor([0, 7, 749, 1499])
     decoded = digits.decode(digits.latents(rows, torch.zeros(4, 4, 8, 8)))

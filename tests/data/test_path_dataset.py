@@ -17,7 +17,7 @@ from stbench.data import dataset as dataset_module
 from stbench.data.crop import decode_image
 from stbench.data.dataset import Dataset, get_dataset
 from stbench.data.open import open_data
-from stbench.data.path_dataset import Custom
+from stbench.data.path_sets import Custom
 from stbench.data.prepare import PrepareOptions
 from stbench.data.spec import DataSpec
 from stbench.models.autoencoder import WEIGHTS, find_vae, to_uint8
@@ -69,6 +69,20 @@ def test_latents_are_the_scaled_mean_plus_noise_times_std(root: Path) -> None:
     assert torch.equal(
         data.labels(rows), torch.from_numpy(column(root / "plain", "labels")[split != 1])[rows]
     )
+
+
+def test_the_mean_latent_is_that_of_all_rows_read_in_parts(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset_module, "MEAN_BATCH", 10)
+    for name, views in (("plain", 1), ("flip", 2)):
+        split = column(root / name, "split")
+        moments = torch.from_numpy(column(root / name, "moments")[split != 1]).double()
+        assert moments.shape[1] == views
+        expected = moments[:, :, :4].mean((0, 1)) * 0.18215
+        torch.testing.assert_close(opened(root / name).mean_latent(), expected.float())
+    pixels = opened(root / "pixels")
+    torch.testing.assert_close(pixels.mean_latent(), pixels.mean_latent().flip(-1))
 
 
 def test_held_out_images_are_not_in_the_training_rows(root: Path) -> None:
@@ -160,6 +174,7 @@ def test_resident_rows_are_bit_identical(root: Path) -> None:
     assert mapped.fingerprint == resident.fingerprint
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gives_the_same_latents_from_host_and_device_memory(root: Path) -> None:
     mapped = opened(root / "flip", resident="no").to("cuda")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stbench.data.dataset import Dataset
-from stbench.data.path_dataset import ImageNet256, ImageNet512
+from stbench.data.path_sets import ImageNet256, ImageNet512
 
 PUBLISHED = [
     (ImageNet256, "dit", "xl/2", (256, 1e-4, (0.9, 0.999), 0.0, 0, None, 0.1, 400_000)),

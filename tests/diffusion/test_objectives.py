@@ -23,9 +23,11 @@ from stbench.diffusion import (
     linear_betas,
     respaced_steps,
 )
+from stbench.diffusion.flow import LinearX
+from stbench.diffusion.guidance import guide
 from stbench.diffusion.noise_prediction import NoisePrediction, discretised_log_likelihood
 
-FLOWS = [LinearFlow(), CosineFlow()]
+FLOWS = [LinearFlow(), CosineFlow(), LinearX()]
 NOISE = [ImprovedDdpm(), VpDiscrete(), VpContinuous()]
 ALL = [*FLOWS, *NOISE]
 
@@ -43,6 +45,8 @@ def pair(batch: int = 5) -> tuple[Tensor, Tensor]:
 
 def truth(objective: Objective, noised: Noised) -> Tensor:
     """The prediction without error."""
+    if isinstance(objective, LinearX):
+        return noised.x0
     if isinstance(objective, Flow):
         return objective.velocity_target(noised)
     return torch.cat([noised.noise, torch.zeros_like(noised.noise)], 1)[:, : objective.out_channels(3)]
@@ -111,7 +115,7 @@ def test_the_true_prediction_denoises_exactly(objective: Objective) -> None:
     assert torch.allclose(found_eps, eps, atol=1e-9)
 
 
-@pytest.mark.parametrize("objective", [*FLOWS, VpDiscrete(), VpContinuous()], ids=name)
+@pytest.mark.parametrize("objective", [*FLOWS[:2], VpDiscrete(), VpContinuous()], ids=name)
 def test_the_loss_is_the_mean_square_per_sample_in_float32(objective: Objective) -> None:
     x0, eps = (v.bfloat16() for v in pair(2))
     noised = objective.at(x0, eps, torch.tensor([0.25, 0.75]))
@@ -290,3 +294,81 @@ def test_lognormal_times_have_a_normal_logarithm_of_noise_to_signal(name: str, p
     expected = s / (1 + s) if name == "linear" else 2 / math.pi * s.atan()
     torch.testing.assert_close(t, expected)
     assert plain.sample_t(Rng(0, 0, 20_000)).std() > t.std()
+
+
+@pytest.mark.parametrize("objective", ALL, ids=name)
+def test_the_true_prediction_implies_the_true_velocity(objective: Objective) -> None:
+    x0, eps = pair()
+    noised = objective.at(x0, eps, torch.linspace(0.1, 0.9, 5))
+    found = objective.velocity(truth(objective, noised), noised.x_t, noised.t)
+    assert torch.allclose(found, objective.velocity_target(noised), atol=1e-9)
+
+
+def test_a_flow_keeps_the_bits_of_its_velocity() -> None:
+    v = pair()[0].float()
+    assert CosineFlow().velocity(v, v, torch.ones(5)) is v
+
+
+def test_linear_x_has_the_loss_of_jit() -> None:
+    """JiT's time is s = 1 - t, with data at s=1; it divides both velocities by the clamped time."""
+    x, eps = (v.float() for v in pair())
+    s = torch.tensor([0.0, 0.3, 0.9, 0.97, 1.0], dtype=torch.float64)
+    noised = LinearX().at(x, eps, 1.0 - s)
+    prediction, gap = 0.7 * x + 0.1 * eps, (1.0 - s).clamp(min=0.05).float().view(-1, 1, 1, 1)
+    z = s.float().view(-1, 1, 1, 1) * x + (1.0 - s).float().view(-1, 1, 1, 1) * eps
+    difference = (x - z) / gap - (prediction - z) / gap
+    torch.testing.assert_close(LinearX().loss(prediction, noised), difference.square().mean((1, 2, 3)))
+    torch.testing.assert_close(LinearX().velocity(prediction, noised.x_t, noised.t), -(prediction - z) / gap)
+
+
+def test_the_clamp_of_linear_x_is_an_option() -> None:
+    x, eps = (v.float() for v in pair(2))
+    noised = LinearX().at(x, eps, torch.full((2,), 0.1))
+    ratio = LinearX().loss(x + 1.0, noised) / LinearX(t_min=0.2).loss(x + 1.0, noised)
+    torch.testing.assert_close(ratio, torch.full((2,), 4.0))
+
+
+def test_guiding_the_clean_latent_guides_the_velocity() -> None:
+    (a, b), x_t, t = pair(2), pair(1)[1], torch.tensor([0.02], dtype=torch.float64)
+    objective = LinearX()
+    velocities = [objective.velocity(p, x_t, t) for p in (a, b)]
+    found = objective.velocity(guide(a, b, 2.5), x_t, t)
+    torch.testing.assert_close(found, guide(velocities[0], velocities[1], 2.5))
+
+
+def test_lognormal_times_have_the_location_and_scale_of_jit() -> None:
+    """JiT draws its time 1 - t, which is 1 for data, from sigmoid(-0.8 + 0.8 n)."""
+    t = lookup(OBJECTIVES, "linear-x-lognormal")().sample_t(Rng(0, 0, 20_000))
+    logit = torch.logit(1.0 - t)
+    assert logit.mean().item() == pytest.approx(-0.8, abs=0.02)
+    assert logit.std().item() == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear-lognormal", "linear-x", "linear-x-lognormal"])
+def test_a_shift_moves_the_training_times_as_in_stable_diffusion_3(name: str) -> None:
+    rng, family = Rng(0, 0, 1000), lookup(OBJECTIVES, name)
+    t = family().sample_t(rng)
+    torch.testing.assert_close(family(shift=3.0).sample_t(rng), 3.0 * t / (1.0 + 2.0 * t))
+
+
+def test_a_shift_multiplies_the_noise_to_signal_ratio_on_every_path() -> None:
+    rng = Rng(0, 0, 1000)
+    plain, shifted = (CosineFlow(s).alpha_sigma(CosineFlow(s).sample_t(rng)) for s in (1.0, 3.0))
+    torch.testing.assert_close(shifted[1] / shifted[0], 3.0 * plain[1] / plain[0])
+
+
+def test_a_shift_of_lognormal_times_is_a_location() -> None:
+    rng, family = Rng(0, 0, 1000), lookup(OBJECTIVES, "linear-lognormal")
+    moved = family(location=math.log(3.0)).sample_t(rng)
+    torch.testing.assert_close(family(shift=3.0).sample_t(rng), moved)
+
+
+def test_linear_x_takes_times_per_token() -> None:
+    x, eps = (v.float() for v in pair(2))
+    t = torch.tensor([[0.02, 0.3, 0.6, 0.9]] * 2, dtype=torch.float64)  # a 2x2 grid of tokens of 2x2 pixels
+    noised = LinearX().at(x, eps, t)
+    velocity = LinearX().velocity(x, noised.x_t, noised.t)
+    expected = LinearFlow().velocity_target(noised)
+    expected[:, :, :2, :2] *= 0.02 / 0.05
+    torch.testing.assert_close(velocity, expected)
+    assert LinearX().loss(x, noised).abs().max() == 0

@@ -24,11 +24,13 @@ from stbench.diffusion import (
 )
 from stbench.diffusion.ddpm_samplers import visited_steps
 from stbench.diffusion.dpm_solver import fast_orders
+from stbench.diffusion.flow import LinearX
 from stbench.diffusion.sample import Ddim, Ddpm, EulerMaruyama, Guidance, Heun, Sampler, guide, nfe, sample
 
 FLOWS = [LinearFlow(), CosineFlow()]
+X_PREDICTION = LinearX(t_min=1e-4)
 CASES: list[tuple[str | Sampler, Objective]] = [
-    *[(name, flow) for flow in FLOWS for name in ("euler", "heun", "euler-maruyama")],
+    *[(name, flow) for flow in (*FLOWS, X_PREDICTION) for name in ("euler", "heun", "euler-maruyama")],
     ("ddpm", ImprovedDdpm()),
     ("ddim", ImprovedDdpm()),
     ("ddim", VpDiscrete()),
@@ -60,6 +62,8 @@ class Gaussian(Backbone):
         gain = alpha * self.spread**2 / (alpha**2 * self.spread**2 + sigma**2)
         eps = sigma / (alpha**2 * self.spread**2 + sigma**2) * (x - alpha * mean)
         x0 = mean + gain * (x - alpha * mean)
+        if isinstance(self.process, LinearX):
+            return x0, {}
         if isinstance(self.process, Flow):
             d_alpha, d_sigma = (c.view(-1, 1, 1, 1) for c in self.process.rates(t))
             return d_alpha * x0 + d_sigma * eps, {}
@@ -105,7 +109,7 @@ def test_ode_samplers_are_exact_on_a_point_for_the_straight_flow(name: str) -> N
     assert torch.allclose(run(name, Gaussian(LinearFlow()), 3), means(), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "objective"), CASES[6:9], ids=ids)
+@pytest.mark.parametrize(("name", "objective"), CASES[9:12], ids=ids)
 def test_step_samplers_are_exact_on_a_point(name: str, objective: Objective) -> None:
     assert torch.allclose(run(name, Gaussian(objective), 5), means(), atol=1e-4)
 
@@ -344,3 +348,33 @@ def test_ddpm_and_ddim_take_either_spacing() -> None:
     net = Gaussian(ImprovedDdpm(), 0.5)
     seen = [run(Ddpm(spacing), net, 10) for spacing in ("spread", "stride")]
     assert not torch.equal(*seen)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
+def test_x_prediction_and_velocity_prediction_give_the_same_samples(sampler: str) -> None:
+    guidance = Guidance(2.0, 0.1, 0.9, channels=1)
+    velocity, clean = (
+        run(sampler, Gaussian(flow, 0.5), 20, guidance=guidance) for flow in (LinearFlow(), X_PREDICTION)
+    )
+    assert torch.allclose(velocity, clean, atol=1e-4)
+
+
+def test_the_clamp_of_linear_x_shortens_the_last_steps() -> None:
+    """As in JiT: the last of 50 Euler steps goes 0.02/0.05 of the way to the predicted latent."""
+    found = run("euler", Gaussian(LinearX()), 50)
+    start = run("euler", Gaussian(LinearX(t_min=1e-4)), 50)
+    assert torch.allclose(start, means(), atol=1e-5)
+    assert 1e-3 < (found - means()).abs().max() < 0.1
+
+
+def test_a_sampler_may_invert_objectives_that_do_not_name_it() -> None:
+    class Own(Heun):
+        name = "own"
+
+        def inverts(self, objective: Objective) -> bool:
+            return "heun" in objective.samplers
+
+    with pytest.raises(UserError, match="'own' cannot invert objective 'iddpm'; use one of: ddpm, ddim"):
+        run(Own(), Gaussian(ImprovedDdpm()), 3)
+    net = Gaussian(LinearFlow(), 0.5)
+    assert torch.equal(run(Own(), net, 4), run("heun", net, 4))

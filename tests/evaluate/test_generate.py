@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from threading import get_ident
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from stbench.config.build import build_backbone, build_objective
+from stbench.config.resolve import RunRequest, resolve
 from stbench.core.backbone import Backbone, BackboneInfo, Features
 from stbench.core.errors import UserError
 from stbench.data.dataset import Dataset
@@ -22,8 +25,8 @@ from stbench.evaluate.generate import (
     draw_labels,
     generate,
     image_noise,
+    part_ranges,
     save_grid,
-    step_noise,
     validation_loss,
 )
 
@@ -84,6 +87,76 @@ def test_batch_and_number_of_images_do_not_change_an_image(sampler: str, digits:
     assert (images[:70].int() - fewer.int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_threads_do_not_change_an_image_or_a_loss(
+    guidance: float, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = build_objective("linear")
+    network = build_backbone(resolve(RunRequest("sit", "vanilla")).backbone, "linear", digits, seed=3).eval()
+    nn.init.normal_(network.final_layer.linear.weight, std=0.1)  # type: ignore[union-attr, arg-type]
+
+    def measure() -> tuple[Tensor, list[float], int]:
+        seen: set[int] = set()
+        hook = network.register_forward_hook(lambda *_: seen.add(get_ident()))
+        images = generate(
+            network,
+            objective,
+            digits,
+            n=110,
+            labels="balanced",
+            seed=0,
+            sampler="euler-maruyama",
+            steps=2,
+            guidance=Guidance(guidance),
+            device="cpu",
+        )[0]
+        losses = validation_loss(network, objective, digits, seed=0, device="cpu")
+        hook.remove()
+        return images, losses, len(seen)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        images, losses, threads = measure()
+        monkeypatch.setattr("stbench.evaluate.generate._is_divisible", lambda *_: False)
+        whole, expected, alone = measure()
+    finally:
+        torch.set_num_threads(before)
+    assert threads > alone == 1
+    assert (images.int() - whole.int()).abs().max() <= 1 and len(images.unique()) > 50
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_plug_in_sees_whole_batches_in_one_thread(digits: Dataset) -> None:
+    network = Linear()  # keeps a list between calls
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        generate(
+            network,
+            LinearFlow(),
+            digits,
+            n=110,
+            labels="balanced",
+            seed=0,
+            sampler="euler",
+            steps=2,
+            guidance=Guidance(),
+            device="cpu",
+        )
+    finally:
+        torch.set_num_threads(before)
+    assert [len(t) for t in network.times] == [110, 110]
+
+
+def test_parts_cover_all_images_and_none_is_small() -> None:
+    for count in (1, 10, 50, 60, 74, 75, 110, 297, 1000):
+        parts = part_ranges(range(count))
+        assert [i for part in parts for i in part] == list(range(count))
+        assert all(part.start % 50 == 0 for part in parts)
+        assert len(parts) == 1 or min(map(len, parts)) >= 25
+
+
 def test_noise_differs_between_images_and_between_steps(digits: Dataset) -> None:
     images, _ = draw(digits, 100)
     assert len(images.flatten(1).unique(dim=0)) == 100
@@ -96,9 +169,10 @@ def test_guidance_reaches_the_sampler(digits: Dataset) -> None:
 
 def test_every_draw_of_a_sampler_and_the_initial_noise_are_independent() -> None:
     images = {"start": 50, "stop": 110, "shape": (4, 8, 8)}
-    noise = step_noise(0, **images)
-    draws = torch.stack([noise(0), noise(1), block_noise(0, "evaluation", **images)]).flatten(1)
-    assert torch.equal(noise(1), noise(1))
+    streams = ("evaluation-step-0", "evaluation-step-1", "evaluation")
+    first, again = (torch.stack([block_noise(0, name, **images) for name in streams]) for _ in range(2))
+    draws = first.flatten(1)
+    assert torch.equal(first, again)
     assert (torch.corrcoef(draws) - torch.eye(3)).abs().max() < 0.05
 
 
@@ -106,7 +180,7 @@ def test_evaluation_noise_is_that_of_the_published_numbers() -> None:
     """Other noise would be another protocol under the same hash."""
     shape = (4, 8, 8)
     initial = block_noise(0, "evaluation", start=0, stop=100, shape=shape)
-    step = step_noise(0, start=50, stop=100, shape=shape)(3)
+    step = block_noise(0, "evaluation-step-3", start=50, stop=100, shape=shape)
     hashes = [hashlib.sha256(noise.numpy().tobytes()).hexdigest()[:16] for noise in (initial, step)]
     assert hashes == ["c137e30fc8caa64a", "6fb927de0fb8b99b"]
 

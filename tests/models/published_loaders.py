@@ -89,7 +89,19 @@ def vaeloss(*, encoder_depth: int = 8, **o: Any) -> Shapes:
     return selftrans(**o) | linear("projectors_final.linear", o["hidden_size"], out)
 
 
+def internal(*, encoder_depth: int = 8, **o: Any) -> Shapes:
+    """CVL-UESTC/Internal-Guidance SiT/models/sit.py: a second final layer after a block."""
+    assert 1 <= encoder_depth <= o["depth"]
+    base = trunk(**o)
+    return base | {
+        key.replace("final_layer", "final_layer_xr"): shape
+        for key, shape in base.items()
+        if key.startswith("final_layer")
+    }
+
+
 CLASSES = {
+    "SiT/models/sit.py of CVL-UESTC/Internal-Guidance": internal,
     "models/sit.py of sihyun-yu/REPA": repa,
     "SiT-SRA/models/sit.py of vvvvvjdy/SRA": sra,
     "DiT-SRA/models/dit.py of vvvvvjdy/SRA": lambda **o: sra(learn_sigma=True, **o),
@@ -127,6 +139,8 @@ def published_script(line: str) -> tuple[Shapes, bool, bool]:
         options.add_argument("--qk-norm", action=argparse.BooleanOptionalAction, default=default)
     if repository == "sihyun-yu/REPA":
         options.add_argument("--projector-embed-dims", default="768,1024")
+    if repository == "CVL-UESTC/Internal-Guidance":
+        options.add_argument("--encoder-depth", type=int, default=8)
     if repository in ("willisma/SiT", "vita-epfl/LayerSync"):
         options.add_argument("mode", choices=["ODE", "SDE"])
     args = options.parse_args(words)
@@ -139,6 +153,8 @@ def published_script(line: str) -> tuple[Shapes, bool, bool]:
     table = model | ({"decoder_hidden_size": max(width, 768)} if not upstream else {})
     if script.startswith("DiT-SRA"):
         return sra(learn_sigma=True, **model), True, True
+    if repository == "CVL-UESTC/Internal-Guidance":
+        return internal(encoder_depth=args.encoder_depth, **table), False, True
     if repository == "vvvvvjdy/SRA":
         return sra(**table), False, True
     if repository == "sihyun-yu/REPA":

@@ -50,6 +50,31 @@ def test_distances_compute_in_float32(distance: object) -> None:
     assert torch.equal(found, distance(a.bfloat16().float(), b.bfloat16().float()))
 
 
+def test_structure_compares_the_cosines_of_all_pairs_of_tokens() -> None:
+    a = torch.tensor([[[2.0, 0.0], [0.0, 3.0]], [[1.0, 0.0], [1.0, 1.0]]])  # cosines 0 and R
+    b = torch.tensor([[[1.0, 0.0, 0.0], [5.0, 0.0, 0.0]], [[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0]]])  # 1 and -R
+    assert torch.allclose(align.structure(a, b), torch.tensor([2 * 1.0 / 4, 2 * (2 * R) ** 2 / 4]))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert align.structure(a, b).dtype == torch.float32
+
+
+def test_standardise_removes_a_share_of_the_mean_over_the_tokens() -> None:
+    z = torch.tensor([[[1.0, 10.0], [2.0, 10.0], [6.0, 40.0]]])
+    mean, std = torch.tensor([3.0, 20.0]), torch.tensor([math.sqrt(7.0), math.sqrt(300.0)])
+    torch.testing.assert_close(align.standardise(z, 0.6), (z - 0.6 * mean) / std)
+    assert torch.allclose(align.standardise(z, 1.0).mean(1), torch.zeros(2), atol=1e-6)
+    assert align.standardise(torch.ones(1, 4, 2), 1.0).abs().max() == 0  # eps keeps it finite
+
+
+def test_the_convolution_sees_neighbours_on_the_grid() -> None:
+    projector = align.ConvProjector(1, 1, 3)
+    nn.init.ones_(projector.projection_layer.weight)
+    nn.init.zeros_(projector.projection_layer.bias)
+    found = projector(torch.arange(9.0).view(1, 9, 1))
+    assert found.flatten()[:5].tolist() == [0 + 1 + 3 + 4, 0 + 1 + 2 + 3 + 4 + 5, 1 + 2 + 4 + 5, 21, 36]
+    assert align.ConvProjector(2, 5, 1)(torch.randn(3, 4, 2)).shape == (3, 4, 5)
+
+
 def test_dispersive_is_the_log_mean_over_all_pairs_with_the_diagonal() -> None:
     z = torch.tensor([[[0.0, 0.0]], [[2.0, 0.0]], [[0.0, 4.0]]])
     near, far, both = 4 / 2, 16 / 2, 20 / 2

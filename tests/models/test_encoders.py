@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from stbench.core.errors import UserError
 from stbench.data.dataset import get_dataset
 from stbench.models import encoders
+from stbench.models.timm_models import DINOV2
 from tests.weights import cache_digits, random_vit
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def test_encoder_input_normalises_and_enlarges() -> None:
 
 
 def test_dinov2_is_normalised_as_imagenet() -> None:
-    config = timm.create_model(encoders.DINOV2.replace("base", "small"), pretrained=False).pretrained_cfg
+    config = timm.create_model(DINOV2.replace("base", "small"), pretrained=False).pretrained_cfg
     assert (config["mean"], config["std"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -77,7 +78,7 @@ def test_nothing_is_downloaded_also_when_the_hub_is_online(monkeypatch: pytest.M
     monkeypatch.setattr(socket.socket, "connect", connect)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *host, **options: contacted.append(host))
-    for name in ("vit_tiny_patch16_224", encoders.DINOV2, "hf-hub:timm", "hf_hub:timm", "local-dir:x"):
+    for name in ("vit_tiny_patch16_224", DINOV2, "hf-hub:timm", "hf_hub:timm", "local-dir:x"):
         with pytest.raises(UserError):
             encoders.open_encoder(encoders.find_encoder(name), 16, CPU)
     assert not contacted
@@ -113,6 +114,37 @@ def test_a_cache_of_another_number_of_images_is_not_made(tmp_path: Path) -> None
         with pytest.raises(UserError, match=f"expected {count} images, found"):
             encoders.cache_tokens(tmp_path, encoder, torch.split(images, 4), count)
         assert not (tmp_path / "tokens.json").exists()
+
+
+def test_class_tokens_are_cached_before_the_patch_tokens(vit: Path, tmp_path: Path) -> None:
+    encoder = encoders.open_encoder(encoders.find_encoder("vit_tiny_patch16_224", vit), 16, CPU)
+    assert isinstance(encoder, encoders.ImageEncoder)
+    images = torch.randint(256, (3, 3, 64, 64), generator=torch.manual_seed(0), dtype=torch.uint8)
+    encoders.cache_tokens(tmp_path, encoder, [images], 3, class_token=True)
+    cached = encoders.open_encoder(encoders.find_encoder(str(tmp_path)), 16, CPU)
+    assert isinstance(cached, encoders.CachedTokens)
+    with torch.no_grad():
+        inputs = encoders.encoder_input(images, 64, (0.5,) * 3, (0.5,) * 3)
+        expected = encoder.network.forward_features(inputs)
+    torch.testing.assert_close(cached.rows(torch.arange(3), 3), expected[:, 1:], atol=2e-3, rtol=1e-3)
+    both = cached.rows(torch.arange(3), 3, class_token=True)
+    torch.testing.assert_close(both, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_a_cache_without_class_tokens_says_so(tmp_path: Path) -> None:
+    folder = cache_digits(tmp_path / "tokens")
+    manifest = json.loads((folder / "tokens.json").read_text())
+    del manifest["class_token"]  # as earlier versions wrote it
+    (folder / "tokens.json").write_text(json.dumps(manifest))
+    cached = encoders.open_encoder(encoders.find_encoder(str(folder)), 16, CPU)
+    assert isinstance(cached, encoders.CachedTokens)
+    assert cached.rows(torch.arange(2), 1500).shape == (2, 16, 96)
+    with pytest.raises(UserError, match=r"found patch tokens only; cache them again with .*--class-token"):
+        cached.rows(torch.arange(2), 1500, class_token=True)
+    encoder = encoders.open_encoder(encoders.find_encoder("digits"), 16, CPU)
+    assert isinstance(encoder, encoders.ImageEncoder)
+    with pytest.raises(UserError, match="encoder 'digits' has no class token; leave out --class-token"):
+        encoders.cache_tokens(tmp_path, encoder, [], 0, class_token=True)
 
 
 def test_damaged_caches_are_refused(tmp_path: Path) -> None:

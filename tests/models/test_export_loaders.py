@@ -86,8 +86,9 @@ def test_heads_do_not_change_the_network_and_are_recognised(recipe: Any) -> None
     content, _ = official_file(net, {"heads": 3}, "linear", heads=zero_heads(recipe, net.info))
     model = from_state(content["ema"], settings=content["args"])
     assert torch.equal(model.backbone(*batch()), net(*batch()))
-    titles = {"repa": "REPA", "sra": "SRA"}
-    assert model.description.startswith(titles.get(recipe, "Self-Transcendence")) and model.dropped
+    titles = {"repa": "REPA", "sra": "SRA", "internal-guidance": "Internal Guidance"}
+    assert model.description.startswith(titles.get(recipe, "Self-Transcendence"))
+    assert model.dropped or list(model.guides) == ["head"]
 
 
 def test_the_heads_of_several_encoders_are_all_named() -> None:
@@ -111,6 +112,8 @@ def test_the_heads_of_several_encoders_are_all_named() -> None:
     [
         ("dit", {"qk_norm": False}, "repa"),
         ("dit", {"qk_norm": False}, "vae-align"),
+        ("dit", {"qk_norm": False}, "internal-guidance"),
+        ("uvit", {}, "internal-guidance"),
         ("uvit", {}, "sra"),
         ("sit", {"noise_at_zero": True, "qk_norm": False}, "sra"),
     ],

@@ -57,6 +57,7 @@ def recipe_heads(kind: str, width: int) -> dict[str, Tensor]:
     """The heads that the repositories of recipes store with the network."""
     names = {
         "repa": [f"projectors.{j}.{k}" for j in range(2) for k in (0, 2, 4)],
+        "irepa": ["projectors.0.projection_layer"],
         "self-transcendence": ["projectors.0", "projectors.2", "projectors.4", "projectors_final.linear"],
         "sra": ["ap_head.linear1", "ap_head.linear2"],
     }[kind]
@@ -107,6 +108,7 @@ def test_a_training_checkpoint_gives_its_ema_or_its_raw_weights(write: Callable[
     "kind,out,heads,found",
     [
         ("repa", 4, 0, "REPA"),
+        ("irepa", 4, 0, "REPA"),
         ("sra", 4, 0, "SRA"),
         ("self-transcendence", 4, 4, "Self-Transcendence"),
         ("sra", 8, 0, "SRA on DiT"),

@@ -32,7 +32,7 @@ def test_dispersive_scopes_are_the_local_and_the_global_batch() -> None:
     torch.testing.assert_close(value(supervision, step), halves.repeat_interleave(4))
     gathered = dataclasses.replace(supervision, scope="gathered")
     torch.testing.assert_close(value(gathered, step), align.dispersive(z, 0.5).expand(BATCH))
-    with pytest.raises(UserError, match=r"needs the global batch of 16 in one piece, found 8"):
+    with pytest.raises(UserError, match=r"needs all 16 images of a step at once, found 8"):
         gathered.terms(dataclasses.replace(step, global_batch=16))
 
 

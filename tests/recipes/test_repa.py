@@ -14,7 +14,10 @@ from stbench.config.resolve import RunRequest, resolve
 from stbench.core.errors import UserError
 from stbench.diffusion import LinearFlow
 from stbench.models import align, encoders
+from stbench.models.timm_models import DINOV2
+from stbench.recipes.irepa import irepa
 from stbench.recipes.repa import Repa, repa
+from stbench.recipes.sara import sara
 from stbench.train.cost import expected_cost
 from tests.steps import BATCH, info, network, only, step_of, value
 from tests.weights import cache_digits, random_vit
@@ -55,7 +58,7 @@ def test_repa_blocks(where: tuple[str, int], block: int) -> None:
 def test_repa_default_encoder_is_dinov2_b_at_the_latents_grid() -> None:
     supervision = only(repa(info("sit", "b/2", 12, 768, 256)))
     (source,) = supervision.sources
-    assert (source.name, source.width, supervision.hidden) == (encoders.DINOV2, 768, 2048)
+    assert (source.name, source.width, supervision.hidden) == (DINOV2, 768, 2048)
 
 
 def test_repa_takes_timm_networks_from_local_weights(vit: Path) -> None:
@@ -79,6 +82,63 @@ def test_cached_tokens_teach_as_the_encoder_does_and_are_paid_once(cache: Path) 
     torch.testing.assert_close(value(cached, first), value(online, reference), atol=1e-3, rtol=0)
     value(cached, again)
     assert first.cost.teachers == reference.cost.teachers > 0 == again.cost.teachers
+
+
+def test_irepa_projects_by_a_convolution_onto_normalised_tokens() -> None:
+    net = network()
+    supervision = cast(Repa, only(irepa(net.info)))
+    assert (supervision.weight, supervision.alpha, supervision.kernel, supervision.hidden) == (
+        1,
+        0.6,
+        3,
+        None,
+    )
+    step = step_of(supervision, net, LinearFlow())
+    (z,) = supervision.targets(step)
+    projected = step.heads["0"](step.features[supervision.block])
+    torch.testing.assert_close(
+        value(supervision, step), -align.cosine(projected, align.standardise(z, alpha=0.6))
+    )
+    released = only(irepa(net.info, kernel=1)).heads(net.info)["0"]
+    assert released.projection_layer.weight.shape == (96, 96, 1, 1)
+
+
+def test_sara_adds_the_structural_term() -> None:
+    net = network()
+    supervision = cast(Repa, only(sara(net.info)))
+    step = step_of(supervision, net, LinearFlow())
+    terms = supervision.terms(step)
+    assert {name: term.weight for name, term in terms.items()} == {"repa": 0.5, "structure": 0.5}
+    plain = only(repa(net.info))
+    plain.setup(torch.device("cpu"))
+    torch.testing.assert_close(terms["repa"].value, value(plain, step))
+    (z,) = supervision.targets(step)
+    projected = step.heads["0"](step.features[supervision.block])
+    torch.testing.assert_close(terms["structure"].value, align.structure(projected, z))
+
+
+def test_after_the_stop_neither_a_term_nor_the_encoder_runs() -> None:
+    net = network()
+    supervision = cast(Repa, only(repa(net.info, stop=3)))
+    for seen, runs in ((3 * BATCH - 1, True), (3 * BATCH, False)):
+        step = step_of(supervision, net, LinearFlow(), images_seen=seen)
+        assert bool(supervision.terms(step)) == (step.cost.teachers > 0) == (step.cost.heads > 0) == runs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": 3}, r"recipe\.kernel=3 has no effect with recipe\.projector=mlp; .*projector=conv"),
+        ({"alpha": 0.6}, r"recipe\.alpha=0\.6 has no effect with recipe\.normalise=none"),
+        ({"projector": "conv", "hidden": 64}, r"recipe\.hidden=64 has no effect with recipe\.projector=conv"),
+        ({"projector": "conv", "kernel": 2}, r"recipe\.kernel must be odd, got 2"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        repa(info("sit", "ti/2", 6), **options)
+    with pytest.raises(UserError, match="needs more than one token per image, got 1"):
+        irepa(info("sit", "ti/2", 6, tokens=1))
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from stbench.core.errors import UserError
 from stbench.core.recipe import Artifact, NoSupervision, Stage
 from stbench.diffusion import LinearFlow
 from stbench.models import align
+from stbench.recipes.deep_supervision import VaeAlign, vae_align
 from stbench.recipes.self_transcendence import SelfTranscendence, self_transcendence
-from stbench.recipes.vae_align import VaeAlign, vae_align
 from tests.steps import BATCH, info, network, only, step_of, value
 
 SOME_INSIDE = 16
@@ -93,6 +93,8 @@ def test_the_loss_selects_samples_inside_the_interval() -> None:
     torch.testing.assert_close(value(supervision, step), torch.where(inside, error, 0.0))
     released = dataclasses.replace(supervision, mask="released")
     torch.testing.assert_close(value(released, step), error * inside.float().mean())
+    mean = dataclasses.replace(supervision, mask="inside-mean")
+    torch.testing.assert_close(value(mean, step).mean(), error[inside].mean())
 
 
 def test_the_teacher_is_guided_with_the_true_label() -> None:
@@ -126,10 +128,11 @@ def test_only_selected_samples_are_paid_for() -> None:
 
 def test_an_empty_interval_costs_nothing_and_gives_a_zero_loss() -> None:
     net = network()
-    supervision = second(self_transcendence(net.info, interval=(1.0, 1.0)), artifact())
-    step = step_of(supervision, net, LinearFlow())
-    assert torch.equal(value(supervision, step), torch.zeros(BATCH))
-    assert step.cost.total == 0.0
+    for mask in ("samples", "inside-mean"):
+        supervision = second(self_transcendence(net.info, interval=(1.0, 1.0), mask=mask), artifact())
+        step = step_of(supervision, net, LinearFlow())
+        assert torch.equal(value(supervision, step), torch.zeros(BATCH))
+        assert step.cost.total == 0.0
 
 
 def test_the_alignment_ends_after_guidance_stop() -> None:

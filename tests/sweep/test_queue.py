@@ -68,7 +68,7 @@ class RecordingMonitor(Monitor):
     def update(self, entries: Sequence[JournalEntry], reasons: Mapping[str, str]) -> None:
         self.reasons.append(dict(reasons))
 
-    def stopping(self) -> None:
+    def stopping(self, message: str) -> None:
         self.reasons.append({"stopping": "yes"})
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from stbench.core.errors import UserError
 from stbench.sweep.suite import SHIPPED_SUITES, SweepRun, find_suite, grid, prepare_runs, read_suite
-from tests.conftest import BLOCKS, TINY, Runner
+from tests.conftest import BLOCKS, TINY, Command, Runner
 
 
 def write_suite(folder: Path, text: str) -> Path:
@@ -145,3 +145,14 @@ def test_a_mistake_in_a_suite_names_its_place(tmp_path: Path, name: str) -> None
         prepare_runs(read_suite(write_suite(tmp_path, text)))
     assert message in str(caught.value) and "suite.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_all_leaves_out_what_a_recipe_refuses(stbench: Command, tmp_path: Path) -> None:
+    sweep = ("sweep", "--dry-run", "--output", tmp_path, "--backbone")
+    code, out, _ = stbench(*sweep, "uvit", "--recipe", "all")
+    assert code == 0
+    assert "skipped: recipe 'delta-fm' contrasts velocities" in out
+    assert "skipped: recipe 'self-flow' needs a backbone with the capability 'token-time'" in out
+    assert "uvit-ti-2-sra-" in out and "uvit-ti-2-self-flow" not in out
+    code, _, error = stbench(*sweep, "uvit", "--recipe", "vanilla,delta-fm")
+    assert code == 2 and "recipe 'delta-fm' contrasts velocities" in error

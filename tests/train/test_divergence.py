@@ -14,8 +14,8 @@ from stbench.core.backbone import BackboneInfo
 from stbench.core.errors import UserError
 from stbench.core.recipe import Stage, Step, Supervision, Term
 from stbench.core.registry import RECIPES
+from stbench.evaluate.again import evaluate_again
 from stbench.evaluate.past_run import open_run
-from stbench.evaluate.points import evaluate_again
 from stbench.models.weights import save_weights
 from stbench.runs.folder import OutputFolder, RunFolder
 from stbench.train import engine

@@ -51,7 +51,7 @@ def repa(golden: Golden) -> Iterator[Check]:
     net, stored = network(golden)
     block = golden.meta["settings"]["encoder_depth"] - 1
     out, hidden = stored["projectors.0.4.weight"].shape
-    supervision = _StoredTokens(
+    supervision = StoredTokens(
         (EncoderSpec("cached", "golden", out, ""),), block, 0.5, hidden, net.info.tokens
     )
     supervision.given = [t["in/z"]]
@@ -66,7 +66,7 @@ def repa(golden: Golden) -> Iterator[Check]:
 
 
 @dataclasses.dataclass
-class _StoredTokens(Repa):
+class StoredTokens(Repa):
     """REPA with stored tokens instead of an encoder."""
 
     given: list[Tensor] = dataclasses.field(default_factory=list, init=False)

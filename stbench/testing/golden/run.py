@@ -20,7 +20,19 @@ from torch import Tensor
 from stbench.core.errors import UserError
 
 # Imported by `run`, so that their checkers are registered
-CHECK_MODULES = ("backbones", "self_transcendence", "baseline_losses", "samplers")
+CHECK_MODULES = (
+    "backbones",
+    "self_transcendence",
+    "baseline_losses",
+    "samplers",
+    "guides",
+    "tread",
+    "self_flow",
+    "haste",
+    "deep_supervision",
+    "recent_losses",
+    "reg",
+)
 
 
 @dataclass(frozen=True)

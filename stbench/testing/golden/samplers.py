@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stbench.core.backbone import Backbone, Features
+from stbench.core.backbone import Backbone, Output, attach_heads, kept_heads
 from stbench.core.objective import Objective
 from stbench.diffusion import ImprovedDdpm, LinearFlow, VpContinuous, VpDiscrete
 from stbench.diffusion.ddpm_samplers import Spacing
@@ -40,14 +40,22 @@ class Recorder(Backbone):
     def __init__(self, inner: Backbone) -> None:
         super().__init__()
         self.inner, self.info = inner, inner.info
+        attach_heads(self, kept_heads(inner))
         self.calls: list[tuple[Tensor, float]] = []
 
     def forward_intermediates(
-        self, x: Tensor, t: Tensor, y: Tensor, *, indices: Sequence[int] = (), stop_early: bool = False
-    ) -> tuple[Tensor | None, Features]:
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        *,
+        indices: Sequence[int] = (),
+        stop_early: bool = False,
+        **inputs: Any,
+    ) -> Output:
         """See `Backbone.forward_intermediates`."""
         self.calls.append((x, t[0].item()))
-        return self.inner.forward_intermediates(x, t, y, indices=indices, stop_early=stop_early)
+        return self.inner.run(x, t, y, indices=indices, stop_early=stop_early, **inputs)
 
     @property
     def times(self) -> Tensor:
@@ -128,30 +136,36 @@ def repa_sampler(name: str, run: Mapping[str, Any]) -> Sampler:
     return Heun() if run.get("heun", False) else Euler()
 
 
+def recorded(
+    golden: Golden,
+    net: Backbone,
+    sampler: Sampler,
+    name: str,
+    run: Mapping[str, Any],
+    guidance: Guidance,
+) -> Iterator[Check]:
+    """Check the sample of a run, and the input, time and batch size of every call of the network."""
+    steps = run["num_steps"]
+    out, recorder = replay(
+        golden, net, LinearFlow(), sampler, steps=steps, guidance=guidance, noise=f"{name}/noise"
+    )
+    calls = torch.tensor([sampler.nfe(steps), len(recorder.calls)])
+    yield golden.compare(f"{name} calls", calls, torch.full_like(calls, run["model_calls"]), 0.0)
+    yield golden.compare(f"{name}/batch", recorder.batches, golden.t[f"{name}/batch"], 0.0)
+    found = {"out": out, "model_x": recorder.states(len(out)), "model_t": recorder.times}
+    for key, value in found.items():
+        yield golden.compare(f"{name}/{key}", value, golden.t[f"{name}/{key}"], TOLERANCE)
+
+
 @check("sampler_repa")
 def repa(golden: Golden) -> Iterator[Check]:
     """Check each run's sample, and the input, time and batch size of every call (guidance doubles it)."""
-    objective, (net, _) = LinearFlow(), network(golden)
+    net, _ = network(golden)
     for name, run in golden.meta["runs"].items():
         scale, low, high = (
             run.get(k, d) for k, d in (("cfg_scale", 1.0), ("guidance_low", 0.0), ("guidance_high", 1.0))
         )
-        sampler, steps = repa_sampler(name, run), run["num_steps"]
-        out, recorder = replay(
-            golden,
-            net,
-            objective,
-            sampler,
-            steps=steps,
-            guidance=Guidance(scale, low, high),
-            noise=f"{name}/noise",
-        )
-        calls = torch.tensor([sampler.nfe(steps), len(recorder.calls)])
-        yield golden.compare(f"{name} calls", calls, torch.full_like(calls, run["model_calls"]), 0.0)
-        yield golden.compare(f"{name}/batch", recorder.batches, golden.t[f"{name}/batch"], 0.0)
-        found = {"out": out, "model_x": recorder.states(len(out)), "model_t": recorder.times}
-        for key, value in found.items():
-            yield golden.compare(f"{name}/{key}", value, golden.t[f"{name}/{key}"], TOLERANCE)
+        yield from recorded(golden, net, repa_sampler(name, run), name, run, Guidance(scale, low, high))
 
 
 @check("sampler_dpm_solver")

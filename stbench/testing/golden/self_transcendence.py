@@ -19,8 +19,8 @@ from stbench.core.recipe import Artifact, Cost, Step
 from stbench.core.rng import Rng
 from stbench.diffusion import LinearFlow
 from stbench.models import align
+from stbench.recipes.deep_supervision import VaeAlign
 from stbench.recipes.self_transcendence import SelfTranscendence
-from stbench.recipes.vae_align import VaeAlign
 from stbench.testing.golden.objectives import TOLERANCE, network, tolerated
 from stbench.testing.golden.run import Check, Golden, check
 
@@ -60,18 +60,33 @@ def denoising(golden: Golden, objective: Objective, noised: Noised, prediction: 
             yield golden.compare(name, value, golden.t[name], TOLERANCE)
 
 
-def step_of(net: Backbone, noised: Noised, y: Tensor, blocks: Sequence[int], heads: nn.ModuleDict) -> Step:
-    """The step that the engine would build for a supervision, with features of 0-based `blocks`."""
-    prediction, features = net.forward_intermediates(noised.x_t, noised.t, y, indices=blocks)
-    assert prediction is not None
+def step_of(
+    net: Backbone,
+    noised: Noised,
+    y: Tensor,
+    blocks: Sequence[int],
+    heads: Mapping[str, nn.Module] | nn.ModuleDict,
+    **inputs: Any,
+) -> Step:
+    """The step that the engine would build for a supervision, with features of 0-based `blocks`.
+
+    `inputs` are optional inputs of the forward pass.
+    """
+    found = net.run(noised.x_t, noised.t, y, indices=blocks, **inputs)
+    assert found.prediction is not None
     size = len(y)
     batch = Batch(noised.x0, y, y, torch.arange(size), Rng(0, 0, size))
     objective = LinearFlow()
     return Step(
         batch=batch,
         noised=noised,
-        prediction=prediction,
-        features=features,
+        prediction=found.prediction,
+        features=found.features,
+        condition=found.condition,
+        attention=found.attention,
+        kept=found.kept,
+        prefix=found.prefix,
+        prefix_out=found.prefix_out,
         heads=heads,
         ema=net,
         objective=objective,
@@ -86,7 +101,10 @@ def step_of(net: Backbone, noised: Noised, y: Tensor, blocks: Sequence[int], hea
 def reductions(
     golden: Golden, name: str, step: Step, supervision: Reducible, tolerance: float
 ) -> Iterator[Check]:
-    """Compare a supervision's loss (B,) before masking, and the three ways of reducing it."""
+    """Compare a supervision's loss (B,) before masking, and the ways of reducing it.
+
+    The mean over the samples inside the interval follows from the stored mean over the batch.
+    """
 
     def value(**options: Any) -> Tensor:
         (term,) = replaced(supervision, **options).terms(step).values()
@@ -102,6 +120,9 @@ def reductions(
     inside = align.in_interval(step.objective, step.noised.t_host, supervision.interval)
     yield golden.compare("mid/mask", inside.float(), golden.t["mid/mask"].float(), 0.0)
     yield from tolerated(golden, found, tolerance)
+    stored, mask = golden.t[f"out/{name}_mean_masked_per_sample"], golden.t["mid/mask"]
+    expected = stored * len(mask) / mask.sum().clamp(min=1)
+    yield golden.compare(f"{name} mean inside", value(mask="inside-mean").mean(), expected, tolerance)
 
 
 def replaced(supervision: Reducible, **options: Any) -> Reducible:
