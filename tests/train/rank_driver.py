@@ -10,6 +10,7 @@ stbench}. Prints one JSON line per case: {"name", "losses": one mapping per step
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 torch.set_num_threads(1)
+faulthandler.enable()
 
 from stbench.cli.app import app  # noqa: E402
 from stbench.config.plan import PlannedStage, prepare  # noqa: E402
@@ -69,6 +71,9 @@ def fork(case: dict[str, Any], rank: int, port: int) -> int:
     pid = os.fork()
     if pid:
         return pid
+    # A child recreates torch's thread pool on first use. Two threads of autograd that do so at the same time
+    # end it by "Invalid thread pool!", so it is done here.
+    torch.set_num_threads(1)
     try:
         if case["ranks"] > 1:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(case["ranks"]), "LOCAL_RANK": str(rank)}
