@@ -81,10 +81,11 @@ class Schedule:
         f = (v+1)/2 (improved DDPM eq. 15).
         """
         eps, v = prediction.chunk(2, dim=1)
-        tables = (self.alphas_cumprod, self.betas.log())
-        bar, log_beta = (table[index] for table in tables)
-        alpha, sigma, log_beta = like((bar.sqrt(), (1.0 - bar).sqrt(), log_beta), x_t)
-        x0 = (x_t - sigma * eps) / alpha
+        bar, log_beta = self.alphas_cumprod[index], self.betas.log()[index]
+        # Not (x_t - sigma eps) / alpha: at step 0 the likelihood takes the difference of two nearly equal
+        # numbers, and the published code rounds in this order.
+        scale, noise_scale, log_beta = like(((1.0 / bar).sqrt(), (1.0 / bar - 1.0).sqrt(), log_beta), x_t)
+        x0 = scale * x_t - noise_scale * eps
         mean, log_posterior = self.posterior(x0, x_t, index)
         fraction = (v + 1.0) / 2.0
         return mean, fraction * log_beta + (1.0 - fraction) * log_posterior, x0

@@ -195,6 +195,17 @@ def test_model_posterior_matches_diffusers_learned_range(n: int) -> None:
     assert torch.allclose(mean + (0.5 * log_variance).exp() * z, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_the_clean_latent_is_rounded_as_in_the_published_code() -> None:
+    """At step 0 the gradient of the likelihood magnifies the last bit of the mean up to a thousand times."""
+    objective = ImprovedDdpm()
+    x_t, eps = (v.float() for v in pair(2))
+    bar = objective.schedule.alphas_cumprod[0]
+    of_x_t, of_noise = ((1.0 / bar).sqrt().float(), (1.0 / bar - 1.0).sqrt().float())
+    index = torch.zeros(2, dtype=torch.long)
+    _, _, x0 = objective.schedule.model_posterior(torch.cat([eps, eps], 1), x_t, index)
+    assert torch.equal(x0, of_x_t * x_t - of_noise * eps)
+
+
 def test_the_bound_vanishes_where_model_and_posterior_agree() -> None:
     objective = ImprovedDdpm()
     x0, eps = (v.float() for v in pair(3))
