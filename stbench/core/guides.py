@@ -131,7 +131,7 @@ class RouteGuide(WeakGuide):
 
 @dataclass(frozen=True)
 class Correction(Guide):
-    """The affine correction (1 - weight) v - weight image of a velocity, after all guidance.
+    """The affine correction velocity_weight v - weight image of a velocity, after all guidance.
 
     With image = E[x0] it undoes the bias of contrastive flow matching (gstoica27/DeltaFM), whose optimum is
     (v + weight E[x0]) / (1 - weight).
@@ -140,9 +140,12 @@ class Correction(Guide):
     weight: float
     buffer: str
     """The image (C,H,W): a buffer of a head that stays with the network, as "HEAD.BUFFER"."""
+    velocity_weight: float | None = None
+    """Factor of v; 1 - weight unless given, as in the released sampler's presets."""
 
     def apply(self, v: Tensor, network: Backbone) -> Tensor:
         """Return the corrected velocity (B,C,H,W)."""
         head, _, buffer = self.buffer.partition(".")
         image = kept_heads(network)[head].get_buffer(buffer).to(v.dtype)
-        return (1.0 - self.weight) * v - self.weight * image
+        own = 1.0 - self.weight if self.velocity_weight is None else self.velocity_weight
+        return own * v - self.weight * image

@@ -48,12 +48,14 @@ def frequencies(half: int, device: torch.device | None = None) -> Tensor:
 
 
 def timestep_sinusoid(t: Tensor, width: int) -> Tensor:
-    """Embed times (...) as [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(width/2)), float32 (..., width).
+    """Embed times (...) as [cos(t f_i), sin(t f_i)] with f_i = 10000^(-i/(width//2)), float32 (..., width).
+
+    An odd width ends in a zero.
 
     The product is rounded to float32, as published; cosine and sine are computed in float64 and rounded once.
     """
     angles = (t.float()[..., None] * frequencies(width // 2, t.device)).double()
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1).float(), (0, width % 2))
 
 
 def scale_time(t: Tensor, scale: float) -> Tensor:

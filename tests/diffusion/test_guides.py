@@ -91,6 +91,8 @@ def test_guides_are_applied_in_order_and_the_correction_last() -> None:
     assert torch.allclose(predict(correction, deep(2.0), other), expected)
     # The other way round: 0.5 y + 3 (1 - 0.5) y = 2 y, then 0.1 y + 2 (2 - 0.1) y = 3.9 y
     assert torch.allclose(predict(other, deep(2.0)), 3.9 * LABELS.double())
+    # A correction may name the weight of v: 0.9 v - 0.25 * 2
+    assert torch.allclose(predict(Correction(0.25, "deep.mean", 0.9)), 0.9 * LABELS.double() - 0.5)
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,12 @@ def test_time_embeddings_equal_the_published_bits(name: str) -> None:
     assert torch.allclose(actual, golden[f"time/{name}"], rtol=0, atol=1e-7)
 
 
+def test_a_time_embedding_of_odd_width_ends_in_a_zero() -> None:
+    t = torch.tensor([0.0, 7.0, 999.0])
+    assert torch.equal(timestep_sinusoid(t, 75)[:, :74], timestep_sinusoid(t, 74))
+    assert timestep_sinusoid(t, 75)[:, 74].tolist() == [0.0] * 3
+
+
 @pytest.mark.parametrize("half", [24, 36, 128, 576])
 def test_frequencies_are_within_a_unit_in_the_last_place(half: int) -> None:
     exponent = (-9.210340371976184 * torch.arange(half) / half).double()

@@ -70,6 +70,14 @@ class StoredTokens(Repa):
     """REPA with stored tokens instead of an encoder."""
 
     given: list[Tensor] = dataclasses.field(default_factory=list, init=False)
+    eps: float | None = dataclasses.field(default=None, init=False)
+    """Added to the standard deviation by iREPA's normalisation, if the file names it."""
+
+    def normalised(self, z: Tensor) -> Tensor:
+        """The targets (B,N,Dz), normalised with `eps`."""
+        if self.alpha is None or self.eps is None:
+            return super().normalised(z)
+        return align.standardise(z, self.alpha, self.eps)
 
     def targets(self, step: Step) -> list[Tensor]:
         """The stored tokens."""

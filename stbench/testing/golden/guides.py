@@ -16,7 +16,7 @@ from stbench.diffusion.guidance import FIRST_GUIDE_DRAW
 from stbench.diffusion.sample import Euler, EulerMaruyama, Guidance, sample
 from stbench.testing.golden.objectives import network
 from stbench.testing.golden.run import Check, Golden, check
-from stbench.testing.golden.samplers import TOLERANCE, recorded, repa_sampler
+from stbench.testing.golden.samplers import TOLERANCE, effective_scale, recorded, repa_sampler
 
 HEAD = "head/final_layer_xr."
 """Prefix of the intermediate head of Internal Guidance."""
@@ -40,7 +40,8 @@ def with_head(golden: Golden) -> tuple[Backbone, nn.Module]:
 
 
 def _guidance(run: Mapping[str, Any], *guides: Guide) -> Guidance:
-    return Guidance(run["cfg_scale"], run["guidance_low"], run["guidance_high"], guides=guides)
+    scale = effective_scale(run["cfg_scale"])
+    return Guidance(scale, run["guidance_low"], run["guidance_high"], guides=guides)
 
 
 @check("sampler_internal_guidance")
@@ -52,7 +53,9 @@ def internal_guidance_sampler(golden: Golden) -> Iterator[Check]:
     head.register_forward_hook(lambda *_: applied.append(1))
     for name, run in golden.meta["runs"].items():
         applied.clear()
-        guide = HeadGuide("head", block, scale=run["ig_scale"], low=run["ig_low"], high=run["ig_high"])
+        guide = HeadGuide(
+            "head", block, scale=effective_scale(run["ig_scale"]), low=run["ig_low"], high=run["ig_high"]
+        )
         yield from recorded(golden, net, repa_sampler(name, run), name, run, _guidance(run, guide))
         yield golden.compare(f"{name} head", torch.tensor(len(applied)), torch.tensor(run["ig_calls"]), 0.0)
 
@@ -63,9 +66,13 @@ def delta_fm_sampler(golden: Golden) -> Iterator[Check]:
     net, _ = network(golden)
     attach_heads(net, {"interference": _Image(golden.t["in/interference"])})
     for name, run in golden.meta["runs"].items():
-        weight, low, high = (run[k] for k in ("interference_weight", "guidance_low", "guidance_high"))
-        yield Check(f"{name} weights", abs(1.0 - weight - run["velocity_weight"]), 1e-12)
-        correction = Correction(weight, "interference.image", low=low, high=high)
+        correction = Correction(
+            run["interference_weight"],
+            "interference.image",
+            run["velocity_weight"],
+            low=run["guidance_low"],
+            high=run["guidance_high"],
+        )
         guidance = _guidance(run, *([correction] if run["reduce"] else []))
         yield from recorded(golden, net, EulerMaruyama(), name, run, guidance)
 

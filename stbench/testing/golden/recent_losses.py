@@ -87,6 +87,7 @@ def irepa(golden: Golden) -> Iterator[Check]:
             normalise="spatial",
             alpha=settings["alpha"],
         )
+        supervision.eps = settings["eps"]
         yield from _aligned(golden, supervision, weights, prefix, "repa", "proj")
 
 

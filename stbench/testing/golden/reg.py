@@ -17,7 +17,7 @@ from stbench.models.official import from_state
 from stbench.recipes.reg import OUTPUT, ClassEmbedding, Reg, WithClassToken, class_output
 from stbench.testing.golden.objectives import tolerated
 from stbench.testing.golden.run import Check, Golden, check
-from stbench.testing.golden.samplers import TOLERANCE, Recorder, repa_sampler
+from stbench.testing.golden.samplers import TOLERANCE, Recorder, effective_scale, repa_sampler
 from stbench.testing.golden.self_transcendence import denoising, filled, step_of
 
 HEADS = {"cls_projectors2.": "linear.", "wg_norm.": "norm.", "final_layer.linear_cls.": ""}
@@ -96,7 +96,9 @@ def sampler(golden: Golden) -> Iterator[Check]:
             torch.cat([latent, view.pad(token)], dim=1)
             for latent, token in zip(t[f"{name}/noise"], t[f"{name}/noise_cls"], strict=True)
         ]
-        guidance = Guidance(run["cfg_scale"], run["guidance_low"], run["guidance_high"])
+        guidance = Guidance(
+            effective_scale(run["cfg_scale"]), run["guidance_low"], run["guidance_high"]
+        )
         used, steps = repa_sampler(name, run), run["num_steps"]
         out = sample(
             used,

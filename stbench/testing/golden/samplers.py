@@ -136,6 +136,11 @@ def repa_sampler(name: str, run: Mapping[str, Any]) -> Sampler:
     return Heun() if run.get("heun", False) else Euler()
 
 
+def effective_scale(scale: float) -> float:
+    """The guidance scale of a run. The samplers of REPA and its successors do not guide below 1."""
+    return max(scale, 1.0)
+
+
 def recorded(
     golden: Golden,
     net: Backbone,
@@ -165,7 +170,8 @@ def repa(golden: Golden) -> Iterator[Check]:
         scale, low, high = (
             run.get(k, d) for k, d in (("cfg_scale", 1.0), ("guidance_low", 0.0), ("guidance_high", 1.0))
         )
-        yield from recorded(golden, net, repa_sampler(name, run), name, run, Guidance(scale, low, high))
+        guidance = Guidance(effective_scale(scale), low, high)
+        yield from recorded(golden, net, repa_sampler(name, run), name, run, guidance)
 
 
 @check("sampler_dpm_solver")
