@@ -145,11 +145,12 @@ def test_every_listed_metric_is_computed_and_finite(digits: Dataset, cache_dir: 
 
 
 def test_metrics_of_the_heldout_digits_do_not_change(digits: Dataset, cache_dir: Path) -> None:
-    """Another value would be another metric under the name in recorded runs. KID is in float32."""
+    """Another value would be another metric under the name in recorded runs. Features are in float32, and round
+    differently on other processors (1.8e-7 in FID between an AMD and an Intel one)."""
     images, labels = digits.heldout_images(), digits.heldout()[1]
     found = compute_metrics(images, digits, ALL, cache_dir=cache_dir, labels=labels)
     assert found.pop("kid") == pytest.approx(OF_HELDOUT_DIGITS["kid"], rel=1e-3)
-    assert found == pytest.approx({k: v for k, v in OF_HELDOUT_DIGITS.items() if k != "kid"}, rel=1e-7)
+    assert found == pytest.approx({k: v for k, v in OF_HELDOUT_DIGITS.items() if k != "kid"}, rel=1e-6)
 
 
 def test_unknown_names_and_too_few_images_are_user_errors(digits: Dataset, cache_dir: Path) -> None:
