@@ -173,8 +173,8 @@ class AdaLNTransformer(Backbone):
 
     def embed(self, x: Tensor) -> Tensor:
         """Embed latents x (B,C,H,W) as the tokens (B,N,D) that enter the first block."""
-        # The patch embedding is a transposed view. With it, torch.compile gave NaN in bf16 on a CPU (torch 2.14),
-        # and a step that is not compiled took longer.
+        # The patch embedding is a transposed view. With it, torch.compile gave NaN in bf16 on a CPU
+        # (torch 2.14), and a step that is not compiled took longer.
         return (self.x_embedder(x) + self.pos_embed).contiguous()
 
     def output_head(self) -> nn.Module:

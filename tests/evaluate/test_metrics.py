@@ -145,8 +145,10 @@ def test_every_listed_metric_is_computed_and_finite(digits: Dataset, cache_dir: 
 
 
 def test_metrics_of_the_heldout_digits_do_not_change(digits: Dataset, cache_dir: Path) -> None:
-    """Another value would be another metric under the name in recorded runs. Features are in float32, and round
-    differently on other processors (1.8e-7 in FID between an AMD and an Intel one)."""
+    """Another value would be another metric under the name in recorded runs.
+
+    Features are in float32 and round differently on other processors: FID by 1.8e-7 from AMD to Intel.
+    """
     images, labels = digits.heldout_images(), digits.heldout()[1]
     found = compute_metrics(images, digits, ALL, cache_dir=cache_dir, labels=labels)
     assert found.pop("kid") == pytest.approx(OF_HELDOUT_DIGITS["kid"], rel=1e-3)
