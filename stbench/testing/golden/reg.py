@@ -96,9 +96,7 @@ def sampler(golden: Golden) -> Iterator[Check]:
             torch.cat([latent, view.pad(token)], dim=1)
             for latent, token in zip(t[f"{name}/noise"], t[f"{name}/noise_cls"], strict=True)
         ]
-        guidance = Guidance(
-            effective_scale(run["cfg_scale"]), run["guidance_low"], run["guidance_high"]
-        )
+        guidance = Guidance(effective_scale(run["cfg_scale"]), run["guidance_low"], run["guidance_high"])
         used, steps = repa_sampler(name, run), run["num_steps"]
         out = sample(
             used,
