@@ -144,9 +144,19 @@ def attach_heads(network: nn.Module, heads: Mapping[str, nn.Module]) -> None:
 
 
 def load_trunk(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load a state dict into a network, but for heads that only one of the two has."""
+    """Load a state dict into a network, but for heads that only one of the two has.
+
+    Raises:
+        UserError: If a tensor has another shape than the network's.
+    """
     own = network.state_dict()
     fitting = {name: value for name, value in state.items() if name in own or not name.startswith(_KEPT)}
+    for name, value in fitting.items():
+        if name in own and value.shape != own[name].shape:
+            raise UserError(
+                f"expected initial weights {name} of shape {tuple(own[name].shape)}, found "
+                f"{tuple(value.shape)}; start from a checkpoint with the same options and encoder"
+            )
     network.load_state_dict({**{k: v for k, v in own.items() if k.startswith(_KEPT)}, **fitting})
 
 

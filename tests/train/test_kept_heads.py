@@ -133,6 +133,9 @@ def test_a_trunk_is_loaded_whatever_heads_the_two_networks_have() -> None:
     assert torch.equal(net.weight, other.weight) and torch.equal(net.kept_heads["mine"].weight, before)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         load_trunk(net, {**other.state_dict(), "more": before})
+    other.kept_heads = nn.ModuleDict({"mine": nn.Linear(3, 1)})
+    with pytest.raises(UserError, match=r"kept_heads\.mine\.weight of shape \(1, 2\), found \(1, 3\)"):
+        load_trunk(net, other.state_dict())
     fit_heads(net, None)  # a head without `fit` is skipped
 
 
