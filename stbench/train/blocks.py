@@ -26,7 +26,7 @@ GRAPHS = 64
 def should_compile(train: TrainSpec, device: torch.device, flops: float) -> bool:
     """Whether the blocks are compiled in a stage with that many training FLOPs of the student.
 
-    "auto" never compiles on a CPU, where a compiled step was not faster (docs/performance.md).
+    "auto" never compiles on a CPU, where it gains little or nothing (docs/performance.md).
     """
     if train.compile != "auto":
         return train.compile == "on"
