@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from stbench.core.backbone import Backbone, BackboneInfo, Output, kept_heads
 from stbench.core.device import upload
 from stbench.core.errors import UnsupportedError
+from stbench.core.frozen import frozen_forward
 from stbench.core.objective import Batch, Noised, Objective
-from stbench.core.phases import phase
 from stbench.core.ranges import Block, Name, NonNegativeReal, Width
 from stbench.core.recipe import Stage, Step, Term, computed, computed_defaults
 from stbench.core.registry import OBJECTIVES, RECIPES, name_of
@@ -107,15 +107,13 @@ class Reg(Repa):
     """The class token (B,Dz,1,1) of this batch, corrupted."""
 
     def encode(self, batch: Batch) -> Tensor:
-        """Return the encoder's tokens (B,1+N,Dz), float32, the class token first.
-
-        Runs before the student, in the precision of the student.
-        """
+        """Return the encoder's tokens (B,1+N,Dz), float32, the class token first."""
         (source,), (encoder,) = self.sources, self._encoders
         own = source.name != encoders.DIGITS
         if isinstance(encoder, encoders.ImageEncoder):
-            with phase("teachers"), torch.no_grad():
-                found = encoder.tokens(batch.extras["images"], class_token=own).float()
+            images = batch.extras["images"]
+            with frozen_forward(images, self.teacher_precision):
+                found = encoder.tokens(images, class_token=own).float()
         else:
             found = encoder.rows(batch.index, encoder.count, class_token=own)
             found = found.to(batch.x0.device, non_blocking=True)

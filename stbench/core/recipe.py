@@ -63,6 +63,9 @@ class Supervision(ABC):
     """Whether the terms also take features of some of the tokens, which blocks inside a route have: targets
     are then restricted to `step.kept` (`stbench.models.align.at_kept`)."""
 
+    teacher_precision = "fp32"
+    """Precision of a frozen network that runs in `corrupt`, before there is a step. Set by the engine."""
+
     @property
     def needs(self) -> str:
         """What the supervision needs from outside the run, shown in its leaderboard row; "" for nothing."""

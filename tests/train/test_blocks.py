@@ -112,6 +112,19 @@ def test_teachers_in_bf16_change_the_losses_little() -> None:
     assert found != losses
 
 
+def test_an_encoder_that_runs_before_the_student_has_the_precision_of_teachers() -> None:
+    def tokens(precision: str, teachers: str) -> Tensor:
+        work = Workload(case("sit", "reg", precision=precision, teacher_precision=teachers), CPU)
+        work.step()
+        found = work.model.supervision._tokens
+        assert isinstance(found, Tensor)
+        return found
+
+    expected = tokens("fp32", "fp32")
+    assert torch.equal(tokens("bf16", "fp32"), expected)
+    assert not torch.equal(tokens("bf16", "bf16"), expected)
+
+
 @pytest.mark.parametrize(("precision", "teachers"), [("fp32", "fp32"), ("tf32", "fp32"), ("bf16", "bf16")])
 def test_teachers_compute_in_bf16_where_the_student_does(precision: str, teachers: str) -> None:
     train = resolve(RunRequest("sit", "sra", precision=precision)).train
