@@ -124,5 +124,6 @@ def _closing(leaderboard: Leaderboard, shown: Sequence[Section]) -> list[str]:
     ranks = [rank for rank in leaderboard.ranks if rank.recipe.partition(" [")[0] in recipes]
     lines = [compact.ranks_line(ranks)] if ranks and len(tables) > 1 else []
     notes = sum(len(table.notes) for table in leaderboard.tables) + len(leaderboard.notes)
-    more = f"--details adds costs, tests, curves and {notes} note{'' if notes == 1 else 's'}"
+    last = f"curves and {notes} note{'' if notes == 1 else 's'}" if notes else "and curves"
+    more = f"--details adds costs, tests{',' if notes else ''} {last}"
     return [*lines, *compact.legend(shown, tables), more]
