@@ -106,7 +106,9 @@ class StageModel(nn.Module):
     def _apply_settings(self, train: TrainSpec, device: torch.device, steps: int) -> None:
         if device.type == "cpu":
             keep_freed_memory()
-        self.teacher_precision = self.supervision.teacher_precision = train.teacher_precision
+        self.teacher_precision = train.teacher_precision
+        # A supervision may be a frozen dataclass.
+        object.__setattr__(self.supervision, "teacher_precision", train.teacher_precision)
         if train.checkpointing:
             checkpoint_blocks(self.student)
         self.compiled = should_compile(train, device, 3.0 * self._student_flops * train.batch * steps)
