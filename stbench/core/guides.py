@@ -141,7 +141,7 @@ class Correction(Guide):
     buffer: str
     """The image (C,H,W): a buffer of a head that stays with the network, as "HEAD.BUFFER"."""
     velocity_weight: float | None = None
-    """Factor of v; 1 - weight unless given, as in the released sampler's presets."""
+    """Factor of v, which the released sampler takes too; 1 - weight unless given."""
 
     def apply(self, v: Tensor, network: Backbone) -> Tensor:
         """Return the corrected velocity (B,C,H,W)."""
